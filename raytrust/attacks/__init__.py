@@ -1,0 +1,1 @@
+"""Attacks: each receives an `Observation` and nothing else."""

@@ -1,0 +1,7 @@
+"""Gradient inversion: private images from the messages of one step."""
+
+from raytrust.attacks.inversion.engine import Candidates, GradientInversion, invert
+from raytrust.attacks.inversion.gradients import GradientMatcher, per_candidate_gradients
+from raytrust.attacks.inversion.priors import total_variation
+
+__all__ = ["Candidates", "GradientInversion", "GradientMatcher", "invert", "per_candidate_gradients", "total_variation"]

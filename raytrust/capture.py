@@ -1,0 +1,202 @@
+"""What the attacker sees, and what it must not: `Observation` and `Truth`, and their files.
+
+A capture is one private batch at one step of training. Files lie under one directory a training run, in a step's
+directory: `model.pt` (weights, buffers and public compressor state, shared by the step's batches), `seen-000.pt` (the
+messages and what the threat grants) and `truth-000.pt` (images and labels, apart, so that the seen half can be handed
+to an attacker as it is). All are written whole or not at all, and loaded without unpickling code.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from raytrust.channel import Message
+from raytrust.compress import Compressor, build
+from raytrust.config import Defence, ModelConfig, Threat, from_dict, to_dict
+from raytrust.models import build_model
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that an attack receives.
+
+    weights, buffers: of the model at this step, by name. messages: those of the private batch's reduction, as the
+    threat's vantage shows them. labels: (batch_size,) if the threat grants them, else None. image_shape: (channels,
+    height, width). mean, std: (channels,), the public normalisation: the model saw (image - mean) / std of an image in
+    [0, 1]. compressor_state: the public state before this reduction. victim: the rank whose batch it is.
+    residual: whether the messages hold the residual of earlier steps besides the gradient.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    messages: tuple[Message, ...]
+    compressor_state: dict[str, Tensor]
+    defence: Defence
+    model: ModelConfig
+    threat: Threat
+    labels: Tensor | None
+    image_shape: tuple[int, int, int]
+    classes: int
+    mean: Tensor
+    std: Tensor
+    victim: int
+    world_size: int
+    residual: bool
+
+    def build_model(self) -> nn.Module:
+        """The model under attack, with its weights and buffers, in the mode that the threat says."""
+        model = build_model(self.model, self.image_shape[0], self.classes, seed=0)
+        model.load_state_dict({**self.weights, **self.buffers})
+        return model.train(self.threat.batch_norm == "train")
+
+    def build_compressor(self) -> Compressor:
+        """A fresh compressor with the public state: it decodes and views the messages."""
+        compressor = build(self.defence, [w.shape for w in self.weights.values()])
+        compressor.load_public_state(self.compressor_state)
+        return compressor
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The private batch: images (batch, channels, height, width) in [0, 1], labels (batch,). For evaluation alone."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One private batch at one step: what was seen of it, and what it was. `index` numbers the batches of a step."""
+
+    index: int
+    seen: Observation
+    truth: Truth
+
+
+def seen_messages(messages: list[Message], threat: Threat) -> tuple[Message, ...]:
+    """The messages as the vantage has them: a peer did not see what a worker handed to an all-reduce."""
+    if threat.vantage == "link":
+        return tuple(messages)
+    hidden = [Message(m.op, tuple(torch.empty_like(x, device="meta") for x in m.sent), m.received) for m in messages]
+    return tuple(hidden)
+
+
+def save_capture(directory: Path, capture: Capture) -> None:
+    """Write the capture under `directory`; the model's file is written once a step."""
+    seen = capture.seen
+    folder = directory / f"step-{seen.step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model.pt"
+    if not model.exists():
+        _save(
+            model,
+            {"weights": seen.weights, "buffers": seen.buffers, "compressor_state": seen.compressor_state},
+        )
+    body = {
+        "step": seen.step,
+        "messages": [
+            {"op": m.op, "sent": list(map(_pack_meta, m.sent)), "received": list(m.received)} for m in seen.messages
+        ],
+        "defence": to_dict(seen.defence),
+        "model": to_dict(seen.model),
+        "threat": to_dict(seen.threat),
+        "labels": seen.labels,
+        "image_shape": list(seen.image_shape),
+        "classes": seen.classes,
+        "mean": seen.mean,
+        "std": seen.std,
+        "victim": seen.victim,
+        "world_size": seen.world_size,
+        "residual": seen.residual,
+    }
+    _save(folder / f"truth-{capture.index:03d}.pt", {"images": capture.truth.images, "labels": capture.truth.labels})
+    _save(folder / f"seen-{capture.index:03d}.pt", body)
+
+
+def load_capture(directory: Path, step: int, index: int) -> Capture:
+    """Read one capture. Raises ValueError if it is missing, damaged or of another format."""
+    folder = directory / f"step-{step:06d}"
+    model = _load(folder / "model.pt")
+    body = _load(folder / f"seen-{index:03d}.pt")
+    truth = _load(folder / f"truth-{index:03d}.pt")
+    seen = Observation(
+        step=body["step"],
+        weights=model["weights"],
+        buffers=model["buffers"],
+        compressor_state=model["compressor_state"],
+        messages=tuple(
+            Message(m["op"], tuple(map(_unpack_meta, m["sent"])), tuple(m["received"])) for m in body["messages"]
+        ),
+        defence=from_dict(Defence, body["defence"]),
+        model=from_dict(ModelConfig, body["model"]),
+        threat=from_dict(Threat, body["threat"]),
+        labels=body["labels"],
+        image_shape=tuple(body["image_shape"]),
+        classes=body["classes"],
+        mean=body["mean"],
+        std=body["std"],
+        victim=body["victim"],
+        world_size=body["world_size"],
+        residual=body["residual"],
+    )
+    return Capture(index, seen, Truth(truth["images"], truth["labels"]))
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears under its name only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, **content}, file)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(damaged)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"Expected a capture at {path}, but there is no such file.") from None
+    except Exception as error:  # torch.load raises many types for a damaged file; all of them mean the same here
+        raise ValueError(f"Expected {path} to be a capture, but it can't be read: {type(error).__name__}.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"Expected {path} to be a capture of format {FORMAT}.")
+    return content
+
+
+def _pack_meta(x: Tensor) -> Tensor | dict[str, Any]:
+    """A hidden payload keeps its shape and type alone."""
+    return {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} if x.is_meta else x
+
+
+def _unpack_meta(x: Tensor | dict[str, Any]) -> Tensor:
+    if isinstance(x, dict):
+        return torch.empty(x["shape"], dtype=getattr(torch, x["dtype"]), device="meta")
+    return x

@@ -1,0 +1,145 @@
+"""What workers say to each other. The only module that uses torch.distributed.
+
+A `Channel` averages or gathers tensors over all workers. `LocalChannel` is the case of one worker, `GroupChannel` a
+torch.distributed process group, and `Tap` wraps either of them and keeps what crossed the wire: the tensors that are
+counted are the tensors that are attacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Channel(Protocol):
+    """Collectives over `world_size` workers, of which this one is number `rank`.
+
+    Both calls are collective: every worker makes them in the same order, with tensors of the same shapes and dtypes.
+    Both return new tensors, bitwise equal on all workers, and leave their arguments as they are.
+    """
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    def all_mean(self, x: Tensor) -> Tensor:
+        """The mean of `x` over all workers."""
+        ...
+
+    def all_gather(self, xs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The tensors of every worker, in the order of ranks."""
+        ...
+
+
+class LocalChannel:
+    """One worker that talks to itself."""
+
+    world_size = 1
+    rank = 0
+
+    def all_mean(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    def all_gather(self, xs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        return [tuple(x.detach().clone() for x in xs)]
+
+
+class GroupChannel:
+    """The workers of a torch.distributed process group, the default group if none is given."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self._group = group
+        self.world_size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    def all_mean(self, x: Tensor) -> Tensor:
+        # Sum and divide: gloo has no average.
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total.div_(self.world_size)
+
+    def all_gather(self, xs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        packed = pack(xs)
+        buffers = [torch.empty_like(packed) for _ in range(self.world_size)]
+        dist.all_gather(buffers, packed, group=self._group)
+        return [unpack(buffer, xs) for buffer in buffers]
+
+
+def pack(xs: Sequence[Tensor]) -> Tensor:
+    """The bytes of all tensors, one after the other, as one uint8 tensor: (sum of numel x itemsize,)."""
+    return torch.cat([x.detach().contiguous().view(-1).view(torch.uint8) for x in xs])
+
+
+def unpack(packed: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Inverse of `pack`, for tensors of the shapes and dtypes of `like`."""
+    parts = packed.split([x.numel() * x.element_size() for x in like])
+    # The clone aligns a part that does not start at a multiple of its item size.
+    return tuple(part.clone().view(x.dtype).view(x.shape) for part, x in zip(parts, like, strict=True))
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective, as one worker took part in it.
+
+    sent: the payload that the worker handed to the collective, packed as it was handed over.
+    received: what the collective returned; for an all-gather the tensors of rank 0, then those of rank 1, and so on.
+    """
+
+    op: Literal["all_mean", "all_gather"]
+    sent: tuple[Tensor, ...]
+    received: tuple[Tensor, ...]
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.sent)
+
+    def to(self, device: str) -> Message:
+        """The message with its payloads on `device`; payloads that the vantage hides stay hidden."""
+        sent, received = (tuple(x if x.is_meta else x.to(device) for x in xs) for xs in (self.sent, self.received))
+        return Message(self.op, sent, received)
+
+    def received_from(self, rank: int) -> tuple[Tensor, ...]:
+        """What worker `rank` contributed to this all-gather."""
+        return self.received[rank * len(self.sent) : (rank + 1) * len(self.sent)]
+
+
+class Tap:
+    """A channel that counts the bytes this worker sends over another channel and, if asked, keeps the messages.
+
+    sent_bytes: payload bytes handed to collectives so far, a worker; headers and the collective's own algorithm
+    (a ring moves each byte 2 (W-1)/W times) are not in it, so that the figure does not depend on the network.
+    """
+
+    def __init__(self, channel: Channel, keep: bool = True):
+        self._channel = channel
+        self._keep = keep
+        self.world_size = channel.world_size
+        self.rank = channel.rank
+        self.sent_bytes = 0
+        self.messages: list[Message] = []
+
+    def all_mean(self, x: Tensor) -> Tensor:
+        received = self._channel.all_mean(x)
+        self._record("all_mean", (x,), (received,))
+        return received
+
+    def all_gather(self, xs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        received = self._channel.all_gather(xs)
+        self._record("all_gather", tuple(xs), tuple(x for worker in received for x in worker))
+        return received
+
+    def _record(
+        self, op: Literal["all_mean", "all_gather"], sent: tuple[Tensor, ...], received: tuple[Tensor, ...]
+    ) -> None:
+        message = Message(op, sent, received)
+        self.sent_bytes += message.sent_bytes
+        if self._keep:  # clone: a compressor may use its buffers again
+            copies = [tuple(x.detach().clone() for x in xs) for xs in (sent, received)]
+            self.messages.append(Message(op, copies[0], copies[1]))

@@ -1,0 +1,244 @@
+"""The three phases of a sweep on Ray: search over defences, search over attacks, evaluation of the winners.
+
+Each phase reads from the store what is finished, does the rest, and tells a listener. A trial that fails is recorded
+with its reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import tune
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raytrust.cluster.runtime import SLOT, Listener, cluster_device
+from raytrust.cluster.searchers import AttackSearch, DefenceSearch
+from raytrust.cluster.training import train_on_cluster
+from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
+from raytrust.data import Dataset
+from raytrust.store import Split, Store
+
+
+def search_defences(sweep: SweepConfig, space: dict[str, Any], data: Dataset, store: Store, listener: Listener) -> None:
+    """Outer search: train defences with Ray Train, capture, attack with the portfolio. Objectives: leakage down,
+    accuracy up and, if the sweep asks for it, bytes down. Ends when `sweep.trials` defences are finished or failed.
+    """
+    known, pending = [], []
+    for defence in dict.fromkeys([*sweep.defences, *store.defences(sweep.train)]):
+        if (results := defence_objectives(store, sweep, defence)) is not None:
+            known.append((defence, results))
+        else:
+            pending.append(defence)
+    remaining = max(sweep.trials - len(known), len(pending))
+    if remaining == 0:
+        return
+    objectives = {"leakage": "min", "accuracy": "max"} | ({"bytes_per_step": "min"} if sweep.bytes_objective else {})
+    search = DefenceSearch(space, objectives, pending, known, sweep.train.seed)
+    data_ref = ray.put(data)
+    trainable = tune.with_resources(
+        tune.with_parameters(_defence_trial, sweep=to_dict(sweep), data=[data_ref], store=store), {SLOT: 1}
+    )
+
+    def key(parameters: dict[str, Any]) -> tuple[str, str]:
+        defence = from_dict(Defence, parameters["defence"])
+        return store.run_id(replace(sweep.train, defence=defence)), defence.name
+
+    def failed(parameters: dict[str, Any], reason: str) -> None:
+        store.fail(replace(sweep.train, defence=from_dict(Defence, parameters["defence"])), reason)
+
+    slots = int(ray.cluster_resources().get(SLOT, 1))
+    _tune("defences", trainable, search, remaining, slots, store, _Relay("defences", listener, key, failed))
+
+
+def search_attacks(
+    sweep: SweepConfig, space: dict[str, Any], defences: Sequence[Defence], store: Store, listener: Listener
+) -> None:
+    """Inner search: for each defence, `sweep.attack_trials` attacks that maximise SSIM on the tuning images.
+
+    Runs in warm actors without Ray Train; the portfolio's results are where each study starts from.
+    """
+    runs = {store.run_id(train): train for train in (replace(sweep.train, defence=d) for d in defences)}
+    known, budget = {}, {}
+    for run, train in runs.items():
+        found = store.attacks(train, "tuning")
+        known[run] = [(f["attack"], float(np.mean(f["ssim"]))) for f in found]
+        portfolio = sweep.portfolio_against(train.defence)
+        tried = sum(from_dict(InversionConfig, f["attack"]) not in portfolio for f in found)
+        budget[run] = sweep.attack_trials - tried
+    total = sum(max(0, n) for n in budget.values())
+    if total == 0:
+        return
+    search = AttackSearch(space, budget, known, sweep.train.seed)
+    device = cluster_device()
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            _attack_trial,
+            runs={run: to_dict(t) for run, t in runs.items()},
+            base=to_dict(sweep.portfolio[0]),
+            store=store,
+        ),
+        {"CPU": 1, "GPU": 1 if device == "cuda" else 0},
+    )
+
+    def key(parameters: dict[str, Any]) -> tuple[str, str]:
+        return parameters["run"], runs[parameters["run"]].defence.name
+
+    concurrent = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
+    _tune("attacks", trainable, search, total, concurrent, store, _Relay("attacks", listener, key))
+
+
+def evaluate_attacks(
+    jobs: Sequence[tuple[TrainConfig, Sequence[InversionConfig]]], store: Store, listener: Listener
+) -> None:
+    """Run attacks on the evaluation images of a defence, one Ray task a defence, and keep the figures in the store."""
+    device = cluster_device()
+    task = _remote_attack(device)
+    waiting = {}
+    for train, attacks in jobs:
+        if any(store.attack(train, attack, "evaluation") is None for attack in attacks):
+            listener.started("evaluation", store.run_id(train), train.defence.name)
+            waiting[task.remote(store, train, attacks, "evaluation", device)] = train
+    while waiting:
+        done, _ = ray.wait(list(waiting), timeout=0.5)
+        listener.tick()
+        for ref in done:
+            train = waiting.pop(ref)
+            try:
+                listener.finished("evaluation", store.run_id(train), {"figures": ray.get(ref)})
+            except ray.exceptions.RayError as error:
+                reason = one_line(error)
+                store.fail(train, f"evaluation: {reason}")
+                listener.failed("evaluation", store.run_id(train), reason)
+
+
+def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> dict[str, float] | None:
+    """What the outer search minimises and maximises, for a defence that is trained and met the portfolio; else None.
+
+    leakage: the greatest mean SSIM on the tuning images over the portfolio.
+    """
+    train = replace(sweep.train, defence=defence)
+    training = store.training(train)
+    attacks = [store.attack(train, attack, "tuning") for attack in sweep.portfolio_against(defence)]
+    if training is None or any(a is None for a in attacks):
+        return None
+    return {
+        "leakage": max(float(np.mean(a["ssim"])) for a in attacks if a is not None),
+        "accuracy": training["correct"] / training["n_test"],
+        "bytes_per_step": float(training["bytes_per_step"]),
+    }
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without the way there: the last line of the innermost error."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    for failures in (getattr(error, "worker_failures", None), getattr(error, "_worker_failures", None)):
+        if failures:
+            return one_line(next(iter(failures.values())))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _defence_trial(parameters: dict[str, Any], sweep: dict[str, Any], data: list[Any], store: Store) -> None:
+    """Tune trial of the outer search. Takes no CPU of its own: its Train workers, then its attack tasks do."""
+    config = from_dict(SweepConfig, sweep)
+    defence = from_dict(Defence, parameters["defence"])
+    train = replace(config.train, defence=defence)
+    device = cluster_device()
+    started = time.perf_counter()
+    training = train_on_cluster(train, data[0], store, device)
+    task = _remote_attack(device)
+    attacks = config.portfolio_against(defence)
+    figures = ray.get(task.remote(store, train, attacks, "tuning", device))
+    objectives = defence_objectives(store, config, defence)
+    assert objectives is not None
+    tune.report(
+        {
+            **objectives,
+            "attacks": len(figures),
+            "attack_seconds": sum(f["seconds"] for f in figures),
+            "train_seconds": training["seconds"],
+            "wall_seconds": time.perf_counter() - started,
+        }
+    )
+
+
+def _attack_trial(
+    parameters: dict[str, Any], runs: dict[str, dict[str, Any]], base: dict[str, Any], store: Store
+) -> None:
+    """Tune trial of the inner search."""
+    started = time.perf_counter()
+    train = from_dict(TrainConfig, runs[parameters["run"]])
+    settings = {**base, **{k: v for k, v in parameters.items() if k != "run"}}
+    attack = from_dict(InversionConfig, settings).against(train.defence)
+    (figures,) = _attack_task(store, train, [attack], "tuning", cluster_device())
+    tune.report(
+        {
+            "ssim": float(np.mean(figures["ssim"])),
+            "figures": figures,
+            "attack_seconds": figures["seconds"],
+            "wall_seconds": time.perf_counter() - started,
+        }
+    )
+
+
+def _remote_attack(device: str) -> Any:
+    """`_attack_task` as a Ray task of one CPU and, on GPUs, one GPU, wherever there is room in the cluster."""
+    return ray.remote(_attack_task).options(
+        num_cpus=1,
+        num_gpus=1 if device == "cuda" else 0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # not inside the trial's own slot
+    )
+
+
+def _attack_task(
+    store: Store, train: TrainConfig, attacks: Sequence[InversionConfig], split: Split, device: str
+) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    return store.run_attacks(train, attacks, split, device)
+
+
+def _tune(
+    name: str, trainable: Any, search: Any, samples: int, concurrent: int, store: Store, relay: tune.Callback
+) -> None:
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=search, num_samples=samples, max_concurrent_trials=concurrent, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name=f"{name}-{time.time_ns()}",
+            storage_path=str(store.root / "ray" / "tune"),
+            callbacks=[relay],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+class _Relay(tune.Callback):
+    """Passes what happens to Tune's trials on to a listener."""
+
+    def __init__(self, phase: str, listener: Listener, key: Any, failed: Any = None):
+        self._phase, self._listener, self._key, self._failed = phase, listener, key, failed
+
+    def on_step_begin(self, **_: Any) -> None:
+        self._listener.tick()
+
+    def on_trial_start(self, trial: Any, **_: Any) -> None:
+        self._listener.started(self._phase, *self._key(trial.config))
+
+    def on_trial_complete(self, trial: Any, **_: Any) -> None:
+        self._listener.finished(self._phase, self._key(trial.config)[0], {**trial.config, **trial.last_result})
+
+    def on_trial_error(self, trial: Any, **_: Any) -> None:
+        reason = one_line(trial.get_pickled_error() or RuntimeError("the trial was lost"))
+        if self._failed:
+            self._failed(trial.config, reason)
+        self._listener.failed(self._phase, self._key(trial.config)[0], reason)

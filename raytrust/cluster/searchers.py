@@ -1,0 +1,163 @@
+"""Searchers: Optuna behind Ray Tune, fed with what the store holds, so that a resumed search goes on where it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from raytrust.config import Defence, PowerSGDConfig, TopKConfig, to_dict
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+Results = dict[str, float]
+
+
+class DefenceSearch(OptunaSearch):
+    """Suggests {"defence": ...}: first a given list, then what Optuna samples for the joint objectives, none twice.
+
+    space: Tune domains of "compressor", "rank" and "error_feedback"; a Top-K's rank is that whose bytes it equals.
+    known: finished defences with their objectives; Optuna learns from them, and they are not suggested again.
+    """
+
+    def __init__(
+        self,
+        space: dict[str, Any],
+        objectives: dict[str, str],
+        pending: Sequence[Defence],
+        known: Sequence[tuple[Defence, Results]],
+        seed: int,
+    ):
+        self._domains = OptunaSearch.convert_search_space(space)
+        super().__init__(self._domains, metric=list(objectives), mode=list(objectives.values()), seed=seed)
+        self._pending = list(pending)
+        self._given: dict[str, Defence] = {}
+        self._seen = {defence for defence, _ in known} | set(pending)
+        for defence, results in known:
+            self._learn(defence, results)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if self._pending:
+            self._given[trial_id] = self._pending.pop(0)
+            return {"defence": to_dict(self._given[trial_id])}
+        for _ in range(100):
+            defence = sampled_defence(super().suggest(trial_id) or {})
+            if defence not in self._seen:
+                self._seen.add(defence)
+                return {"defence": to_dict(defence)}
+            super().on_trial_complete(trial_id, error=True)
+            self._completed_trials.discard(trial_id)
+            del self._ot_trials[trial_id]
+        return self.FINISHED  # the space is used up
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        values = _finite(result, self.metric)
+        if trial_id in self._given:
+            if values is not None and not error:
+                self._learn(self._given[trial_id], values)
+        else:  # Optuna would leave a trial with a NaN objective running for ever
+            super().on_trial_complete(trial_id, values, error=error or values is None)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Only completed trials count."""
+
+    def _learn(self, defence: Defence, results: Results) -> None:
+        """Add a finished trial that Optuna didn't suggest; one outside the space can't teach it anything."""
+        parameters = _parameters(defence)
+        if parameters is None or not _inside(parameters, self._domains):
+            return
+        self._ot_study.add_trial(
+            optuna.trial.create_trial(
+                params=parameters, distributions=self._domains, values=[results[name] for name in self.metric]
+            )
+        )
+
+
+class AttackSearch(Searcher):
+    """Suggests {"run": ..., <attack settings>}: one Optuna study for each captured run, which maximises its own SSIM.
+
+    budget: run -> how many attacks to try. known: run -> finished (settings, SSIM), from which its study learns.
+    One study over all runs would learn to attack the runs that are easy to attack.
+    """
+
+    def __init__(
+        self,
+        space: dict[str, Any],
+        budget: dict[str, int],
+        known: dict[str, list[tuple[dict[str, Any], float]]],
+        seed: int,
+    ):
+        super().__init__(metric="ssim", mode="max")
+        domains = OptunaSearch.convert_search_space(space)
+        self._left = {run: n for run, n in budget.items() if n > 0}
+        self._studies: dict[str, OptunaSearch] = {}
+        self._owner: dict[str, str] = {}
+        for i, run in enumerate(budget):
+            # Distinct but reproducible seeds: with one seed all studies would try the same first settings.
+            study = OptunaSearch(domains, metric="ssim", mode="max", seed=seed + i)
+            for settings, value in known.get(run, []):
+                parameters = {k: settings[k] for k in domains}
+                if _inside(parameters, domains):
+                    study.add_evaluated_point(parameters, value)
+            self._studies[run] = study
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if not self._left:
+            return self.FINISHED
+        run = next(iter(self._left))
+        left = self._left.pop(run) - 1
+        if left:
+            self._left[run] = left  # to the end: runs take turns
+        self._owner[trial_id] = run
+        return {"run": run, **(self._studies[run].suggest(trial_id) or {})}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        values = _finite(result, ["ssim"])
+        self._studies[self._owner[trial_id]].on_trial_complete(trial_id, values, error=error or values is None)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Only completed trials count."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The store is what a sweep resumes from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("A search is resumed from the store.")
+
+
+def sampled_defence(parameters: dict[str, Any]) -> Defence:
+    """The defence that a point of the search space stands for."""
+    rank = int(parameters["rank"])
+    makers: dict[str, Callable[[], Any]] = {
+        "powersgd": lambda: PowerSGDConfig(rank),
+        "topk": lambda: TopKConfig(equal_to_rank=rank),
+    }
+    return Defence(makers[parameters["compressor"]](), bool(parameters["error_feedback"]))
+
+
+def _parameters(defence: Defence) -> dict[str, Any] | None:
+    """Inverse of `sampled_defence`, None where there is none."""
+    match defence.compressor:
+        case PowerSGDConfig(rank=rank) | TopKConfig(equal_to_rank=int(rank)):
+            parameters = {
+                "compressor": defence.compressor.method,
+                "rank": rank,
+                "error_feedback": defence.error_feedback,
+            }
+            return parameters if sampled_defence(parameters) == defence else None
+    return None
+
+
+def _inside(parameters: dict[str, Any], domains: dict[str, Any]) -> bool:
+    """Whether this is a point of the space, so that a study can learn from it."""
+    return all(domain._contains(domain.to_internal_repr(parameters[name])) for name, domain in domains.items())
+
+
+def _finite(result: dict[str, Any] | None, names: Sequence[str]) -> Results | None:
+    values = {name: (result or {}).get(name) for name in names}
+    if all(isinstance(v, (int, float)) and math.isfinite(v) for v in values.values()):
+        return values  # type: ignore[return-value]
+    return None

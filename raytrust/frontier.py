@@ -1,0 +1,138 @@
+"""From finished results to the rows of the frontier. Reads the store; needs no cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from raytrust.config import (
+    Defence,
+    DenseConfig,
+    InversionConfig,
+    PowerSGDConfig,
+    SweepConfig,
+    TopKConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+from raytrust.metrics import mean_interval, proportion_interval
+from raytrust.store import Store
+
+Row = dict[str, Any]
+
+
+def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
+    """The frontier's row of a defence: see the README for its keys. Numbers come from finished results alone."""
+    train = replace(sweep.train, defence=defence)
+    training = store.training(train)
+    figures = [f for f in store.attacks(train, "evaluation")]
+    by_objective = {o: _best(figures, o) for o in ("naive", "aware")}
+    if isinstance(defence.compressor, DenseConfig):  # without a compressor the two objectives are one
+        by_objective["aware"] = by_objective["naive"]
+    worst = _best(figures)
+    reason = store.failure(train)
+    if reason is None and (training is None or worst is None):
+        reason = "not finished"
+    base = {
+        "name": defence.name,
+        **compressor_columns(defence, training),
+        "error_feedback": defence.error_feedback,
+        "status": "finished" if reason is None else "failed",
+        "reason": reason,
+        "seeds": [sweep.train.seed],
+        "threat": to_dict(sweep.train.threat),
+        "run": store.run_id(train),
+        "bytes_per_step": training and _integer(training["bytes_per_step"]),
+        "compression_ratio": training and training["dense_bytes"] / training["bytes_per_step"],
+        "attacks_tried": len(store.attacks(train, "tuning")),
+        "n_tuning_images": sweep.train.capture.tuning * sweep.train.threat.batch_size,
+    }
+    if reason is not None or training is None or worst is None:
+        empty = ("accuracy", "accuracy_interval", "n_test", "leakage_ssim", "leakage_interval", "ssim_std", "psnr")
+        more = ("n_images", "naive_ssim", "aware_ssim", "oracle_ssim", "attack")
+        return base | dict.fromkeys((*empty, *more))
+    ssim = worst["ssim"]
+    interval = mean_interval(ssim)
+    return base | {
+        "accuracy": training["correct"] / training["n_test"],
+        "accuracy_interval": list(proportion_interval(training["correct"], training["n_test"])),
+        "n_test": training["n_test"],
+        "leakage_ssim": float(np.mean(ssim)),
+        "leakage_interval": interval and [max(-1.0, interval[0]), min(1.0, interval[1])],
+        "ssim_std": float(np.std(ssim, ddof=1)) if len(ssim) > 1 else 0.0,
+        "psnr": float(np.mean(worst["psnr"])),
+        "n_images": len(ssim),
+        "naive_ssim": _mean_ssim(by_objective["naive"]),
+        "aware_ssim": _mean_ssim(by_objective["aware"]),
+        "oracle_ssim": float(np.mean(worst["oracle_ssim"])),
+        "attack": worst["attack"],
+    }
+
+
+def finalists(store: Store, sweep: SweepConfig, defence: Defence) -> tuple[TrainConfig, list[InversionConfig]]:
+    """The attacks to run on the evaluation images: on the tuning images the best naive one and the best aware one."""
+    train = replace(sweep.train, defence=defence)
+    tried = store.attacks(train, "tuning")
+    best = [_best(tried, objective) for objective in ("naive", "aware")]
+    return train, [from_dict(InversionConfig, f["attack"]) for f in best if f is not None]
+
+
+def _best(figures: Sequence[dict[str, Any]], objective: str | None = None) -> dict[str, Any] | None:
+    """The attack of greatest mean SSIM: leakage is a maximum."""
+    eligible = [f for f in figures if objective in (None, f["attack"]["objective"])]
+    return max(eligible, key=lambda f: float(np.mean(f["ssim"])), default=None)
+
+
+def _mean_ssim(figures: dict[str, Any] | None) -> float | None:
+    return None if figures is None else float(np.mean(figures["ssim"]))
+
+
+def compressor_columns(defence: Defence, training: dict[str, Any] | None) -> Row:
+    columns: Row = {
+        "compressor": defence.compressor.method,
+        "rank": None,
+        "level": None,
+        "equal_to_rank": None,
+        "equal_by": None,
+    }
+    match defence.compressor:
+        case PowerSGDConfig(rank=rank):
+            columns["rank"] = rank
+        case TopKConfig(level=level, equal_to_rank=equal, equal_by=by):
+            # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
+            sent = training and training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
+            columns |= {"level": level or sent, "equal_to_rank": equal, "equal_by": by if equal else None}
+    return columns
+
+
+def _integer(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def audited_defences(sweep: SweepConfig, store: Store) -> list[Defence]:
+    """Those of the list first, then those that the search chose, in the order in which they were begun."""
+    return list(dict.fromkeys([*sweep.defences, *store.defences(sweep.train)]))
+
+
+def trained_defences(sweep: SweepConfig, store: Store, defences: Sequence[Defence]) -> list[Defence]:
+    configs = ((d, replace(sweep.train, defence=d)) for d in defences)
+    return [d for d, train in configs if store.training(train) is not None and store.failure(train) is None]
+
+
+def drawing(store: Store, sweep: SweepConfig, finished: Row) -> tuple[np.ndarray, list[float], np.ndarray]:
+    """(reconstructions, their SSIM, originals) of the winning attack on a finished defence."""
+    train = train_of(store, sweep, finished)
+    attack = from_dict(InversionConfig, finished["attack"])
+    reconstructions, originals = store.reconstructions(train, attack, "evaluation")
+    figures = store.attack(train, attack, "evaluation")
+    assert figures is not None
+    return reconstructions.numpy(), figures["ssim"], originals.numpy()
+
+
+def train_of(store: Store, sweep: SweepConfig, finished: Row) -> TrainConfig:
+    configs = (replace(sweep.train, defence=d) for d in audited_defences(sweep, store))
+    return next(train for train in configs if store.run_id(train) == finished["run"])

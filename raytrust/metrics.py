@@ -1,0 +1,156 @@
+"""Image similarity, intervals and Pareto sets: pure functions on arrays, without torch.
+
+A number is reported with its interval, so the intervals live beside the metrics. All errors are ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
+from skimage.metrics import structural_similarity
+
+_TOLERANCE = 1e-6  # slack of the [0, 1] check, for images that went through float32 arithmetic
+_WINDOW = 7  # side of the uniform SSIM window, in pixels
+
+
+def ssim(a: ArrayLike, b: ArrayLike) -> float:
+    """Structural similarity of two images, averaged over channels and window positions.
+
+    Pinned to ``skimage.metrics.structural_similarity(a, b, data_range=1.0, channel_axis=0)`` in float64, that is a
+    uniform 7x7 window and sample covariances (Wang et al., 2004, eq. 13, with K1 = 0.01 and K2 = 0.03).
+
+    Args:
+        a, b: (channels, height, width), values in [0, 1].
+
+    Returns:
+        A number in [-1, 1]; symmetric in ``a`` and ``b``; 1 for identical images.
+
+    Raises:
+        ValueError: shapes differ, are not 3-dimensional or smaller than the window; a value is NaN or outside [0, 1].
+    """
+    a, b = _image_pair(a, b)
+    if min(a.shape[1:]) < _WINDOW:
+        raise ValueError(f"Expected images of at least {_WINDOW}x{_WINDOW} pixels, got shape={a.shape}.")
+    return float(structural_similarity(a, b, win_size=_WINDOW, data_range=1.0, channel_axis=0))
+
+
+def mse(a: ArrayLike, b: ArrayLike) -> float:
+    """Mean squared error of two (channels, height, width) images in [0, 1]; a number in [0, 1].
+
+    Raises:
+        ValueError: as in :func:`ssim`, except that any size of at least one pixel will do.
+    """
+    a, b = _image_pair(a, b)
+    return float(np.mean((a - b) ** 2))
+
+
+def psnr(a: ArrayLike, b: ArrayLike) -> float:
+    """Peak signal-to-noise ratio in dB for a data range of 1: ``-10 log10(mse)``.
+
+    Non-negative up to the [0, 1] tolerance; ``math.inf`` for identical images, which JSON can't hold.
+
+    Raises:
+        ValueError: as in :func:`mse`.
+    """
+    error = mse(a, b)
+    return math.inf if error == 0.0 else -10.0 * math.log10(error)
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float] | None:
+    """Two-sided Student-t interval for the mean of ``values``, centred on their sample mean.
+
+    Exact for independent normal values. It isn't clipped: the interval of a bounded metric may pass its bound.
+
+    Args:
+        values: (n,), finite, n >= 1.
+        confidence: coverage in (0, 1).
+
+    Returns:
+        (low, high), of width 0 if all values are equal; None if n == 1, when no interval exists.
+
+    Raises:
+        ValueError: ``values`` is empty, not 1-dimensional or not finite, or ``confidence`` is outside (0, 1).
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size == 0 or not np.isfinite(x).all():
+        raise ValueError(f"Expected at least one finite value in one dimension, got values={x}.")
+    _check_confidence(confidence)
+    n = x.size
+    if n == 1:
+        return None
+    mean = float(x.mean())
+    half = float(stdtrit(n - 1, 0.5 + confidence / 2) * x.std(ddof=1) / math.sqrt(n))
+    return mean - half, mean + half
+
+
+def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval (Wilson, 1927, without continuity correction) for a proportion.
+
+    Returns:
+        (low, high) with 0 <= low <= successes / n <= high <= 1; of positive width, even at 0 and n successes.
+
+    Raises:
+        ValueError: ``n`` < 1, ``successes`` outside [0, n], or ``confidence`` outside (0, 1).
+    """
+    if n < 1:
+        raise ValueError(f"Expected n={n} >= 1.")
+    if not 0 <= successes <= n:
+        raise ValueError(f"Expected successes={successes} in [0, {n}].")
+    _check_confidence(confidence)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # The bounds hold in exact arithmetic; min and max keep them under rounding.
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
+
+def pareto(points: ArrayLike, maximise: Sequence[bool]) -> NDArray[np.bool_]:
+    """Mask of the non-dominated points.
+
+    A point is dominated if another is at least as good in every coordinate and better in one. So every copy of a
+    non-dominated point is kept, and the mask of a non-empty set has at least one True.
+
+    Args:
+        points: (n, d), without NaN; n may be 0.
+        maximise: (d,), True where larger is better.
+
+    Returns:
+        (n,) booleans. Time and memory are O(n^2 d).
+
+    Raises:
+        ValueError: ``points`` is not (n, d) with d == len(maximise) >= 1, or holds a NaN.
+    """
+    x = np.asarray(points, dtype=np.float64)
+    if x.ndim != 2 or len(maximise) == 0 or x.shape[1] != len(maximise):
+        raise ValueError(f"Expected points of shape (n, {len(maximise)}) with at least one column, got {x.shape}.")
+    if np.isnan(x).any():
+        raise ValueError("Expected points without NaN.")
+    gain = np.where(np.asarray(maximise, dtype=bool), x, -x)
+    other, one = gain[:, None, :], gain[None, :, :]
+    dominates = (other >= one).all(axis=2) & (other > one).any(axis=2)
+    return np.logical_not(dominates.any(axis=0))
+
+
+def _image_pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both images as float64, or ValueError."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 3 or x.size == 0:
+        raise ValueError(
+            f"Expected two non-empty (channels, height, width) images of one shape, got {x.shape}, {y.shape}."
+        )
+    for image in (x, y):
+        low, high = float(image.min()), float(image.max())
+        if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):  # also refuses NaN
+            raise ValueError(f"Expected values in [0, 1], got [{low}, {high}].")
+    return x, y
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"Expected confidence={confidence} in (0, 1).")

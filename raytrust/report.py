@@ -1,0 +1,250 @@
+"""From saved results to the table of the privacy frontier: rows, their file, their Pareto set.
+
+A row is one defence, a plain dict as ``frontier.json`` holds it. It may carry any further keys, which are kept as they
+are. Keys that raytrust reads:
+
+- ``name``, ``compressor``, ``error_feedback``, ``status`` ("finished" or "failed"), ``reason`` (of a failure);
+- ``accuracy`` in [0, 1], ``accuracy_interval`` [low, high], ``n_test``;
+- ``leakage_ssim`` (mean SSIM under the strongest attack), ``leakage_interval`` or None, ``n_images``;
+- ``naive_ssim``, ``aware_ssim``: the best attack that ignores the compressor, and the best that knows it;
+- ``bytes_per_step``, ``compression_ratio``; ``attack`` (the winner's settings), ``attacks_tried``, ``seeds``.
+
+``pareto`` isn't read but computed anew, so that it can't be stale.
+
+A finished row has numbers for accuracy and leakage. A failed row has none for accuracy and for whatever an attack
+measures, so that a failure can't pass for a zero, neither in a file nor in a figure; bytes it may have, as training may
+have finished when its attack failed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from raytrust import metrics
+
+Row = dict[str, Any]
+
+_REQUIRED = ("accuracy", "leakage_ssim")
+_MEASURED = (*_REQUIRED, "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr")  # None in a failed row
+_TABLE_WIDTH = 120
+
+
+# --- files ---
+
+
+def load_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a JSON file written by :func:`write_rows`.
+
+    Raises:
+        ValueError: not JSON, NaN or infinity in it, not a list of objects, or rows that :func:`write_rows` refuses.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"Expected finite numbers in {path}, got {constant}.")
+
+    return _checked(json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse))
+
+
+def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
+    """Writes the rows as JSON, atomically: a reader finds the old file or the new one, never a part.
+
+    Raises:
+        ValueError: a row without a name; a status other than "finished" and "failed"; a failed row that carries a
+            number for accuracy or from an attack; a finished row without a number for accuracy or leakage; NaN or
+            infinity anywhere.
+        TypeError: a value that JSON has no form for.
+
+    The file is then left as it was.
+    """
+    text = json.dumps(_checked(rows), indent=2, allow_nan=False)
+    replace_file(path, (text + "\n").encode())
+
+
+def mark_pareto(rows: Sequence[Row]) -> list[Row]:
+    """Copies of the rows with ``pareto`` set: no finished row leaks less and is more accurate (see metrics.pareto).
+
+    A failed row gets False. Order is kept and the arguments are left alone.
+
+    Raises:
+        ValueError: as in :func:`write_rows`.
+    """
+    rows = _checked(rows)
+    finished = [row for row in rows if row["status"] == "finished"]
+    points = np.array([[row["leakage_ssim"], row["accuracy"]] for row in finished]).reshape(-1, 2)
+    mask = iter(metrics.pareto(points, maximise=[False, True]).tolist())
+    return [{**row, "pareto": next(mask) if row["status"] == "finished" else False} for row in rows]
+
+
+def _checked(rows: Any) -> list[Row]:
+    if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("Expected a list of objects, one a defence.")
+    for row in rows:
+        name, status = row.get("name"), row.get("status")
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"Expected a row with a name, got name={name!r}.")
+        if status == "failed":
+            for key in _MEASURED:
+                if row.get(key) is not None:
+                    raise ValueError(f"Expected {key}=None in the failed row {name!r}, got {row[key]!r}.")
+        elif status == "finished":
+            for key in _REQUIRED:
+                value = row.get(key)
+                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                    raise ValueError(f"Expected a finite number {key} in the finished row {name!r}, got {value!r}.")
+        else:
+            raise ValueError(f"Expected status='finished' or 'failed' in row {name!r}, got {status!r}.")
+    return list(rows)
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes the bytes atomically; if that fails, the old file stays and no other is left behind."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # same directory, so that the rename is atomic
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- table ---
+
+
+def frontier_table(rows: Sequence[Row]) -> str:
+    """The frontier as plain text for a terminal, at most 120 columns wide.
+
+    Finished rows come first, least leakage on top; ``*`` marks the Pareto set, computed here from leakage and
+    accuracy. Failed rows follow with their reason and no number. A caption says what the numbers are and their n.
+
+    Raises:
+        ValueError: as in :func:`write_rows`.
+    """
+    rows = mark_pareto(rows)
+    finished, failed = split(rows)
+    header = [
+        "  defence",
+        "accuracy %",
+        "leakage\nSSIM",
+        "naive/\naware",
+        "bytes/\nstep",
+        "ratio",
+        "strongest attack",
+        "tried",
+    ]
+    cells = [header, *(_table_cells(row) for row in finished)]
+    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)]
+    spare = _TABLE_WIDTH - 2 * (len(widths) - 1) - sum(widths) + widths[0] + widths[6]
+    widths[0] = min(widths[0], max(22, spare - widths[6]))  # long names and attacks wrap
+    widths[6] = min(widths[6], spare - widths[0])
+
+    lines = _table_lines(header, widths)
+    lines.append("  ".join("-" * width for width in widths))
+    for row_cells in cells[1:]:
+        lines += _table_lines(row_cells, widths)
+    for row in failed:
+        rest = _TABLE_WIDTH - widths[0] - 2
+        reason = textwrap.fill(f"failed: {reason_of(row)}", rest, subsequent_indent="  ")
+        lines += _table_lines([f"  {row['name']}", reason], [widths[0], rest])
+    caption = (
+        f"{provenance(finished)} naive/aware: the strongest attack that ignores/knows the compressor. "
+        "r: restarts, s: training step attacked. *: Pareto set (least leakage, most accuracy)."
+    )
+    return "\n".join([*lines, "", *textwrap.wrap(caption, _TABLE_WIDTH)])
+
+
+def _table_cells(row: Row) -> list[str]:
+    accuracy, leakage = f"{100 * row['accuracy']:.1f}", f"{row['leakage_ssim']:.2f}"
+    if (interval := row.get("accuracy_interval")) is not None:
+        accuracy += f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    if (interval := row.get("leakage_interval")) is not None:
+        low, high = interval
+        centred = abs((low + high) / 2 - row["leakage_ssim"]) < 0.005
+        leakage += f" ±{(high - low) / 2:.2f}" if centred else f" [{low:.2f}, {high:.2f}]"
+    naive, aware = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in ("naive_ssim", "aware_ssim"))
+    ratio = row.get("compression_ratio")
+    return [
+        f"{'*' if row['pareto'] else ' '} {row['name']}",
+        accuracy,
+        leakage,
+        f"{naive}/{aware}",
+        human_bytes(row.get("bytes_per_step")),
+        "-" if ratio is None else f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x",
+        _attack_text(row.get("attack")),
+        "-" if row.get("attacks_tried") is None else str(row["attacks_tried"]),
+    ]
+
+
+def _table_lines(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The lines of one row; a cell wider than its column is wrapped, with the indent of its first line."""
+    columns = []
+    for cell, width in zip(cells, widths, strict=True):
+        indent = "    " if cell.startswith(("  ", "* ")) else ""
+        columns.append([w for line in cell.split("\n") for w in textwrap.wrap(line, width, subsequent_indent=indent)])
+    rows = zip_longest(*columns, fillvalue="")
+    return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _attack_text(attack: Row | None) -> str:
+    names = {"objective": "", "tv": "tv=", "step_size": "lr=", "restarts": "r=", "capture_step": "s="}
+    values = {label: attack.get(key) for key, label in names.items()} if attack else {}
+    return " ".join(f"{label}{_short(value)}" for label, value in values.items() if value is not None) or "-"
+
+
+def _short(value: object) -> str:
+    """Two significant digits of a float, in the shorter notation: 0.01, 1e-4, 2.1e-5."""
+    if not isinstance(value, float):
+        return str(value)
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return min(f"{value:.2g}", f"{mantissa.removesuffix('.0')}e{int(exponent)}", key=len)
+
+
+def human_bytes(count: float | None) -> str:
+    """Decimal units: 512 B, 1.2 kB, 44.7 MB."""
+    if count is None:
+        return "-"
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.95 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
+    """The finished rows, least leakage first and then the most accurate, and the failed rows in their order."""
+    rows = list(rows)
+    finished = [row for row in rows if row["status"] == "finished"]
+    finished.sort(key=lambda row: (row["leakage_ssim"], -row["accuracy"]))
+    return finished, [row for row in rows if row["status"] == "failed"]
+
+
+def reason_of(row: Row) -> str:
+    return str(row.get("reason") or "no reason recorded")
+
+
+def _span(values: Iterable[int | None]) -> str:
+    """The number that a caption gives for all rows, or their range: "4", "4 to 8", "?"."""
+    known = sorted({value for value in values if value is not None})
+    return "?" if not known else f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}"
+
+
+def provenance(finished: Sequence[Row]) -> str:
+    """A caption's first sentences: what was measured on how many images and seeds, and what the intervals are."""
+    if not finished:
+        return "No defence finished."
+    tests, images, tried = (_span(row.get(key) for row in finished) for key in ("n_test", "n_images", "attacks_tried"))
+    seeds = _span(len(row["seeds"]) if row.get("seeds") else None for row in finished)
+    missing = any(row.get("leakage_interval") is None for row in finished)
+    return (
+        f"Accuracy: test images, n = {tests}; training seeds: {seeds}. Leakage: mean SSIM (1 = exact copy) to the "
+        f"private images, n = {images}, under the strongest of {tried} attacks. 95 % intervals: Wilson, Student-t"
+        f"{' (none where n = 1)' if missing else ''}."
+    )

@@ -1,0 +1,107 @@
+"""What a sweep writes to MLflow, as it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raytrust.config import InversionConfig, SweepConfig, TrainConfig, digest, from_dict, to_dict
+from raytrust.data import Dataset
+from raytrust.figures import reconstructions_figure
+from raytrust.frontier import Row, audited_defences, compressor_columns, drawing, train_of
+from raytrust.store import Store
+from raytrust.tracking import Tracker
+
+
+class SweepLog:
+    """A listener that writes what happens to MLflow."""
+
+    def __init__(self, sweep: SweepConfig, store: Store, data: Dataset, uri: str, cpus: int):
+        self._sweep, self._store, self._data = sweep, store, data
+        self._tracker = Tracker(uri, store.root, experiment=f"raytrust {data.name}")
+        self._cpus, self._busy = cpus, 0.0
+
+    @contextmanager
+    def open_run(self) -> Iterator[None]:
+        train = self._sweep.train
+        parameters = {"data": self._data.name, "trials": self._sweep.trials, **self._nested(train)}
+        tags = {"seeds": [train.seed], "data.fingerprint": self._store.fingerprint, "raytrust.kind": "sweep"}
+        self._tracker.begin_sweep(f"{self._sweep.name} {self._store.root.name}", parameters, tags)
+        try:
+            yield
+        except BaseException as error:
+            self._tracker.end_sweep("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+
+    def started(self, phase: str, key: str, what: str) -> None:
+        pass
+
+    def tick(self) -> None:
+        pass
+
+    def finished(self, phase: str, key: str, result: dict[str, Any]) -> None:
+        train = self._train(key)
+        if phase == "evaluation":
+            self._busy += sum(f["seconds"] for f in result["figures"]) / self._cpus
+        else:
+            self._busy += result.get("train_seconds", 0.0) + result["attack_seconds"] / self._cpus
+        if phase == "defences":
+            training = self._store.training(train)
+            assert training is not None
+            self._tracker.trained(key, train.defence.name, self._parameters(train), training)
+            for figures in self._store.attacks(train, "tuning"):
+                self._attacked(key, figures)
+        elif phase == "attacks":
+            self._attacked(key, result["figures"])
+
+    def failed(self, phase: str, key: str, reason: str) -> None:
+        train = self._train(key)
+        if phase != "attacks":  # one failed attack fails no defence
+            self._tracker.failed(key, train.defence.name, self._parameters(train), reason)
+
+    def finish(self, rows: list[Row], artifacts: list[Path], wall: float) -> None:
+        names = ("accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr")
+        for finished in (r for r in rows if r["status"] == "finished"):
+            train = train_of(self._store, self._sweep, finished)
+            key = finished["run"]
+            images, ssim, originals = drawing(self._store, self._sweep, finished)
+            figure = self._store.run_directory(train) / "reconstructions.png"
+            reconstructions_figure(originals, [(finished["name"], images, ssim)], figure)
+            directory = self._store.run_directory(train) / f"step-{finished['attack']['capture_step']:06d}"
+            training = self._store.training(train)
+            assert training is not None
+            self._tracker.trained(key, finished["name"], self._parameters(train), training)
+            self._tracker.log_capture(key, directory)
+            metrics = {n: finished[n] for n in (*names, "attacks_tried", "n_images")}
+            tags = {"pareto": finished["pareto"], **{f"attack.{k}": v for k, v in finished["attack"].items()}}
+            self._tracker.evaluated(key, metrics, tags, [figure])
+        done = sum(r["status"] == "finished" for r in rows)
+        metrics = {"defences_finished": done, "defences_failed": len(rows) - done, "wall_seconds": wall}
+        metrics["overhead_seconds_per_trial"] = self.overhead(wall, len(rows))
+        self._tracker.end_sweep("FINISHED", artifacts, metrics)
+
+    def overhead(self, wall: float, trials: int) -> float:
+        """Seconds a defence that the phases took beyond training and attacks, had these kept all CPUs busy."""
+        return max(0.0, wall - self._busy) / trials
+
+    def _attacked(self, key: str, figures: dict[str, Any]) -> None:
+        attack = from_dict(InversionConfig, figures["attack"])
+        self._tracker.attacked(key, digest(attack), attack.name, figures)
+
+    def _train(self, key: str) -> TrainConfig:
+        configs = (replace(self._sweep.train, defence=d) for d in audited_defences(self._sweep, self._store))
+        return next(train for train in configs if self._store.run_id(train) == key)
+
+    def _parameters(self, train: TrainConfig) -> dict[str, Any]:
+        columns = compressor_columns(train.defence, self._store.training(train))
+        shared = {"error_feedback": train.defence.error_feedback, "data": self._data.name}
+        return columns | shared | self._nested(train)
+
+    @staticmethod
+    def _nested(train: TrainConfig) -> dict[str, Any]:
+        flat = {k: v for k, v in to_dict(train).items() if not isinstance(v, dict)}
+        nested = {f"{k}.{n}": v for k in ("model", "threat", "capture") for n, v in to_dict(train)[k].items()}
+        return flat | nested

@@ -1,0 +1,186 @@
+"""The sweep in MLflow. The only module that imports mlflow.
+
+One run for the sweep, below it one for each defence, below that one for each attack of the search. All is logged by
+the driver, from the store. DIR/mlflow.json says what is logged already, so a resumed sweep goes on in its own runs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+
+from raytrust.store import read_json, write_json
+
+PARENT = "sweep"
+MAX_CAPTURE_BYTES = 64 * 2**20  # a larger capture is not copied into the artifact store, only named
+
+
+def default_uri(root: Path) -> str:
+    """A database of its own in the sweep's directory."""
+    return f"sqlite:///{root.resolve()}/mlflow.db"
+
+
+class Tracker:
+    """Logs one sweep to one tracking store. All paths are absolute: Ray changes its workers' directories."""
+
+    def __init__(self, uri: str, root: Path, experiment: str):
+        self._root = root.resolve()
+        self._client = MlflowClient(tracking_uri=uri)
+        self._ledger_path = self._root / "mlflow.json"
+        self._runs: dict[str, str] = read_json(self._ledger_path) or {}
+        self._experiment = self._experiment_id(experiment, uri)
+
+    def begin_sweep(self, name: str, parameters: dict[str, Any], tags: dict[str, Any]) -> str:
+        """Begin or reopen the parent run; returns its id."""
+        run, new = self._open(PARENT, name, None, {**versions(), **tags})
+        if new:
+            self._log(run, parameters=parameters)
+        else:
+            self._client.update_run(run, status="RUNNING")
+        return run
+
+    def end_sweep(self, status: str, artifacts: Iterable[Path] = (), metrics: dict[str, float] | None = None) -> None:
+        """End the parent run, and every run that is still open, as "FINISHED", "FAILED" or "KILLED"."""
+        run = self._runs[PARENT]
+        self._log(run, metrics=metrics)
+        for path in artifacts:
+            self._client.log_artifact(run, str(path))
+        self._client.set_terminated(run, status)
+        if status != "FINISHED":
+            for child in self._client.search_runs(
+                [self._experiment], f"attributes.status = 'RUNNING' and tags.`raytrust.sweep` = '{run}'"
+            ):
+                self._client.set_terminated(child.info.run_id, status)
+
+    def trained(self, key: str, name: str, parameters: dict[str, Any], training: dict[str, Any]) -> None:
+        """A defence has been trained: its parameters, loss and wire bytes step by step, accuracy."""
+        run, new = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "defence"})
+        if not new:
+            return
+        now = int(time.time() * 1000)
+        steps = [Metric("train_loss", loss, now, step) for step, loss in enumerate(training["losses"])]
+        sent = training["bytes_per_step"]
+        steps += [Metric("wire_bytes", sent * (step + 1), now, step) for step in range(len(training["losses"]))]
+        for first in range(0, len(steps), 1000):  # the most that one call may hold
+            self._client.log_batch(run, metrics=steps[first : first + 1000])
+        metrics = {
+            "accuracy": training["correct"] / training["n_test"],
+            "bytes_per_step": sent,
+            "compression_ratio": training["dense_bytes"] / sent,
+            "train_seconds": training["seconds"],
+        }
+        self._log(run, parameters=parameters, metrics=metrics)
+
+    def attacked(self, key: str, attack_key: str, name: str, figures: dict[str, Any]) -> None:
+        """An attack of the search on a defence has finished: its settings, and what it reached on the tuning images."""
+        run, new = self._open(f"{key}/{attack_key}", name, self._runs[key], {"raytrust.kind": "attack"})
+        if not new:
+            return
+        count = len(figures["ssim"])
+        metrics = {f"tuning_{m}": sum(figures[m]) / count for m in ("ssim", "psnr", "oracle_ssim")}
+        metrics |= {"matching_objective": sum(figures["objective"]) / len(figures["objective"])}
+        self._log(run, parameters=figures["attack"], metrics=metrics | {"seconds": figures["seconds"]})
+        self._client.set_terminated(run, "FINISHED")
+
+    def evaluated(self, key: str, metrics: dict[str, float], tags: dict[str, Any], artifacts: Iterable[Path]) -> None:
+        """A defence has its place on the frontier: the figures of its row, and the reconstructions."""
+        run = self._runs[key]
+        self._log(run, metrics=metrics)
+        for name, value in tags.items():
+            self._client.set_tag(run, name, value)
+        for path in artifacts:
+            self._client.log_artifact(run, str(path))
+        self._client.set_terminated(run, "FINISHED")
+
+    def log_capture(self, key: str, directory: Path) -> None:
+        """The captured step as an artifact, without the truth; where it is large, only where it lies."""
+        run = self._runs[key]
+        files = [p for p in sorted(directory.glob("*.pt")) if not p.name.startswith("truth")]
+        self._client.set_tag(run, "raytrust.capture", str(directory))
+        if sum(p.stat().st_size for p in files) <= MAX_CAPTURE_BYTES:
+            for path in files:
+                self._client.log_artifact(run, str(path), artifact_path=f"capture/{directory.name}")
+
+    def failed(self, key: str, name: str, parameters: dict[str, Any], reason: str) -> None:
+        """A defence has failed: its run says why, and has no figures."""
+        run, new = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "defence"})
+        if new:
+            self._log(run, parameters=parameters)
+        self._client.set_tag(run, "raytrust.failure", reason)
+        self._client.set_terminated(run, "FAILED")
+
+    def _experiment_id(self, name: str, uri: str) -> str:
+        """The experiment of this name, made if there is none; a local store keeps its artifacts beside itself."""
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        location = (self._root / "mlartifacts").as_uri() if uri == default_uri(self._root) else None
+        return self._client.create_experiment(name, artifact_location=location)
+
+    def _open(self, key: str, name: str, parent: str | None, tags: dict[str, Any]) -> tuple[str, bool]:
+        """The run of this key, and whether it is new."""
+        if (run := self._runs.get(key)) is not None:
+            try:
+                self._client.get_run(run)
+                return run, False
+            except MlflowException:  # the store is another one than before
+                del self._runs[key]
+        if parent is not None:
+            tags = {**tags, "mlflow.parentRunId": parent, "raytrust.sweep": self._runs[PARENT]}
+        created = self._client.create_run(
+            self._experiment, run_name=name, tags={k: str(v) for k, v in tags.items() if v is not None}
+        )
+        self._runs[key] = created.info.run_id
+        write_json(self._ledger_path, self._runs)
+        return created.info.run_id, True
+
+    def _log(self, run: str, parameters: dict[str, Any] | None = None, metrics: dict[str, float] | None = None) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            run,
+            params=[Param(k, str(v)) for k, v in (parameters or {}).items() if v is not None],
+            metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if v is not None],
+        )
+
+
+def versions() -> dict[str, str | None]:
+    """Tags that say what ran: the git revision of this code, and the versions of what it stands on."""
+    packages = ("raytrust", "torch", "torchvision", "ray", "optuna", "mlflow")
+    tags: dict[str, str | None] = {f"version.{name}": _version(name) for name in packages}
+    return tags | {"version.python": platform.python_version(), "mlflow.source.git.commit": _revision()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The commit that this file is checked out from, marked where the tree has changes; None outside a checkout."""
+    folder = str(Path(__file__).parent)
+    try:
+        answer = subprocess.run(
+            ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None

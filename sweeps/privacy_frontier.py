@@ -1,0 +1,263 @@
+"""What does gradient compression cost in accuracy and buy in privacy, against an attacker who knows the compressor?
+
+    python sweeps/privacy_frontier.py                           # handwritten digits, minutes on a laptop
+    python sweeps/privacy_frontier.py --data images.npz --width 16
+    python sweeps/privacy_frontier.py --preset paper --data cifar10 --address auto
+
+The tables below are the whole search: edit them to ask another question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ray import tune
+
+from raytrust.config import (
+    CaptureConfig,
+    Defence,
+    InversionConfig,
+    ModelConfig,
+    PowerSGDConfig,
+    SweepConfig,
+    Threat,
+    TopKConfig,
+    TrainConfig,
+    from_dict,
+)
+
+RANKS = (1, 2, 4, 30, 50)  # of the paper
+
+# Audited always, in this order: nothing, PowerSGD, and Top-K at the levels that send as many bytes.
+DEFENCES = (
+    Defence(),
+    *(Defence(PowerSGDConfig(rank)) for rank in RANKS),
+    *(Defence(TopKConfig(equal_to_rank=rank)) for rank in RANKS),
+)
+
+# The outer search goes on from there. Objectives: leakage down, accuracy up (--minimise-bytes: bytes down).
+DEFENCE_SPACE = {
+    "compressor": tune.choice(["powersgd", "topk"]),
+    "rank": tune.lograndint(1, 65),  # PowerSGD's rank, or the rank whose bytes Top-K sends
+    "error_feedback": tune.choice([False, True]),
+}
+
+# The inner search, for each defence: maximise SSIM on the tuning images. "capture_step" is added from the preset.
+ATTACK_SPACE = {
+    "objective": tune.choice(["naive", "aware"]),
+    "tv": tune.loguniform(1e-3, 1.0),
+    "step_size": tune.loguniform(0.03, 1.0),
+    "signed": tune.choice([False, True]),
+    "restarts": tune.choice([1, 2]),
+}
+
+#                 defences   further attacks   tuning   evaluation   attack        training
+#                 in all     on each           images   images       iterations    steps      width
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": dict(trials=12, attack_trials=1, tuning=2, images=4, iterations=60, steps=40, width=16,
+                  capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed=False),
+    "paper": dict(trials=11, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, width=64,
+                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed=True),
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options, root, resumed = _resolve(options)
+        data, sweep = _prepare(options)
+        from raytrust.store import open_store  # imports the attacks: not needed to refuse a wrong option
+
+        if not resumed and root.exists() and any(root.iterdir()):
+            hint = f"--resume {root}" if (root / "sweep.json").exists() else "another --output"
+            raise ValueError(f"Expected output={str(root)!r} to be empty or new, but it is not; give {hint}.")
+        store = open_store(root, sweep, data.fingerprint(), _kept(options))
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    return _run(options, data, sweep, store)
+
+
+def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any) -> int:
+    from raytrust.report import frontier_table
+    from raytrust.sweep import Spaces, run_sweep
+
+    spaces = Spaces(DEFENCE_SPACE, ATTACK_SPACE | {"capture_step": tune.choice(list(sweep.train.capture.steps))})
+    cpus = max(sweep.train.workers, _cpus())
+    try:
+        rows = run_sweep(
+            sweep, spaces, data, store, address=options.address, cpus=cpus, tracking_uri=options.tracking_uri
+        )
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; what was finished is kept. Go on with: {_command()} --resume {store.root}", flush=True)
+        return 130
+    except ValueError as error:  # the cluster or the tracking store can't be used
+        print(f"privacy_frontier.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print("\n" + frontier_table(rows) + "\n")
+    for name in ("frontier.json", "frontier.png", "reconstructions.png", "captures"):
+        if (store.root / name).exists():
+            print(f"  {store.root / name}")
+    uri = options.tracking_uri or f"sqlite:///{store.root}/mlflow.db"
+    print(f"\nCompare the runs in the MLflow UI:\n  mlflow ui --host 127.0.0.1 --backend-store-uri {uri}")
+    return 0 if any(row["status"] == "finished" for row in rows) else 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="privacy_frontier.py",
+        description=(__doc__ or "").split("\n\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--data", metavar="SOURCE", help="digits, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
+    add("--image-size", type=int, metavar="N", help="resize images to N x N")
+    add("--preset", choices=list(PRESETS), help="quick: minutes on a laptop; paper: full ResNet-18, 10 images")
+    add("--trials", type=int, metavar="N", help="defences in all; those beyond the list are chosen by the search")
+    add("--attack-trials", type=int, metavar="N", help="further attacks that the search tries on each defence")
+    add(
+        "--defence",
+        action="append",
+        metavar="NAME",
+        help="audit this instead of the list; repeatable; none, powersgd:RANK, topk:LEVEL, topk:rankN, each with :ef",
+    )
+    add("--workers", type=int, metavar="N", help="Ray Train workers")
+    add("--stem", choices=["cifar", "imagenet"], help="of ResNet-18")
+    add("--width", type=int, metavar="N", help="channels of ResNet-18's first stage")
+    add("--steps", type=int, metavar="N", help="training steps")
+    add("--images", type=int, metavar="N", help="private batches on which leakage is reported")
+    add("--iterations", type=int, metavar="N", help="of each attack")
+    add("--vantage", choices=["link", "peer"], help="a worker's messages, or the collective's result")
+    add("--batch-norm", choices=["eval", "train"], help="mode of batch norm when the private gradient is taken")
+    add("--minimise-bytes", action="store_true", help="bytes per step as a third objective of the search")
+    add("--seed", type=int, metavar="N", help="of everything that is random")
+    add("--output", type=Path, metavar="DIR", help="a new directory for the results")
+    add("--resume", type=Path, metavar="DIR", help="go on with the sweep in DIR")
+    add("--address", metavar="ADDRESS", help="of a Ray cluster; a local one is started if none is given")
+    add("--tracking-uri", metavar="URI", help="of an MLflow store; sqlite in the output directory if none is given")
+    return parser
+
+
+# Options and their defaults, apart from what the preset says; None: not given.
+DEFAULTS: dict[str, Any] = dict(
+    data="digits", image_size=None, preset="quick", defence=None, workers=2, stem="cifar", vantage="link",
+    batch_norm="eval", minimise_bytes=False, seed=0, output=None, resume=None, address=None, tracking_uri=None,
+)  # fmt: skip
+RESUMABLE = ("trials", "address", "tracking_uri", "resume")  # what may be given along with --resume
+
+
+def _resolve(given: argparse.Namespace) -> tuple[argparse.Namespace, Path, bool]:
+    """The options in full, the sweep's directory, and whether it is resumed."""
+    options = vars(given)
+    if (resume := options.get("resume")) is not None:
+        for name in options:
+            if name not in RESUMABLE:
+                flag = name.replace("_", "-")
+                raise ValueError(f"Expected --{flag} not to be given with --resume: the sweep keeps its own.")
+        from raytrust.store import read_json
+
+        found = read_json(resume / "sweep.json")
+        if found is None:
+            raise ValueError(f"Expected resume={str(resume)!r} to hold a sweep, but there is no sweep.json in it.")
+        return argparse.Namespace(**{**DEFAULTS, **found["options"], **options}), resume.resolve(), True
+    preset = PRESETS[options.get("preset", DEFAULTS["preset"])]
+    options = {**DEFAULTS, **preset, **options}
+    default = Path("results") / time.strftime("privacy_frontier-%Y%m%d-%H%M%S")
+    return argparse.Namespace(**options), (options["output"] or default).resolve(), False
+
+
+def _kept(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a resumed sweep takes over."""
+    return {k: v for k, v in vars(options).items() if k not in ("output", "resume", "address")}
+
+
+def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
+    """The data and the configuration, both checked: what is wrong shows before Ray starts."""
+    threat = Threat(vantage=options.vantage, batch_norm=options.batch_norm)
+    steps = tuple(step for step in options.capture_steps if step < options.steps)
+    attack = InversionConfig(
+        tv=options.tv,
+        step_size=options.step_size,
+        signed=options.signed,
+        iterations=options.iterations,
+        seed=options.seed,
+    )
+    defences = tuple(map(parse_defence, options.defence)) if options.defence else DEFENCES
+    if options.trials < 1:
+        raise ValueError(f"Expected trials={options.trials} to be at least 1.")
+    sweep = SweepConfig(
+        name="privacy_frontier",
+        train=TrainConfig(
+            model=ModelConfig(stem=options.stem, width=options.width),
+            threat=threat,
+            capture=CaptureConfig(steps, tuning=options.tuning, evaluation=options.images),
+            workers=options.workers,
+            batch_size=options.batch_size,
+            steps=options.steps,
+            seed=options.seed,
+        ),
+        defences=defences[: options.trials],
+        trials=max(options.trials, len(defences)) if options.defence else options.trials,
+        portfolio=(replace(attack, objective="naive"), replace(attack, objective="aware")),
+        attack_trials=options.attack_trials,
+        bytes_objective=options.minimise_bytes,
+    )
+    if options.address is None and options.workers > _cpus():
+        raise ValueError(f"Expected workers={options.workers} to be at most the number of CPUs, {_cpus()}.")
+    from raytrust.data import load
+    from raytrust.train import check_sizes
+
+    data = load(options.data, image_size=options.image_size, seed=options.seed)
+    check_sizes(sweep.train, len(data.train_labels))
+    return data, sweep
+
+
+def parse_defence(text: str) -> Defence:
+    """ "powersgd:4", "topk:0.01", "topk:rank4", "none", each with ":ef" appended for error feedback."""
+    method, *rest = text.split(":")
+    feedback = rest[-1:] == ["ef"]
+    rest = rest[:-1] if feedback else rest
+    values: dict[str, Any] = {"method": method}
+    try:
+        match method, rest:
+            case "none", []:
+                pass
+            case "powersgd", [rank]:
+                values["rank"] = int(rank)
+            case "topk", [level] if level.startswith("rank"):
+                values["equal_to_rank"] = int(level.removeprefix("rank"))
+            case "topk", [level]:
+                values["level"] = float(level)
+            case _:
+                raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"Expected defence={text!r} to be none, powersgd:RANK, topk:LEVEL or topk:rankN, with or without :ef."
+        ) from None
+    return from_dict(Defence, {"compressor": values, "error_feedback": feedback})
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _command() -> str:
+    return f"python {sys.argv[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

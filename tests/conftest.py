@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes that tests start
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import two_workers
+from toys import synthetic
+
+from raytrust.data import Dataset
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def global_rng_untouched() -> Iterator[None]:
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.fixture(scope="session")
+def data() -> Dataset:
+    """64 + 24 images of 3 channels, 8x8 pixels and 4 classes."""
+    return synthetic()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the data sets in {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two gloo processes found, by rank: see `two_workers.everything`. Run once, as it takes seconds."""
+    return two_workers.run_workers(two_workers.everything, 2, tmp_path_factory.mktemp("group"))

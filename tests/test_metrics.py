@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from skimage.metrics import structural_similarity
+
+from raytrust import metrics
+
+
+def images(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.random(shape), rng.random(shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 7, 11)])
+def test_ssim_is_the_pinned_call(shape):
+    a, b = images(shape)
+    b = 0.7 * a + 0.3 * b
+    assert metrics.ssim(a, b) == structural_similarity(a, b, data_range=1.0, channel_axis=0)
+    assert metrics.ssim(a, b) == pytest.approx(metrics.ssim(b, a), abs=1e-12)
+    assert metrics.ssim(a, a) == 1.0
+
+
+def test_ssim_of_one_window_is_the_papers_formula():
+    a, b = images((1, 9, 9), seed=1)
+    c1, c2 = 0.01**2, 0.03**2
+    windows = [(a[0, i : i + 7, j : j + 7], b[0, i : i + 7, j : j + 7]) for i in range(3) for j in range(3)]
+    values = []
+    for x, y in windows:
+        cov = np.cov(x.ravel(), y.ravel())
+        top = (2 * x.mean() * y.mean() + c1) * (2 * cov[0, 1] + c2)
+        values.append(top / ((x.mean() ** 2 + y.mean() ** 2 + c1) * (cov[0, 0] + cov[1, 1] + c2)))
+    assert metrics.ssim(a, b) == pytest.approx(np.mean(values), abs=1e-10)
+
+
+def test_ssim_falls_with_noise():
+    a, noise = images((3, 16, 16), seed=2)
+    mixed = [metrics.ssim(a, (1 - t) * a + t * noise) for t in (0.0, 0.1, 0.3, 1.0)]
+    assert mixed == sorted(mixed, reverse=True)
+    assert abs(mixed[-1]) < 0.2
+
+
+def test_float32_images_are_scored_in_float64():
+    a, b = (x.astype(np.float32) for x in images((3, 16, 16)))
+    assert metrics.ssim(a, b) == metrics.ssim(a.astype(np.float64), b.astype(np.float64))
+
+
+@pytest.mark.parametrize("offset", [0.5, 0.1, 0.01])
+def test_mse_and_psnr_of_a_constant_offset(offset):
+    a = np.full((3, 4, 4), 0.25)
+    assert metrics.mse(a, a + offset) == pytest.approx(offset**2)
+    assert metrics.psnr(a, a + offset) == pytest.approx(-20 * math.log10(offset))
+
+
+def test_mse_and_psnr_limits():
+    zeros, ones = np.zeros((1, 4, 4)), np.ones((1, 4, 4))
+    assert metrics.mse(zeros, zeros) == 0.0
+    assert metrics.psnr(zeros, zeros) == math.inf
+    assert metrics.mse(zeros, ones) == 1.0
+    assert metrics.psnr(zeros, ones) == 0.0
+
+
+@pytest.mark.parametrize("metric", [metrics.ssim, metrics.mse, metrics.psnr])
+def test_bad_images_are_refused(metric):
+    good = np.full((1, 8, 8), 0.5)
+    for bad in (np.full((1, 8, 9), 0.5), np.full((1, 1, 8, 8), 0.5), good + 0.6, good - 0.6, good * np.nan):
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match="Expected"):
+                metric(*pair)
+    with pytest.raises(ValueError, match="shape"):
+        metric(good[0], good[0])
+    with pytest.raises(ValueError, match="non-empty"):
+        metric(good[:0], good[:0])
+    spoiled = good.copy()
+    spoiled[0, 3, 3] = np.nan
+    with pytest.raises(ValueError, match="nan"):
+        metric(good, spoiled)
+
+
+def test_range_has_a_tolerance():
+    ones = np.ones((1, 8, 8))
+    assert metrics.mse(ones, ones + 5e-7) < 1e-12
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        metrics.mse(ones, ones + 2e-6)
+
+
+def test_ssim_needs_a_window():
+    small = np.zeros((1, 6, 8))
+    with pytest.raises(ValueError, match="7x7"):
+        metrics.ssim(small, small)
+
+
+def test_mean_interval_against_a_t_table():
+    # t(0.975, 3 degrees of freedom) = 3.182; the sample has mean 2.5 and standard deviation sqrt(5 / 3).
+    low, high = metrics.mean_interval([1.0, 2.0, 3.0, 4.0])
+    assert (low + high) / 2 == pytest.approx(2.5)
+    assert (high - low) / 2 == pytest.approx(3.182 * math.sqrt(5 / 3) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("n", "confidence"), [(2, 0.95), (5, 0.5), (40, 0.99)])
+def test_mean_interval_against_scipy(n, confidence):
+    x = np.random.default_rng(n).normal(size=n)
+    expected = stats.t.interval(confidence, n - 1, loc=x.mean(), scale=stats.sem(x))
+    assert metrics.mean_interval(x, confidence) == pytest.approx(expected)
+
+
+def test_mean_interval_covers_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(loc=3.0, size=(2000, 4))
+    hits = sum(low <= 3.0 <= high for low, high in map(metrics.mean_interval, draws))
+    assert abs(hits / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_mean_interval_limits():
+    assert metrics.mean_interval([0.3]) is None
+    assert metrics.mean_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    for bad in ([], [[1.0, 2.0]], [1.0, math.nan], [1.0, math.inf]):
+        with pytest.raises(ValueError, match="values"):
+            metrics.mean_interval(bad)
+    for confidence in (0.0, 1.0, 95, math.nan):
+        with pytest.raises(ValueError, match="confidence"):
+            metrics.mean_interval([1.0, 2.0], confidence)
+
+
+def test_proportion_interval_against_a_textbook():
+    # Newcombe (1998), Table I, method 3: the Wilson interval of 81/263, 15/148, 0/20 and 1/29.
+    for successes, n, expected in [
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ]:
+        assert metrics.proportion_interval(successes, n) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("n", [1, 7, 360])
+def test_proportion_interval_against_scipy_and_bounds(n, confidence):
+    for successes in range(n + 1):
+        low, high = metrics.proportion_interval(successes, n, confidence)
+        twin = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+        assert (low, high) == pytest.approx((twin.low, twin.high), abs=1e-12)
+        assert 0.0 <= low <= successes / n <= high <= 1.0
+        assert low < high
+
+
+def test_proportion_interval_refuses():
+    for successes, n in [(0, 0), (-1, 5), (6, 5)]:
+        with pytest.raises(ValueError, match="Expected"):
+            metrics.proportion_interval(successes, n)
+    with pytest.raises(ValueError, match="confidence"):
+        metrics.proportion_interval(1, 2, 1.0)
+
+
+def naive_pareto(points, maximise):
+    signs = [1 if up else -1 for up in maximise]
+    kept = []
+    for p in points:
+        beaten = False
+        for q in points:
+            gains = [s * (b - a) for s, a, b in zip(signs, p, q, strict=True)]
+            beaten = beaten or (min(gains) >= 0 and max(gains) > 0)
+        kept.append(not beaten)
+    return kept
+
+
+@pytest.mark.parametrize("maximise", [m for d in (1, 2, 3) for m in itertools.product([False, True], repeat=d)])
+def test_pareto_against_a_naive_twin(maximise):
+    rng = np.random.default_rng(sum(maximise))
+    for points in (rng.random((40, len(maximise))), rng.integers(0, 4, size=(40, len(maximise)))):  # integers: ties
+        assert metrics.pareto(points, maximise).tolist() == naive_pareto(points.tolist(), maximise)
+
+
+def test_pareto_keeps_duplicates_and_drops_weakly_dominated_points():
+    points = [[0.1, 0.9], [0.1, 0.9], [0.1, 0.8], [0.2, 0.9], [0.3, 0.95]]
+    assert metrics.pareto(points, [False, True]).tolist() == [True, True, False, False, True]
+
+
+def test_pareto_limits():
+    mask = metrics.pareto(np.empty((0, 2)), [True, False])
+    assert mask.shape == (0,)
+    assert mask.dtype == bool
+    assert metrics.pareto([[1.0, 2.0]], [True, True]).tolist() == [True]
+    for points, maximise in [([1.0, 2.0], [True]), ([[1.0, 2.0]], [True]), (np.empty((3, 0)), [])]:
+        with pytest.raises(ValueError, match="shape"):
+            metrics.pareto(points, maximise)
+    with pytest.raises(ValueError, match="NaN"):
+        metrics.pareto([[math.nan, 1.0]], [True, True])

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from frontier_rows import failed, finished, sweep
+
+from raytrust import report
+
+# --- files ---
+
+
+def test_rows_survive_the_round_trip(tmp_path):
+    path, rows = tmp_path / "frontier.json", [*sweep(3), failed()]
+    report.write_rows(path, rows)
+    assert report.load_rows(path) == rows
+    report.write_rows(path, rows[:1])
+    assert report.load_rows(path) == rows[:1]
+    assert [p.name for p in tmp_path.iterdir()] == ["frontier.json"]
+
+
+def test_further_keys_are_kept_as_they_are(tmp_path):
+    further = {"note": "näher", "pareto": True, "epochs": 3, "curve": [0.5, None, {"x": 1e-9}]}
+    rows = [finished() | further, failed() | further]
+    report.write_rows(tmp_path / "rows.json", rows)
+    assert report.load_rows(tmp_path / "rows.json") == rows
+    marked = report.mark_pareto(rows)
+    assert marked == [rows[0] | {"pareto": True}, rows[1] | {"pareto": False}]
+    assert report.frontier_table(rows) == report.frontier_table([finished(), failed()])
+
+
+def test_a_failure_may_have_bytes_as_its_training_may_have_finished(tmp_path):
+    row = failed("sign") | {"bytes_per_step": 12345, "compression_ratio": 72.1}
+    report.write_rows(tmp_path / "rows.json", [row])
+    assert report.load_rows(tmp_path / "rows.json") == [row]
+    assert report.frontier_table([row]) == report.frontier_table([failed("sign")])
+
+
+def test_rows_may_be_none_at_all(tmp_path):
+    report.write_rows(tmp_path / "rows.json", [])
+    assert report.load_rows(tmp_path / "rows.json") == []
+
+
+MEASURED = ["accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr"]
+BAD_ROWS = {
+    **{f"failed with {key}": failed() | {key: 0.0} for key in MEASURED},
+    "finished without accuracy": finished(accuracy=0.9) | {"accuracy": None},
+    "finished without leakage": finished() | {"leakage_ssim": None},
+    "finished with text": finished() | {"accuracy": "0.9"},
+    "finished with a flag": finished() | {"leakage_ssim": True},
+    "finished with NaN": finished() | {"leakage_ssim": math.nan},
+    "NaN elsewhere": finished(psnr=math.nan),
+    "infinity elsewhere": finished(psnr=math.inf),
+    "NaN deep inside": finished(attack={"tv": math.nan}),
+    "NaN in a further key": finished() | {"note": math.nan},
+    "unknown status": finished(status="done"),
+    "no name": finished(name=""),
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_rows_are_neither_written_nor_read(tmp_path, row):
+    path = tmp_path / "frontier.json"
+    path.write_text("before")
+    with pytest.raises(ValueError, match=r"Expected|JSON"):
+        report.write_rows(path, [finished(), row])
+    assert path.read_text() == "before"
+    path.write_text(json.dumps([finished(), row]))
+    with pytest.raises(ValueError, match="Expected"):
+        report.load_rows(path)
+
+
+@pytest.mark.parametrize("key", ["accuracy", "psnr", "note"])
+def test_numpy_numbers_are_refused(tmp_path, key):
+    with pytest.raises((ValueError, TypeError), match=r"Expected|JSON"):
+        report.write_rows(tmp_path / "rows.json", [finished() | {key: np.float32(0.5)}])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["{}", "3", "null", '"rows"', "[1]", "[", ""])
+def test_other_files_are_refused(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match="Expect"):
+        report.load_rows(tmp_path / "rows.json")
+
+
+def test_a_write_that_breaks_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "frontier.json"
+    report.write_rows(path, [finished()])
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_rows(path, [failed()])
+    assert report.load_rows(path) == [finished()]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- Pareto set ---
+
+
+def test_mark_pareto_minimises_leakage_and_maximises_accuracy():
+    rows = [
+        finished("private", 0.80, 0.1),
+        failed(),
+        finished("accurate", 0.95, 0.6),
+        finished("worse in both", 0.79, 0.2),
+        finished("no more accurate", 0.95, 0.7),
+        finished("private again", 0.80, 0.1),
+    ]
+    marked = report.mark_pareto(rows)
+    assert [row["pareto"] for row in marked] == [True, False, True, False, False, True]
+    assert all("pareto" not in row for row in rows)
+    assert [{k: v for k, v in row.items() if k != "pareto"} for row in marked] == rows
+    json.dumps(marked)  # plain booleans
+
+
+def test_mark_pareto_of_nothing():
+    assert report.mark_pareto([]) == []
+    assert report.mark_pareto([failed()]) == [failed() | {"pareto": False}]
+
+
+# --- table ---
+
+
+def test_table_shows_a_row_in_full():
+    table = report.frontier_table([finished()])
+    line = next(line for line in table.splitlines() if "PowerSGD" in line)
+    low, high = (100 * x for x in finished()["accuracy_interval"])
+    for text in (
+        "* PowerSGD rank 4 + EF",
+        f"93.0 [{low:.1f}, {high:.1f}]",
+        "0.41 ±0.10",
+        "0.20/0.41",
+        "12.3 kB",
+        "72x",
+    ):
+        assert text in line
+    assert line.endswith("aware tv=0.01 lr=0.1 r=2 s=0  7")
+    caption = " ".join(table.split("\n\n")[1].split())
+    for text in ("n = 360", "n = 4", "seeds: 1", "95 %", "SSIM", "strongest of 7 attacks"):
+        assert text in caption
+
+
+def test_table_puts_least_leakage_first_and_failures_last():
+    rows = [
+        failed("broken"),
+        finished("high", leakage=0.7),
+        finished("low", leakage=0.1),
+        finished("middle", leakage=0.4),
+    ]
+    table = report.frontier_table(rows)
+    names = ["low", "middle", "high", "broken"]
+    assert sorted(names, key=table.index) == names
+
+
+def test_table_gives_a_failure_its_reason_and_no_number():
+    table = report.frontier_table([failed("sign", reason="out of memory")])
+    line = next(line for line in table.splitlines() if "sign" in line)
+    assert line.split() == ["sign", "failed:", "out", "of", "memory"]
+    assert "No defence finished." in table
+
+
+def test_table_says_what_is_missing():
+    bare = finished(n_images=1, leakage_interval=None, aware_ssim=None, bytes_per_step=None, compression_ratio=None)
+    table = report.frontier_table([bare | {"attack": None, "seeds": None}])
+    line = next(line for line in table.splitlines() if "PowerSGD" in line)
+    assert "0.20/-" in line
+    assert "±" not in line
+    assert "none where n = 1" in table
+    assert "seeds: ?" in table
+
+
+def test_table_keeps_an_asymmetric_interval():
+    assert "0.41 [0.00, 0.71]" in report.frontier_table([finished(leakage_interval=[0.0, 0.71])])
+
+
+def test_table_gives_ranges_where_rows_differ():
+    assert "n = 4 to 8" in " ".join(report.frontier_table([finished(), finished(n_images=8)]).split())
+
+
+@pytest.mark.parametrize("name", ["short", "a very long name of a defence " * 4, "x" * 200])
+def test_table_fits_a_terminal(name):
+    wide = finished(
+        name=name,
+        accuracy=1.0,
+        leakage=-0.1,
+        leakage_interval=[-0.25, 0.71],
+        naive_ssim=-0.02,
+        bytes_per_step=123_456_789,
+        compression_ratio=12345.6,
+        attack={
+            "objective": "orthant-of-signs",
+            "tv": 1.23e-5,
+            "step_size": 0.0123,
+            "restarts": 16,
+            "capture_step": 12000,
+        },
+        attacks_tried=1234,
+    )
+    table = report.frontier_table([wide, failed(name, reason="a long reason " * 30), *sweep(14)])
+    assert max(map(len, table.splitlines())) <= 120
+    compact = "".join(table.split())
+    assert compact.count("".join(name.split())[:16]) >= 1
+    assert "123.5 MB" in table
+    assert "12346x" in table
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (512, "512 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (1234, "1.2 kB"),
+        (999_960, "1.0 MB"),
+        (44.7e6, "44.7 MB"),
+    ],
+)
+def test_bytes_are_in_decimal_units(count, text):
+    assert report.human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01, "0.01"), (1e-4, "1e-4"), (2.13e-5, "2.1e-5"), (0.1, "0.1"), (3, "3")]
+)
+def test_settings_are_short(value, text):
+    assert report._short(value) == text

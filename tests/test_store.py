@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import synthetic
+
+from raytrust import store as module
+from raytrust.capture import Capture, save_capture
+from raytrust.channel import LocalChannel
+from raytrust.config import (
+    CaptureConfig,
+    Defence,
+    InversionConfig,
+    ModelConfig,
+    PowerSGDConfig,
+    SweepConfig,
+    Threat,
+    TopKConfig,
+    TrainConfig,
+    to_dict,
+)
+from raytrust.evaluate import InversionResult, evaluate_inversion, evaluate_inversions
+from raytrust.store import Store, open_store, read_json, write_json
+from raytrust.train import train
+
+TRAIN = TrainConfig(
+    model=ModelConfig("convnet", width=4),
+    capture=CaptureConfig((0, 1), tuning=1, evaluation=2),
+    workers=1,
+    batch_size=8,
+    steps=2,
+)
+ATTACK = InversionConfig("naive", iterations=2)
+DEFENCES = [Defence(), Defence(TopKConfig(level=0.1)), Defence(PowerSGDConfig(1)), Defence(PowerSGDConfig(2), True)]
+
+
+def with_defence(defence: Defence) -> TrainConfig:
+    return replace(TRAIN, defence=defence)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path, "fingerprint")
+
+
+def trained(store: Store, config: TrainConfig = TRAIN) -> list[Capture]:
+    directory = store.begin(config)
+    found = [r for r in train(config, synthetic(vivid=True), LocalChannel()) if isinstance(r, Capture)]
+    for capture in found:
+        save_capture(directory, capture)
+    store.finish_training(config, {"correct": 3})
+    return found
+
+
+def test_a_run_s_id_is_of_the_config_and_the_data(store: Store) -> None:
+    changes = [
+        with_defence(Defence(error_feedback=True)),
+        with_defence(DEFENCES[1]),
+        replace(TRAIN, seed=1),
+        replace(TRAIN, threat=Threat(batch_size=2)),
+        replace(TRAIN, capture=CaptureConfig((0, 1), tuning=1, evaluation=3)),
+        replace(TRAIN, model=ModelConfig("convnet", width=5)),
+        replace(TRAIN, learning_rate=0.2),
+    ]
+    ids = {store.run_id(config) for config in [TRAIN, *changes]}
+    assert len(ids) == len(changes) + 1
+    assert Store(store.root, "other").run_id(TRAIN) not in ids
+    assert Store(store.root / "elsewhere", store.fingerprint).run_id(TRAIN) == store.run_id(TRAIN)
+
+
+def test_a_run_from_beginning_to_end(store: Store) -> None:
+    assert store.training(TRAIN) is None
+    directory = store.begin(TRAIN)
+    assert directory == store.root / "captures" / store.run_id(TRAIN)
+    assert store.training(TRAIN) is None  # begun, and not finished
+    found = trained(store)
+    assert store.training(TRAIN) == {"correct": 3}
+    assert store.training(replace(TRAIN, seed=1)) is None
+    for step in (0, 1):
+        of_step = [c for c in found if c.seen.step == step]
+        tuning, evaluation = (store.captures(TRAIN, step, split) for split in ("tuning", "evaluation"))
+        assert [c.index for c in tuning] == [0]
+        assert [c.index for c in evaluation] == [1, 2]
+        for saved, capture in zip([*tuning, *evaluation], of_step, strict=True):
+            assert saved.seen.step == step
+            assert torch.equal(saved.truth.images, capture.truth.images)
+
+
+def test_what_an_interrupted_run_captured_is_not_mixed_with_the_next(store: Store) -> None:
+    """The model's file is written once a step, and another run of it may end in other weights."""
+    first = [r for r in train(TRAIN, synthetic(vivid=True), LocalChannel()) if isinstance(r, Capture)]
+    stale = replace(first[0], seen=replace(first[0].seen, weights={n: w + 1 for n, w in first[0].seen.weights.items()}))
+    save_capture(store.begin(TRAIN), stale)
+    trained(store)
+    (capture,) = store.captures(TRAIN, 0, "tuning")
+    assert all(torch.equal(capture.seen.weights[name], first[0].seen.weights[name]) for name in capture.seen.weights)
+
+
+def test_missing_captures_are_an_error(store: Store) -> None:
+    store.begin(TRAIN)
+    with pytest.raises(ValueError, match="but there is no such file"):
+        store.captures(TRAIN, 0, "tuning")
+
+
+Calls = list[tuple[list[int], list[InversionConfig]]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What is run: on which captures, and which attacks as one batch."""
+    found: Calls = []
+
+    def counted(captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str) -> list[InversionResult]:
+        found.append(([c.index for c in captures], list(attacks)))
+        return evaluate_inversions(captures, attacks, device)
+
+    monkeypatch.setattr(module, "evaluate_inversions", counted)
+    return found
+
+
+def test_a_finished_attack_is_not_run_again(store: Store, calls: Calls) -> None:
+    private = trained(store)
+    assert store.attack(TRAIN, ATTACK, "tuning") is None
+    (first,) = store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")
+    (again,) = Store(store.root, store.fingerprint).run_attacks(TRAIN, [ATTACK], "tuning", "cpu")
+    assert first == again == store.attack(TRAIN, ATTACK, "tuning")
+    assert calls == [([0], [ATTACK])]
+    store.run_attacks(TRAIN, [ATTACK], "evaluation", "cpu")  # another split is another matter
+    assert calls[1:] == [([1, 2], [ATTACK])]
+    expected = evaluate_inversion(private[:1], ATTACK)
+    assert first["ssim"] == pytest.approx(expected.ssim)
+    assert first["oracle_ssim"] == pytest.approx(expected.oracle_ssim)
+    assert first["objective"] == pytest.approx(expected.objective)
+    assert first["psnr"] == pytest.approx(expected.psnr)
+    assert (first["attack"], first["split"], first["diverged"]) == (to_dict(ATTACK), "tuning", 0)
+    reconstructions, originals = store.reconstructions(TRAIN, ATTACK, "tuning")
+    assert torch.equal(reconstructions, expected.reconstructions)
+    assert torch.equal(originals, expected.originals)
+
+
+def test_only_what_is_missing_is_run_and_like_with_like(store: Store, calls: Calls) -> None:
+    trained(store)
+    rough, longer, later = replace(ATTACK, tv=0.5), replace(ATTACK, iterations=3), replace(ATTACK, capture_step=1)
+    store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")
+    other = replace(ATTACK, seed=9)
+    asked = [longer, rough, ATTACK, later, other]
+    found = store.run_attacks(TRAIN, asked, "tuning", "cpu")
+    assert [f["attack"] for f in found] == [to_dict(attack) for attack in asked]
+    assert calls[1:] == [([0], [longer]), ([0], [rough, other]), ([0], [later])]
+    assert store.run_attacks(TRAIN, [], "tuning", "cpu") == []
+
+
+def test_attacks_on_a_run(store: Store) -> None:
+    trained(store)
+    assert store.attacks(TRAIN, "tuning") == []
+    store.run_attacks(TRAIN, [replace(ATTACK, seed=seed) for seed in range(3)], "tuning", "cpu")
+    store.run_attacks(TRAIN, [ATTACK], "evaluation", "cpu")
+    found = store.attacks(TRAIN, "tuning")
+    assert sorted(f["attack"]["seed"] for f in found) == [0, 1, 2]
+    assert found == store.attacks(TRAIN, "tuning")
+    assert [f["attack"]["seed"] for f in store.attacks(TRAIN, "evaluation")] == [0]
+    assert store.attacks(replace(TRAIN, seed=1), "tuning") == []
+
+
+def test_an_attack_that_was_cut_off_is_run_again(store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(store)
+
+    def interrupt(path: Path, content: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(module, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")
+    assert store.attack(TRAIN, ATTACK, "tuning") is None
+    assert store.attacks(TRAIN, "tuning") == []
+    store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")
+    assert len(calls) == 2
+
+
+def test_a_perfect_copy_can_be_stored(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its PSNR is infinite, which JSON has no word for."""
+    trained(store)
+
+    def perfect(captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str) -> list[InversionResult]:
+        images = torch.cat([c.truth.images for c in captures])
+        return [InversionResult(a, [1.0], [float("inf")], [1.0], [0.0], 0, 0.1, images, images) for a in attacks]
+
+    monkeypatch.setattr(module, "evaluate_inversions", perfect)
+    assert store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")[0]["psnr"] == [100.0]
+    assert store.attack(TRAIN, ATTACK, "tuning") is not None
+
+
+def test_defences_come_in_the_order_in_which_they_were_begun(store: Store) -> None:
+    assert store.defences(TRAIN) == []
+    for defence in DEFENCES:
+        store.begin(with_defence(defence))
+    assert store.defences(TRAIN) == DEFENCES
+    assert store.defences(with_defence(DEFENCES[2])) == DEFENCES  # the base's own defence does not matter
+    store.begin(with_defence(DEFENCES[0]))  # goes on, and keeps its place
+    assert store.defences(TRAIN) == DEFENCES
+    for i, path in enumerate(sorted((store.root / "captures").glob("*/config.json"))):
+        os.utime(path, (time.time() + i, time.time() + i))  # as a copy of the directory has them
+    assert store.defences(TRAIN) == DEFENCES
+
+
+def test_defences_are_those_of_this_sweep(store: Store) -> None:
+    store.begin(with_defence(DEFENCES[1]))
+    store.begin(replace(with_defence(DEFENCES[2]), seed=1))
+    Store(store.root, "other data").begin(with_defence(DEFENCES[3]))
+    (store.root / "captures" / "stray").mkdir()
+    assert store.defences(TRAIN) == [DEFENCES[1]]
+
+
+def test_failures(store: Store) -> None:
+    assert store.failure(TRAIN) is None
+    store.fail(TRAIN, "The training loss became nan at step 3.")
+    store.fail(with_defence(DEFENCES[1]), "out of memory")
+    assert store.failure(TRAIN) == "The training loss became nan at step 3."
+    store.finish_training(TRAIN, {"correct": 1})  # tried again, with success
+    assert store.failure(TRAIN) is None
+    assert store.failure(with_defence(DEFENCES[1])) == "out of memory"
+    store.clear_failures()
+    assert store.failure(with_defence(DEFENCES[1])) is None
+    assert store.training(TRAIN) == {"correct": 1}  # what is finished stays
+    store.clear_failures()
+
+
+def test_a_directory_holds_one_sweep(tmp_path: Path) -> None:
+    sweep = SweepConfig(train=TRAIN)
+    root = tmp_path / "output"
+    store = open_store(root, sweep, "data")
+    assert store == Store(root, "data")
+    assert open_store(root, sweep, "data") == store
+    for other, fingerprint in [
+        (replace(sweep, train=replace(TRAIN, seed=1)), "data"),
+        (replace(sweep, attack_trials=1), "data"),
+        (replace(sweep, defences=(DEFENCES[1],)), "data"),
+        (sweep, "other data"),
+    ]:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            open_store(root, other, fingerprint)
+        assert str(error.value) == (
+            f"Expected output={str(root)!r} to be empty or to hold this sweep, but it holds another one."
+        )
+    assert open_store(root, sweep, "data") == store
+
+
+def test_a_sweep_may_go_on_with_more_trials(tmp_path: Path) -> None:
+    sweep = SweepConfig(train=TRAIN, trials=2)
+    store = open_store(tmp_path, sweep, "data", {"source": "digits"})
+    assert open_store(tmp_path, replace(sweep, trials=9), "data", {"source": "mnist"}) == store
+    assert read_json(tmp_path / "sweep.json")["options"] == {"source": "digits"}  # of the beginning
+
+
+def test_json_files(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file.json"
+    assert read_json(path) is None
+    content = {"a": [1, 2.5, None, "ü"], "b": {"c": True}}
+    write_json(path, content)
+    assert read_json(path) == content == json.loads(path.read_bytes())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"loss": float("nan")})
+    assert read_json(path) == content  # what was there is still there
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(ValueError, match=r"^Expected .*file\.json to be JSON, but it can't be read: .*\.$"):
+        read_json(path)
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
