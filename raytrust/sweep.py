@@ -48,7 +48,7 @@ def run_sweep(
         f"{sweep.name}: {sweep.trials} defences on {data.name} ({len(data.train_labels)} training images), "
         f"{sweep.train.model.name} of width {sweep.train.model.width}, {sweep.train.workers} workers"
     )
-    with cluster(address, cpus):
+    with cluster(address, cpus, slots=2):  # while one defence is attacked, the next one's workers start
         progress.say("Ray is up; opening the MLflow store")
         log = SweepLog(sweep, store, data, tracking_uri or default_uri(store.root), cpus)
         with log.open_run():

@@ -11,7 +11,7 @@ from typing import Any
 from raytrust.config import InversionConfig, SweepConfig, TrainConfig, digest, from_dict, to_dict
 from raytrust.data import Dataset
 from raytrust.figures import reconstructions_figure
-from raytrust.frontier import Row, audited_defences, compressor_columns, drawing, train_of
+from raytrust.frontier import Row, audited_defences, compressor_columns, drawing, train_of, trained_defences
 from raytrust.store import Store
 from raytrust.tracking import Tracker
 
@@ -31,6 +31,7 @@ class SweepLog:
         tags = {"seeds": [train.seed], "data.fingerprint": self._store.fingerprint, "raytrust.kind": "sweep"}
         self._tracker.begin_sweep(f"{self._sweep.name} {self._store.root.name}", parameters, tags)
         try:
+            self._catch_up()
             yield
         except BaseException as error:
             self._tracker.end_sweep("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -49,11 +50,7 @@ class SweepLog:
         else:
             self._busy += result.get("train_seconds", 0.0) + result["attack_seconds"] / self._cpus
         if phase == "defences":
-            training = self._store.training(train)
-            assert training is not None
-            self._tracker.trained(key, train.defence.name, self._parameters(train), training)
-            for figures in self._store.attacks(train, "tuning"):
-                self._attacked(key, figures)
+            self._trained(key, train)
         elif phase == "attacks":
             self._attacked(key, result["figures"])
 
@@ -71,9 +68,6 @@ class SweepLog:
             figure = self._store.run_directory(train) / "reconstructions.png"
             reconstructions_figure(originals, [(finished["name"], images, ssim)], figure)
             directory = self._store.run_directory(train) / f"step-{finished['attack']['capture_step']:06d}"
-            training = self._store.training(train)
-            assert training is not None
-            self._tracker.trained(key, finished["name"], self._parameters(train), training)
             self._tracker.log_capture(key, directory)
             metrics = {n: finished[n] for n in (*names, "attacks_tried", "n_images")}
             tags = {"pareto": finished["pareto"], **{f"attack.{k}": v for k, v in finished["attack"].items()}}
@@ -87,6 +81,19 @@ class SweepLog:
         """Seconds a defence that the phases took beyond training and attacks, had these kept all CPUs busy."""
         return max(0.0, wall - self._busy) / trials
 
+    def _catch_up(self) -> None:
+        """Log what an interrupted sweep had finished but not logged."""
+        for defence in trained_defences(self._sweep, self._store, audited_defences(self._sweep, self._store)):
+            train = replace(self._sweep.train, defence=defence)
+            self._trained(self._store.run_id(train), train)
+
+    def _trained(self, key: str, train: TrainConfig) -> None:
+        training = self._store.training(train)
+        assert training is not None
+        self._tracker.trained(key, train.defence.name, self._parameters(train), training)
+        for figures in self._store.attacks(train, "tuning"):
+            self._attacked(key, figures)
+
     def _attacked(self, key: str, figures: dict[str, Any]) -> None:
         attack = from_dict(InversionConfig, figures["attack"])
         self._tracker.attacked(key, digest(attack), attack.name, figures)
@@ -96,9 +103,15 @@ class SweepLog:
         return next(train for train in configs if self._store.run_id(train) == key)
 
     def _parameters(self, train: TrainConfig) -> dict[str, Any]:
-        columns = compressor_columns(train.defence, self._store.training(train))
-        shared = {"error_feedback": train.defence.error_feedback, "data": self._data.name}
-        return columns | shared | self._nested(train)
+        columns = compressor_columns(train.defence, None)
+        # Few names, and one rank for all methods: the comparison page starts with the first three that differ.
+        defence = {
+            "compressor": columns["compressor"],
+            "error_feedback": train.defence.error_feedback,
+            "level": columns["level"],
+            "rank": columns["rank"] or columns["equal_to_rank"],
+        }
+        return defence | {"data": self._data.name} | self._nested(train)
 
     @staticmethod
     def _nested(train: TrainConfig) -> dict[str, Any]:

@@ -9,22 +9,27 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
 from raytrust.store import read_json, write_json
 
 PARENT = "sweep"
+FAILURE = "raytrust.failure"
 MAX_CAPTURE_BYTES = 64 * 2**20  # a larger capture is not copied into the artifact store, only named
 
 
@@ -34,61 +39,75 @@ def default_uri(root: Path) -> str:
 
 
 class Tracker:
-    """Logs one sweep to one tracking store. All paths are absolute: Ray changes its workers' directories."""
+    """Logs one sweep to one tracking store. All paths are absolute: Ray changes its workers' directories.
+
+    Whatever is logged twice is there once, so a sweep that was cut off anywhere can be logged again from its store.
+    Raises ValueError if the tracking store can't be used.
+    """
 
     def __init__(self, uri: str, root: Path, experiment: str):
         self._root = root.resolve()
-        self._client = MlflowClient(tracking_uri=uri)
         self._ledger_path = self._root / "mlflow.json"
         self._runs: dict[str, str] = read_json(self._ledger_path) or {}
-        self._experiment = self._experiment_id(experiment, uri)
+        try:
+            _expect_server(uri)
+            self._client = MlflowClient(tracking_uri=uri)
+            self._experiment = self._experiment_id(experiment, uri)
+        except Exception as error:  # of MLflow, of a database's driver or of the network: nearly anything
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(
+                f"Expected tracking_uri={uri!r} to be an MLflow store that can be used: {reason}"
+            ) from error
 
     def begin_sweep(self, name: str, parameters: dict[str, Any], tags: dict[str, Any]) -> str:
         """Begin or reopen the parent run; returns its id."""
-        run, new = self._open(PARENT, name, None, {**versions(), **tags})
-        if new:
-            self._log(run, parameters=parameters)
-        else:
-            self._client.update_run(run, status="RUNNING")
-        return run
+        run = self._open(PARENT, name, None, {**versions(), **tags})
+        if not run.data.params:
+            self._log(run.info.run_id, parameters=parameters)
+        if run.info.status != "RUNNING":
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        return run.info.run_id
 
     def end_sweep(self, status: str, artifacts: Iterable[Path] = (), metrics: dict[str, float] | None = None) -> None:
-        """End the parent run, and every run that is still open, as "FINISHED", "FAILED" or "KILLED"."""
+        """End the parent run as "FINISHED", "FAILED" or "KILLED". What is still open below it did not finish."""
         run = self._runs[PARENT]
         self._log(run, metrics=metrics)
         for path in artifacts:
             self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, status)
-        if status != "FINISHED":
-            for child in self._client.search_runs(
-                [self._experiment], f"attributes.status = 'RUNNING' and tags.`raytrust.sweep` = '{run}'"
-            ):
-                self._client.set_terminated(child.info.run_id, status)
+        for child in self._client.search_runs(
+            [self._experiment], f"attributes.status = 'RUNNING' and tags.`raytrust.sweep` = '{run}'"
+        ):
+            self._client.set_terminated(child.info.run_id, "FAILED" if status == "FINISHED" else status)
 
     def trained(self, key: str, name: str, parameters: dict[str, Any], training: dict[str, Any]) -> None:
         """A defence has been trained: its parameters, loss and wire bytes step by step, accuracy."""
-        run, new = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "defence"})
-        if not new:
+        opened = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "defence"})
+        if "train_seconds" in opened.data.metrics:  # logged last
             return
-        now = int(time.time() * 1000)
-        steps = [Metric("train_loss", loss, now, step) for step, loss in enumerate(training["losses"])]
+        run = opened.info.run_id
+        if opened.info.status != "RUNNING":  # it failed before, or was interrupted
+            self._client.update_run(run, status="RUNNING")
         sent = training["bytes_per_step"]
-        steps += [Metric("wire_bytes", sent * (step + 1), now, step) for step in range(len(training["losses"]))]
-        for first in range(0, len(steps), 1000):  # the most that one call may hold
-            self._client.log_batch(run, metrics=steps[first : first + 1000])
-        metrics = {
+        summary = {
             "accuracy": training["correct"] / training["n_test"],
             "bytes_per_step": sent,
             "compression_ratio": training["dense_bytes"] / sent,
-            "train_seconds": training["seconds"],
-        }
-        self._log(run, parameters=parameters, metrics=metrics)
+        }  # first: the UI's comparison starts with the metric that was logged first
+        self._log(run, parameters=parameters, metrics=summary)
+        now = int(time.time() * 1000)
+        steps = [Metric("train_loss", loss, now, step) for step, loss in enumerate(training["losses"])]
+        steps += [Metric("wire_bytes", sent * (step + 1), now, step) for step in range(len(training["losses"]))]
+        for first in range(0, len(steps), 1000):  # the most that one call may hold
+            self._client.log_batch(run, metrics=steps[first : first + 1000])
+        self._log(run, metrics={"train_seconds": training["seconds"]})
 
     def attacked(self, key: str, attack_key: str, name: str, figures: dict[str, Any]) -> None:
         """An attack of the search on a defence has finished: its settings, and what it reached on the tuning images."""
-        run, new = self._open(f"{key}/{attack_key}", name, self._runs[key], {"raytrust.kind": "attack"})
-        if not new:
+        opened = self._open(f"{key}/{attack_key}", name, self._runs[key], {"raytrust.kind": "attack"})
+        if opened.info.status == "FINISHED":
             return
+        run = opened.info.run_id
         count = len(figures["ssim"])
         metrics = {f"tuning_{m}": sum(figures[m]) / count for m in ("ssim", "psnr", "oracle_ssim")}
         metrics |= {"matching_objective": sum(figures["objective"]) / len(figures["objective"])}
@@ -101,6 +120,8 @@ class Tracker:
         self._log(run, metrics=metrics)
         for name, value in tags.items():
             self._client.set_tag(run, name, value)
+        if FAILURE in self._client.get_run(run).data.tags:  # of an earlier try
+            self._client.delete_tag(run, FAILURE)
         for path in artifacts:
             self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, "FINISHED")
@@ -116,11 +137,11 @@ class Tracker:
 
     def failed(self, key: str, name: str, parameters: dict[str, Any], reason: str) -> None:
         """A defence has failed: its run says why, and has no figures."""
-        run, new = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "defence"})
-        if new:
-            self._log(run, parameters=parameters)
-        self._client.set_tag(run, "raytrust.failure", reason)
-        self._client.set_terminated(run, "FAILED")
+        run = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "defence"})
+        if not run.data.params:
+            self._log(run.info.run_id, parameters=parameters)
+        self._client.set_tag(run.info.run_id, FAILURE, reason)
+        self._client.set_terminated(run.info.run_id, "FAILED")
 
     def _experiment_id(self, name: str, uri: str) -> str:
         """The experiment of this name, made if there is none; a local store keeps its artifacts beside itself."""
@@ -130,12 +151,11 @@ class Tracker:
         location = (self._root / "mlartifacts").as_uri() if uri == default_uri(self._root) else None
         return self._client.create_experiment(name, artifact_location=location)
 
-    def _open(self, key: str, name: str, parent: str | None, tags: dict[str, Any]) -> tuple[str, bool]:
-        """The run of this key, and whether it is new."""
+    def _open(self, key: str, name: str, parent: str | None, tags: dict[str, Any]) -> Run:
+        """The run of this key as it is, a new one if there is none."""
         if (run := self._runs.get(key)) is not None:
             try:
-                self._client.get_run(run)
-                return run, False
+                return self._client.get_run(run)
             except MlflowException:  # the store is another one than before
                 del self._runs[key]
         if parent is not None:
@@ -145,7 +165,7 @@ class Tracker:
         )
         self._runs[key] = created.info.run_id
         write_json(self._ledger_path, self._runs)
-        return created.info.run_id, True
+        return created
 
     def _log(self, run: str, parameters: dict[str, Any] | None = None, metrics: dict[str, float] | None = None) -> None:
         now = int(time.time() * 1000)
@@ -172,15 +192,24 @@ def _version(package: str) -> str | None:
 
 def _revision() -> str | None:
     """The commit that this file is checked out from, marked where the tree has changes; None outside a checkout."""
-    folder = str(Path(__file__).parent)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        answer = subprocess.run(
-            ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment may lie in somebody else's checkout
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None
+
+
+def _expect_server(uri: str) -> None:
+    """Raises OSError if nothing listens at an http address; MLflow would go on trying for minutes."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or parts.hostname is None:
+        return
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
+        return
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    socket.create_connection((parts.hostname, port), timeout=10).close()

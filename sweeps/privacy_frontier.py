@@ -60,7 +60,7 @@ ATTACK_SPACE = {
 #                 defences   further attacks   tuning   evaluation   attack        training
 #                 in all     on each           images   images       iterations    steps      width
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(trials=12, attack_trials=1, tuning=2, images=4, iterations=60, steps=40, width=16,
+    "quick": dict(trials=12, attack_trials=1, tuning=2, images=4, iterations=50, steps=40, width=16,
                   capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed=False),
     "paper": dict(trials=11, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, width=64,
                   capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed=True),
@@ -95,7 +95,11 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
             sweep, spaces, data, store, address=options.address, cpus=cpus, tracking_uri=options.tracking_uri
         )
     except KeyboardInterrupt:
-        print(f"\nInterrupted; what was finished is kept. Go on with: {_command()} --resume {store.root}", flush=True)
+        given = f" --address {options.address}" if options.address else ""
+        print(
+            f"\nInterrupted; what was finished is kept. Go on with: {_command()} --resume {store.root}{given}",
+            flush=True,
+        )
         return 130
     except ValueError as error:  # the cluster or the tracking store can't be used
         print(f"privacy_frontier.py: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -105,7 +109,9 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
         if (store.root / name).exists():
             print(f"  {store.root / name}")
     uri = options.tracking_uri or f"sqlite:///{store.root}/mlflow.db"
-    print(f"\nCompare the runs in the MLflow UI:\n  mlflow ui --host 127.0.0.1 --backend-store-uri {uri}")
+    served = uri.startswith(("http://", "https://"))
+    place = uri if served else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+    print(f"\nCompare the runs in the MLflow UI:\n  {place}")
     return 0 if any(row["status"] == "finished" for row in rows) else 1
 
 
@@ -157,6 +163,7 @@ DEFAULTS: dict[str, Any] = dict(
     data="digits", image_size=None, preset="quick", defence=None, workers=2, stem="cifar", vantage="link",
     batch_norm="eval", minimise_bytes=False, seed=0, output=None, resume=None, address=None, tracking_uri=None,
 )  # fmt: skip
+NAMED_DATA = ("digits", "cifar10", "cifar100", "mnist")
 RESUMABLE = ("trials", "address", "tracking_uri", "resume")  # what may be given along with --resume
 
 
@@ -173,20 +180,27 @@ def _resolve(given: argparse.Namespace) -> tuple[argparse.Namespace, Path, bool]
         found = read_json(resume / "sweep.json")
         if found is None:
             raise ValueError(f"Expected resume={str(resume)!r} to hold a sweep, but there is no sweep.json in it.")
+        if not isinstance(found, dict) or "options" not in found:
+            raise ValueError(f"Expected resume={str(resume)!r} to hold a sweep, but its sweep.json is not one's.")
         return argparse.Namespace(**{**DEFAULTS, **found["options"], **options}), resume.resolve(), True
     preset = PRESETS[options.get("preset", DEFAULTS["preset"])]
     options = {**DEFAULTS, **preset, **options}
+    options["listed"] = options["trials"]  # a sweep that goes on with other trials keeps its list
     default = Path("results") / time.strftime("privacy_frontier-%Y%m%d-%H%M%S")
     return argparse.Namespace(**options), (options["output"] or default).resolve(), False
 
 
 def _kept(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that a resumed sweep takes over."""
-    return {k: v for k, v in vars(options).items() if k not in ("output", "resume", "address")}
+    """The options that a resumed sweep takes over, from whatever directory it is resumed."""
+    kept = {k: v for k, v in vars(options).items() if k not in ("output", "resume", "address")}
+    return kept if options.data in NAMED_DATA else kept | {"data": str(Path(options.data).expanduser().resolve())}
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     """The data and the configuration, both checked: what is wrong shows before Ray starts."""
+    for name in ("trials", "steps", "images"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"Expected {name}={value} to be at least 1.")
     threat = Threat(vantage=options.vantage, batch_norm=options.batch_norm)
     steps = tuple(step for step in options.capture_steps if step < options.steps)
     attack = InversionConfig(
@@ -196,9 +210,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         iterations=options.iterations,
         seed=options.seed,
     )
-    defences = tuple(map(parse_defence, options.defence)) if options.defence else DEFENCES
-    if options.trials < 1:
-        raise ValueError(f"Expected trials={options.trials} to be at least 1.")
+    defences = tuple(map(parse_defence, options.defence)) if options.defence else DEFENCES[: options.listed]
     sweep = SweepConfig(
         name="privacy_frontier",
         train=TrainConfig(
@@ -210,8 +222,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
             steps=options.steps,
             seed=options.seed,
         ),
-        defences=defences[: options.trials],
-        trials=max(options.trials, len(defences)) if options.defence else options.trials,
+        defences=defences,
+        trials=max(options.trials, len(defences)),
         portfolio=(replace(attack, objective="naive"), replace(attack, objective="aware")),
         attack_trials=options.attack_trials,
         bytes_objective=options.minimise_bytes,
@@ -248,7 +260,10 @@ def parse_defence(text: str) -> Defence:
         raise ValueError(
             f"Expected defence={text!r} to be none, powersgd:RANK, topk:LEVEL or topk:rankN, with or without :ef."
         ) from None
-    return from_dict(Defence, {"compressor": values, "error_feedback": feedback})
+    try:
+        return from_dict(Defence, {"compressor": values, "error_feedback": feedback})
+    except ValueError as error:
+        raise ValueError(f"In defence={text!r}: {error}") from None
 
 
 def _cpus() -> int:

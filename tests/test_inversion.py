@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -18,14 +19,16 @@ from toys import distance, synthetic
 from raytrust.attacks.inversion import (
     Candidates,
     GradientInversion,
+    GradientMatcher,
     engine,
     invert,
     per_candidate_gradients,
     total_variation,
 )
-from raytrust.attacks.inversion.gradients import forget_batch_statistics
+from raytrust.attacks.inversion.gradients import Distance, forget_batch_statistics
 from raytrust.capture import Capture, Observation
-from raytrust.channel import LocalChannel
+from raytrust.channel import LocalChannel, Tap
+from raytrust.compress import build
 from raytrust.compress.interface import identity_view
 from raytrust.config import (
     CaptureConfig,
@@ -112,7 +115,8 @@ class Mixed(nn.Module):
 
 def network(name: str, training: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
-    model = Mixed() if name == "mixed" else build_model(ModelConfig(name, width=3), 3, 4, seed=0)  # type: ignore[arg-type]
+    own = {"mixed": Mixed, "strange": Strange}
+    model = own[name]() if name in own else build_model(ModelConfig(name, width=3), 3, 4, seed=0)  # type: ignore[arg-type]
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -198,6 +202,147 @@ def test_the_second_derivative_matches_finite_differences() -> None:
     assert float((slope * direction).sum()) == pytest.approx(float(value(step) - value(-step)) / (2 * step), rel=1e-4)
 
 
+# --------------------------------------------------------------------------------------------------- matcher
+
+
+class Strange(nn.Module):
+    """Whatever the fast path knows, used in unusual ways: strides, dilation, odd padding, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, (3, 5), stride=(1, 2), padding=(0, 3), bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 5, 2, dilation=2, padding=1)
+        self.third = nn.Conv2d(5, 6, 1, stride=2)
+        self.hidden = nn.Linear(6, 7, bias=False)
+        self.out = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)), inplace=True)
+        x = x + F.pad(self.second(F.silu(x)), (0, 0))[:, :4]
+        x = self.third(F.elu(torch.cat([x, x[:, :1] ** 2], 1), inplace=True))
+        return self.out(torch.tanh(self.hidden(x.amax((2, 3)))))
+
+
+def matcher_of(model: nn.Module) -> GradientMatcher:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return GradientMatcher(model)
+
+
+def views_of(target: list[Tensor]) -> dict[str, Distance]:
+    """Distances of all kinds: of a whole gradient, and of what compressors let through."""
+    shapes = [g.shape for g in target]
+    found: dict[str, Distance] = {}
+    for compressor in (DenseConfig(), TopKConfig(level=0.2), PowerSGDConfig(2)):
+        tap = Tap(LocalChannel())
+        build(Defence(compressor), shapes).reduce(target, tap)
+        view = build(Defence(compressor), shapes).view(tap.messages, "link")
+        found[compressor.method] = view.distance
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "mixed", "strange"])
+def test_a_matcher_agrees_with_a_plain_loop(name: str, training: bool, batch: int) -> None:
+    model = network(name, training)
+    x, labels = candidates(batch, size=16 if name != "mixed" else 8)
+    before = copy.deepcopy(model.state_dict())
+    matcher = matcher_of(model)
+    assert matcher.fast == (name == "convnet" or (name in ("resnet18", "strange") and not training))
+    target = [g[0] for g in one_at_a_time(model, x[:1] + 1, labels[:1])]
+    for distance_to_target in views_of(target).values():
+        leaf = x.clone().requires_grad_()
+        expected = distance_to_target(one_at_a_time(model, leaf, labels, create_graph=True))
+        (slope,) = torch.autograd.grad(expected.sum(), leaf)
+        values, dx = matcher(x, labels, distance_to_target)
+        assert not values.requires_grad
+        assert not dx.requires_grad
+        torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-5)
+        for i in range(4):  # each candidate, as their slopes differ in size
+            assert distance([dx[i]], [slope[i]]) < 1e-3
+    assert not x.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "strange"])
+def test_the_fast_path_is_exact(name: str) -> None:
+    model = network(name, False, torch.float64)
+    x, labels = candidates(2, dtype=torch.float64)
+    target = [g[0] for g in one_at_a_time(model, x[:1] + 1, labels[:1])]
+    matcher = matcher_of(model)
+    assert matcher.fast
+    found: list[Tensor] = []
+
+    def to_target(grads: Sequence[Tensor]) -> Tensor:
+        found[:] = [g.detach() for g in grads]
+        return identity_view(target).distance(grads)
+
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(to_target(one_at_a_time(model, leaf, labels, create_graph=True)).sum(), leaf)
+    expected = list(found)
+    _, dx = matcher(x, labels, to_target)
+    assert distance(found, expected) < 1e-10
+    assert distance([dx], [slope]) < 1e-9
+
+
+def test_a_matcher_may_be_used_again() -> None:
+    model = network("resnet18", False)
+    x, labels = candidates(2)
+    to_target = identity_view([torch.ones_like(p) for p in model.parameters()]).distance
+    matcher = matcher_of(model)
+    first = matcher(x, labels, to_target)
+    matcher(2 * x, labels.flip(0), to_target)
+    assert all(map(torch.equal, matcher(x, labels, to_target), first))
+    del x, first
+    assert not any(module._forward_hooks for module in matcher._model.modules())
+
+
+def test_the_slow_path_is_announced() -> None:
+    with pytest.warns(UserWarning, match=r"^Slow path: no rule for BatchNorm2d\.$"):
+        GradientMatcher(network("resnet18", True))
+    with pytest.warns(UserWarning, match=r"^Slow path: no rule for Conv2d, GroupNorm, Mixed\.$"):
+        GradientMatcher(network("mixed", False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GradientMatcher(network("resnet18", False))
+
+
+class Twice(nn.Module):
+    """One layer used twice: its gradient is a sum, which the fast path has no rule for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x.flatten(1)))).unflatten(1, (3, 4)).sum(1)
+
+
+class Overwriting(nn.Module):
+    """Overwrites what a layer was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x.flatten(1) * 1
+        out = self.layer(inputs)
+        inputs.add_(1)
+        return out
+
+
+@pytest.mark.parametrize("model", [Twice(), Overwriting()], ids=["twice", "overwriting"])
+def test_a_model_that_the_fast_path_would_get_wrong_is_refused(model: nn.Module) -> None:
+    x, labels = candidates(1, size=2)
+    to_target = identity_view([torch.ones_like(p) for p in model.parameters()]).distance
+    with pytest.raises((ValueError, RuntimeError), match=r"use each layer once|modified by an inplace operation"):
+        matcher_of(model)(x, labels, to_target)
+
+
 # ------------------------------------------------------------------------------------------- total variation
 
 
@@ -216,6 +361,19 @@ def test_total_variation_is_a_mean_over_images_and_channels() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- engine
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Each point at which the engine asks for a gradient, as the model sees it."""
+    visited: list[Tensor] = []
+
+    class Watched(GradientMatcher):
+        def __call__(self, x: Tensor, labels: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
+            visited.append(x.detach().clone())
+            return super().__call__(x, labels, distance)
+
+    monkeypatch.setattr(engine, "GradientMatcher", Watched)
+    return visited
 
 
 @pytest.mark.usefixtures("global_rng_untouched")
@@ -303,17 +461,11 @@ def test_more_restarts_never_make_it_worse(size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("signed", [True, False])
 def test_candidates_stay_in_the_box_of_valid_pixels(signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     observation = seen()[0]
-    visited = []
-
-    def recorded(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
-        visited.append(x.detach() * observation.std.view(-1, 1, 1) + observation.mean.view(-1, 1, 1))
-        return per_candidate_gradients(model, x, labels)
-
-    monkeypatch.setattr(engine, "per_candidate_gradients", recorded)
+    visited = watch(monkeypatch)
     attack = replace(SHORT, step_size=3.0, restarts=2, signed=signed)
     (found,) = GradientInversion(attack).candidates([observation])
     assert len(visited) == attack.iterations + 1
-    everything = torch.stack(visited)
+    everything = torch.stack(visited) * observation.std.view(-1, 1, 1) + observation.mean.view(-1, 1, 1)
     assert -1e-5 < float(everything.min()) < 1e-5  # the steps are large enough to reach both ends
     assert 1 - 1e-5 < float(everything.max()) < 1 + 1e-5
     assert 0 <= float(found.images.min()) <= float(found.images.max()) <= 1
@@ -361,40 +513,23 @@ def test_the_naive_attack_of_a_peer_is_on_the_victim() -> None:
 def test_the_best_iterate_is_kept_and_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     observation = seen()[0]
     mean, std = observation.mean.view(-1, 1, 1), observation.std.view(-1, 1, 1)
-    visited = []
-
-    def recorded(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
-        visited.append((x.detach()[0] * std + mean).clamp(0, 1))
-        return per_candidate_gradients(model, x, labels)
-
-    monkeypatch.setattr(engine, "per_candidate_gradients", recorded)
+    visited = watch(monkeypatch)
     attack = replace(SHORT, step_size=2.0, iterations=3)  # overshoots
     (found,) = GradientInversion(attack).candidates([observation])
-    values = [recompute(observation, attack, images) for images in visited]
+    values = [recompute(observation, attack, (x[0] * std + mean).clamp(0, 1)) for x in visited]
     assert float(found.objective) == pytest.approx(min(values), abs=1e-4)
     assert min(values) < values[-1] - 1e-3
 
 
-class Slope:
-    """A view that pulls every pixel down with the same force."""
-
-    def __init__(self, force: float):
-        self.force = force
-
-    def distance(self, grads: list[Tensor]) -> Tensor:
-        return self.force * grads[0].flatten(1).sum(1)
-
-
 def trajectory(attack: InversionConfig, force: float, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """How far the pixels that met no end of the box moved in each iteration."""
+    """How far the pixels that met no end of the box moved in each iteration, under a constant force down."""
     visited: list[Tensor] = []
 
-    def itself(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
+    def slope(x: Tensor, labels: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
         visited.append(x.detach().clone())
-        return [x]
+        return force * x.detach().flatten(1).sum(1), torch.full_like(x, force)
 
-    monkeypatch.setattr(engine, "per_candidate_gradients", itself)
-    monkeypatch.setattr(engine, "_view", lambda seen, config, device: Slope(force))
+    monkeypatch.setattr(engine, "GradientMatcher", lambda model: slope)
     GradientInversion(attack).reconstruct(seen()[0])
     x = torch.stack(visited).double()
     inside = (x[0] < visited[0].amax((0, 1, 3, 4), keepdim=True)) & (x[-1] > x[-1].amin((0, 1, 3, 4), keepdim=True))
@@ -458,16 +593,16 @@ def test_total_variation_smoothes() -> None:
 
 
 class Diverging:
-    """A view whose distance is `value` for some restarts."""
+    """A view whose distance, with its slope, is `value` times what it should be for some restarts."""
 
     def __init__(self, inner: Any, restarts: tuple[int, ...], value: float):
         self.inner, self.restarts, self.value = inner, restarts, value
 
     def distance(self, grads: list[Tensor]) -> Tensor:
         d = self.inner.distance(grads)
-        mask = torch.zeros(len(d), dtype=torch.bool)
-        mask[list(self.restarts)] = True
-        return torch.where(mask, self.value, d)
+        factor = torch.ones_like(d)
+        factor[list(self.restarts)] = self.value
+        return factor * d
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -504,17 +639,18 @@ def test_an_attack_that_diverged_altogether_is_no_result(monkeypatch: pytest.Mon
 
 
 def test_what_was_best_before_a_restart_diverged_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[None] = []
+    visited, attack = watch(monkeypatch), replace(SHORT, signed=False)
+    view = engine._view
 
-    def breaks(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
-        calls.append(None)
-        grads = per_candidate_gradients(model, x, labels)
-        return [g * float("nan") for g in grads] if len(calls) > 5 else grads
+    class Breaking(Diverging):
+        def distance(self, grads: list[Tensor]) -> Tensor:
+            return super().distance(grads) if len(visited) > 5 else self.inner.distance(grads)
 
-    monkeypatch.setattr(engine, "per_candidate_gradients", breaks)
-    (found,) = GradientInversion(SHORT).candidates(seen()[:1])
+    monkeypatch.setattr(engine, "_view", lambda *job: Breaking(view(*job), (0,), float("nan")))
+    (found,) = GradientInversion(attack).candidates(seen()[:1])
+    assert not torch.isfinite(visited[-1]).any()
     assert torch.isfinite(found.images).all()
-    assert float(found.objective) == pytest.approx(recompute(seen()[0], SHORT, found.images[0]), abs=1e-4)
+    assert float(found.objective) == pytest.approx(recompute(seen()[0], attack, found.images[0]), abs=1e-4)
 
 
 def test_labels_must_be_granted() -> None:

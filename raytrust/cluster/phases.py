@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray import tune
+from ray import cloudpickle, tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrust.cluster.runtime import SLOT, Listener, cluster_device
@@ -135,14 +136,25 @@ def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> di
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, without the way there: the last line of the innermost error."""
+    """What went wrong, without the way there: the last line of the innermost error, with its type unless it is ours."""
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
     for failures in (getattr(error, "worker_failures", None), getattr(error, "_worker_failures", None)):
         if failures:
             return one_line(next(iter(failures.values())))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    return lines[-1] if isinstance(error, (ValueError, FloatingPointError)) else f"{kind}: {lines[-1]}"
+
+
+def _reason(trial: Any) -> str:
+    """Why a trial failed: its storage, which `trial.get_pickled_error` reads, knows only once the trial has stopped."""
+    path = trial.pickled_error_file
+    if path is None or not Path(path).exists():
+        return "the trial was lost"
+    return one_line(cloudpickle.loads(Path(path).read_bytes()))
 
 
 def _defence_trial(parameters: dict[str, Any], sweep: dict[str, Any], data: list[Any], store: Store) -> None:
@@ -228,6 +240,10 @@ class _Relay(tune.Callback):
     def __init__(self, phase: str, listener: Listener, key: Any, failed: Any = None):
         self._phase, self._listener, self._key, self._failed = phase, listener, key, failed
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune saves its callbacks, but a sweep is resumed from the store; not every stream can be saved."""
+        return {}
+
     def on_step_begin(self, **_: Any) -> None:
         self._listener.tick()
 
@@ -238,7 +254,7 @@ class _Relay(tune.Callback):
         self._listener.finished(self._phase, self._key(trial.config)[0], {**trial.config, **trial.last_result})
 
     def on_trial_error(self, trial: Any, **_: Any) -> None:
-        reason = one_line(trial.get_pickled_error() or RuntimeError("the trial was lost"))
+        reason = _reason(trial)
         if self._failed:
             self._failed(trial.config, reason)
         self._listener.failed(self._phase, self._key(trial.config)[0], reason)

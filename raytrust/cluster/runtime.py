@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ def cluster(address: str | None, cpus: int, slots: int = 1) -> Iterator[None]:
     if address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback interface
         ray.init(
+            address="local",  # not one that happens to run on this machine
             num_cpus=cpus,
             resources={SLOT: slots},
             include_dashboard=False,
@@ -80,6 +82,7 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
 
     runtime_env = {"py_modules": [str(Path(raytrust.__file__).parent)], "env_vars": ENVIRONMENT}
     try:
+        _expect_listener(address)
         ray.init(address=address, runtime_env=runtime_env, **quiet)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -90,6 +93,19 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
             f"Expected the cluster at address={address!r} to offer the resource {SLOT!r}; "
             f"start its nodes with --resources='{{\"{SLOT}\": 1}}'."
         )
+
+
+def _expect_listener(address: str) -> None:
+    """Raises OSError if nothing listens at HOST:PORT; Ray would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():  # "auto" and the like
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError:
+        if host not in ("localhost", "127.0.0.1"):
+            raise
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=10).close()  # as Ray reads it
 
 
 def _short_temporary_directory() -> str | None:

@@ -33,6 +33,7 @@ class DefenceSearch(OptunaSearch):
     ):
         self._domains = OptunaSearch.convert_search_space(space)
         super().__init__(self._domains, metric=list(objectives), mode=list(objectives.values()), seed=seed)
+        self._uniform = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
         self._pending = list(pending)
         self._given: dict[str, Defence] = {}
         self._seen = {defence for defence, _ in known} | set(pending)
@@ -43,7 +44,9 @@ class DefenceSearch(OptunaSearch):
         if self._pending:
             self._given[trial_id] = self._pending.pop(0)
             return {"defence": to_dict(self._given[trial_id])}
-        for _ in range(100):
+        for attempt in range(1000):
+            if attempt >= 20:  # the sampler dwells on what it knows: draw from the whole space
+                self._ot_study.enqueue_trial(self._uniform.ask(self._domains).params)
             defence = sampled_defence(super().suggest(trial_id) or {})
             if defence not in self._seen:
                 self._seen.add(defence)
@@ -153,7 +156,10 @@ def _parameters(defence: Defence) -> dict[str, Any] | None:
 
 def _inside(parameters: dict[str, Any], domains: dict[str, Any]) -> bool:
     """Whether this is a point of the space, so that a study can learn from it."""
-    return all(domain._contains(domain.to_internal_repr(parameters[name])) for name, domain in domains.items())
+    try:
+        return all(domain._contains(domain.to_internal_repr(parameters[name])) for name, domain in domains.items())
+    except ValueError:  # a choice that the space doesn't offer has no representation
+        return False
 
 
 def _finite(result: dict[str, Any] | None, names: Sequence[str]) -> Results | None:
