@@ -1,0 +1,294 @@
+"""Gradients of many candidates, and their derivatives, against a plain loop; total variation."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from toys import distance
+
+from raytrust.attacks.inversion import (
+    GradientMatcher,
+    per_candidate_gradients,
+    total_variation,
+)
+from raytrust.attacks.inversion.gradients import Distance, forget_batch_statistics
+from raytrust.channel import LocalChannel, Tap
+from raytrust.compress import build
+from raytrust.compress.interface import identity_view
+from raytrust.config import (
+    Defence,
+    DenseConfig,
+    ModelConfig,
+    PowerSGDConfig,
+    TopKConfig,
+)
+from raytrust.models import build_model
+
+
+class Mixed(nn.Module):
+    """A group norm, a batch norm without weights, a grouped convolution, pooling, a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.norm = nn.GroupNorm(2, 4)
+        self.grouped = nn.Conv2d(4, 8, 3, groups=2)
+        self.positions = nn.Parameter(torch.randn(8, 1, 1))
+        self.head = nn.Sequential(nn.BatchNorm2d(8, affine=False), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.norm(self.stem(x)))
+        return self.head(torch.sigmoid(self.grouped(x) + self.positions))
+
+
+def network(name: str, training: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    own = {"mixed": Mixed, "strange": Strange}
+    model = own[name]() if name in own else build_model(ModelConfig(name, width=3), 3, 4, seed=0)  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.to(dtype).train(training)
+
+
+def candidates(batch: int, size: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, batch, 3, size, size, generator=generator).to(dtype)
+    return x, torch.randint(0, 4, (4, batch), generator=generator)
+
+
+def one_at_a_time(model: nn.Module, x: Tensor, labels: Tensor, create_graph: bool = False) -> list[Tensor]:
+    """The textbook loop."""
+    rows = []
+    for images, targets in zip(x, labels, strict=True):
+        twin = copy.deepcopy(model)
+        loss = F.cross_entropy(twin(images), targets)
+        rows.append(torch.autograd.grad(loss, list(twin.parameters()), create_graph=create_graph))
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "mixed"])
+def test_gradients_are_those_of_a_plain_loop(name: str, training: bool, batch: int) -> None:
+    model = network(name, training)
+    x, labels = candidates(batch, size=16 if name != "mixed" else 8)
+    expected = one_at_a_time(model, x, labels)
+    before = copy.deepcopy(model.state_dict())
+    found = per_candidate_gradients(forget_batch_statistics(copy.deepcopy(model)), x, labels)
+    assert [g.shape for g in found] == [(4, *p.shape) for p in model.parameters()]
+    for i in range(4):
+        assert distance([g[i] for g in found], [e[i] for e in expected]) < 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "mixed"])
+def test_candidates_do_not_mix(name: str, training: bool) -> None:
+    model = forget_batch_statistics(network(name, training))
+    x, labels = candidates(2, size=16 if name != "mixed" else 8)
+    before = [g[0] for g in per_candidate_gradients(model, x, labels)]
+    x[1:], labels[1:] = x[1:] * 10 + 1, (labels[1:] + 1) % 4
+    after = [g[0] for g in per_candidate_gradients(model, x, labels)]
+    assert distance(after, before) < 1e-6
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "mixed"])
+def test_the_second_derivative_is_that_of_a_plain_loop(name: str, training: bool) -> None:
+    model = network(name, training, torch.float64)
+    x, labels = candidates(2, size=16 if name != "mixed" else 8, dtype=torch.float64)
+    target = [g[0] for g in one_at_a_time(model, x[:1] + 1, labels[:1])]
+
+    def slope(gradients: Callable[[Tensor], list[Tensor]]) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(identity_view(target).distance(gradients(leaf)).sum(), leaf)
+        return found
+
+    ours = slope(lambda leaf: per_candidate_gradients(forget_batch_statistics(copy.deepcopy(model)), leaf, labels))
+    textbook = slope(lambda leaf: one_at_a_time(model, leaf, labels, create_graph=True))
+    assert distance([ours], [textbook]) < 1e-9
+
+
+def test_the_second_derivative_matches_finite_differences() -> None:
+    model = network("resnet18", False, torch.float64)
+    x, labels = candidates(1, size=8, dtype=torch.float64)
+    target = [g[0] for g in one_at_a_time(model, x[:1] + 1, labels[:1])]
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def value(t: float) -> Tensor:
+        return identity_view(target).distance(per_candidate_gradients(model, x + t * direction, labels)).sum()
+
+    leaf = x.clone().requires_grad_()
+    d = identity_view(target).distance(per_candidate_gradients(model, leaf, labels)).sum()
+    (slope,) = torch.autograd.grad(d, leaf)
+    step = 1e-6
+    assert float((slope * direction).sum()) == pytest.approx(float(value(step) - value(-step)) / (2 * step), rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- matcher
+
+
+class Strange(nn.Module):
+    """Whatever the fast path knows, used in unusual ways: strides, dilation, odd padding, with and without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, (3, 5), stride=(1, 2), padding=(0, 3), bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 5, 2, dilation=2, padding=1)
+        self.third = nn.Conv2d(5, 6, 1, stride=2)
+        self.hidden = nn.Linear(6, 7, bias=False)
+        self.out = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.first(x)), inplace=True)
+        x = x + F.pad(self.second(F.silu(x)), (0, 0))[:, :4]
+        x = self.third(F.elu(torch.cat([x, x[:, :1] ** 2], 1), inplace=True))
+        return self.out(torch.tanh(self.hidden(x.amax((2, 3)))))
+
+
+def matcher_of(model: nn.Module) -> GradientMatcher:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return GradientMatcher(model)
+
+
+def views_of(target: list[Tensor]) -> dict[str, Distance]:
+    """Distances of all kinds: of a whole gradient, and of what compressors let through."""
+    shapes = [g.shape for g in target]
+    found: dict[str, Distance] = {}
+    for compressor in (DenseConfig(), TopKConfig(level=0.2), PowerSGDConfig(2)):
+        tap = Tap(LocalChannel())
+        build(Defence(compressor), shapes).reduce(target, tap)
+        view = build(Defence(compressor), shapes).view(tap.messages, "link")
+        found[compressor.method] = view.distance
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "mixed", "strange"])
+def test_a_matcher_agrees_with_a_plain_loop(name: str, training: bool, batch: int) -> None:
+    model = network(name, training)
+    x, labels = candidates(batch, size=16 if name != "mixed" else 8)
+    before = copy.deepcopy(model.state_dict())
+    matcher = matcher_of(model)
+    assert matcher.fast == (name == "convnet" or (name in ("resnet18", "strange") and not training))
+    target = [g[0] for g in one_at_a_time(model, x[:1] + 1, labels[:1])]
+    for distance_to_target in views_of(target).values():
+        leaf = x.clone().requires_grad_()
+        expected = distance_to_target(one_at_a_time(model, leaf, labels, create_graph=True))
+        (slope,) = torch.autograd.grad(expected.sum(), leaf)
+        values, dx = matcher(x, labels, distance_to_target)
+        assert not values.requires_grad
+        assert not dx.requires_grad
+        torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-5)
+        for i in range(4):  # each candidate, as their slopes differ in size
+            assert distance([dx[i]], [slope[i]]) < 1e-3
+    assert not x.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "strange"])
+def test_the_fast_path_is_exact(name: str) -> None:
+    model = network(name, False, torch.float64)
+    x, labels = candidates(2, dtype=torch.float64)
+    target = [g[0] for g in one_at_a_time(model, x[:1] + 1, labels[:1])]
+    matcher = matcher_of(model)
+    assert matcher.fast
+    found: list[Tensor] = []
+
+    def to_target(grads: Sequence[Tensor]) -> Tensor:
+        found[:] = [g.detach() for g in grads]
+        return identity_view(target).distance(grads)
+
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(to_target(one_at_a_time(model, leaf, labels, create_graph=True)).sum(), leaf)
+    expected = list(found)
+    _, dx = matcher(x, labels, to_target)
+    assert distance(found, expected) < 1e-10
+    assert distance([dx], [slope]) < 1e-9
+
+
+def test_a_matcher_may_be_used_again() -> None:
+    model = network("resnet18", False)
+    x, labels = candidates(2)
+    to_target = identity_view([torch.ones_like(p) for p in model.parameters()]).distance
+    matcher = matcher_of(model)
+    first = matcher(x, labels, to_target)
+    matcher(2 * x, labels.flip(0), to_target)
+    assert all(map(torch.equal, matcher(x, labels, to_target), first))
+    del x, first
+    assert not any(module._forward_hooks for module in matcher._model.modules())
+
+
+def test_the_slow_path_is_announced() -> None:
+    with pytest.warns(UserWarning, match=r"^Slow path: no rule for BatchNorm2d\.$"):
+        GradientMatcher(network("resnet18", True))
+    with pytest.warns(UserWarning, match=r"^Slow path: no rule for Conv2d, GroupNorm, Mixed\.$"):
+        GradientMatcher(network("mixed", False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GradientMatcher(network("resnet18", False))
+
+
+class Twice(nn.Module):
+    """One layer used twice: its gradient is a sum, which the fast path has no rule for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x.flatten(1)))).unflatten(1, (3, 4)).sum(1)
+
+
+class Overwriting(nn.Module):
+    """Overwrites what a layer was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x.flatten(1) * 1
+        out = self.layer(inputs)
+        inputs.add_(1)
+        return out
+
+
+@pytest.mark.parametrize("model", [Twice(), Overwriting()], ids=["twice", "overwriting"])
+def test_a_model_that_the_fast_path_would_get_wrong_is_refused(model: nn.Module) -> None:
+    x, labels = candidates(1, size=2)
+    to_target = identity_view([torch.ones_like(p) for p in model.parameters()]).distance
+    with pytest.raises((ValueError, RuntimeError), match=r"use each layer once|modified by an inplace operation"):
+        matcher_of(model)(x, labels, to_target)
+
+
+# ------------------------------------------------------------------------------------------- total variation
+
+
+def test_total_variation_by_hand() -> None:
+    x = torch.tensor([[0.0, 1.0, 3.0], [2.0, 2.0, -1.0]]).view(1, 1, 1, 2, 3)
+    rows, columns = (2 + 1 + 4) / 3, (1 + 2 + 0 + 3) / 4
+    assert total_variation(x).tolist() == pytest.approx([rows + columns])
+    stacked = torch.stack([x[0], 2 * x[0], -x[0], torch.full_like(x[0], 5.0)])
+    assert total_variation(stacked).tolist() == pytest.approx([rows + columns, 2 * (rows + columns), rows + columns, 0])
+
+
+def test_total_variation_is_a_mean_over_images_and_channels() -> None:
+    x = torch.rand(2, 3, 2, 9, 7, generator=torch.Generator().manual_seed(0))
+    single = total_variation(x.reshape(12, 1, 1, 9, 7)).view(2, 6).mean(1)
+    torch.testing.assert_close(total_variation(x), single)
