@@ -16,6 +16,7 @@ from raytrust.config import (
     SweepConfig,
     TopKConfig,
     TrainConfig,
+    digest,
     from_dict,
     to_dict,
 )
@@ -29,7 +30,7 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     """The frontier's row of a defence: see the README for its keys. Numbers come from finished results alone."""
     train = replace(sweep.train, defence=defence)
     training = store.training(train)
-    figures = [f for f in store.attacks(train, "evaluation")]
+    figures = store.attacks(train, "evaluation")
     by_objective = {o: _best(figures, o) for o in ("naive", "aware")}
     if isinstance(defence.compressor, DenseConfig):  # without a compressor the two objectives are one
         by_objective["aware"] = by_objective["naive"]
@@ -48,7 +49,7 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         "run": store.run_id(train),
         "bytes_per_step": training and _integer(training["bytes_per_step"]),
         "compression_ratio": training and training["dense_bytes"] / training["bytes_per_step"],
-        "attacks_tried": len(store.attacks(train, "tuning")),
+        "attacks_tried": len({digest(f["attack"]) for f in [*store.attacks(train, "tuning"), *figures]}),
         "n_tuning_images": sweep.train.capture.tuning * sweep.train.threat.batch_size,
     }
     if reason is not None or training is None or worst is None:
@@ -74,11 +75,20 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
 
 
 def finalists(store: Store, sweep: SweepConfig, defence: Defence) -> tuple[TrainConfig, list[InversionConfig]]:
-    """The attacks to run on the evaluation images: on the tuning images the best naive one and the best aware one."""
+    """The attacks to run on the evaluation images: on the tuning images the best naive one and the best aware one.
+
+    An objective that was not tried takes the settings of the best attack.
+    """
     train = replace(sweep.train, defence=defence)
     tried = store.attacks(train, "tuning")
-    best = [_best(tried, objective) for objective in ("naive", "aware")]
-    return train, [from_dict(InversionConfig, f["attack"]) for f in best if f is not None]
+    winner = _best(tried)
+    assert winner is not None
+    attacks = [
+        from_dict(InversionConfig, {**(_best(tried, objective) or winner)["attack"], "objective": objective})
+        for objective in ("naive", "aware")
+    ]
+    attacks = [attack.against(defence) for attack in attacks]
+    return train, list(dict.fromkeys(attacks))
 
 
 def _best(figures: Sequence[dict[str, Any]], objective: str | None = None) -> dict[str, Any] | None:

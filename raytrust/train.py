@@ -210,5 +210,7 @@ def _evaluate(step: int, model: nn.Module, data: Dataset, device: str, batch: in
         logits = model(images)
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"The test loss became {loss} after {step} steps.")
     n = len(data.test_labels)
     return Evaluation(step, correct, n, loss / n)

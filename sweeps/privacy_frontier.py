@@ -60,10 +60,11 @@ ATTACK_SPACE = {
 #                 defences   further attacks   tuning   evaluation   attack        training
 #                 in all     on each           images   images       iterations    steps      width
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(trials=12, attack_trials=1, tuning=2, images=4, iterations=50, steps=40, width=16,
-                  capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed=False),
+    "quick": dict(trials=12, attack_trials=1, tuning=2, images=4, iterations=40, steps=32, width=16,
+                  capture_steps=(0, 16), batch_size=16, tv=0.03, step_size=1.0, signed=False, portfolio=("aware",)),
     "paper": dict(trials=11, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, width=64,
-                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed=True),
+                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed=True,
+                  portfolio=("naive", "aware")),
 }  # fmt: skip
 
 
@@ -224,7 +225,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         ),
         defences=defences,
         trials=max(options.trials, len(defences)),
-        portfolio=(replace(attack, objective="naive"), replace(attack, objective="aware")),
+        portfolio=tuple(replace(attack, objective=objective) for objective in options.portfolio),
         attack_trials=options.attack_trials,
         bytes_objective=options.minimise_bytes,
     )
