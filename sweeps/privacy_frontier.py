@@ -60,8 +60,8 @@ ATTACK_SPACE = {
 #                 defences   further attacks   tuning   evaluation   attack        training
 #                 in all     on each           images   images       iterations    steps      width
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": dict(trials=12, attack_trials=1, tuning=2, images=4, iterations=40, steps=32, width=16,
-                  capture_steps=(0, 16), batch_size=16, tv=0.03, step_size=1.0, signed=False, portfolio=("aware",)),
+    "quick": dict(trials=12, attack_trials=1, tuning=2, images=3, iterations=40, steps=40, width=16,
+                  capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed=False, portfolio=("aware",)),
     "paper": dict(trials=11, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, width=64,
                   capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed=True,
                   portfolio=("naive", "aware")),
