@@ -1,0 +1,31 @@
+"""Configurations: frozen dataclasses that refuse unknown keys and values out of range.
+
+Every object of this module is a value: it compares by content, it is hashable, and it turns into JSON and back without
+loss (`to_dict`, `from_dict`). The type of `TrainConfig.compressor` selects the compression method. All errors are a
+`ValueError` of one line that names the argument, its value and what was expected.
+"""
+
+from __future__ import annotations
+
+from raytrust.config.attacks import InversionConfig
+from raytrust.config.compressors import CompressorConfig, Defence, DenseConfig, PowerSGDConfig, TopKConfig
+from raytrust.config.sweeps import SweepConfig
+from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
+from raytrust.config.values import digest, from_dict, to_dict
+
+__all__ = [
+    "CaptureConfig",
+    "CompressorConfig",
+    "Defence",
+    "DenseConfig",
+    "InversionConfig",
+    "ModelConfig",
+    "PowerSGDConfig",
+    "SweepConfig",
+    "Threat",
+    "TopKConfig",
+    "TrainConfig",
+    "digest",
+    "from_dict",
+    "to_dict",
+]

@@ -1,0 +1,42 @@
+"""A search over defences and attacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from raytrust.config.attacks import InversionConfig
+from raytrust.config.compressors import Defence
+from raytrust.config.training import TrainConfig
+from raytrust.config.values import expect
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A search over defences and, for each of them, over attacks.
+
+    train: what all defences share; its own `defence` is ignored. defences: audited first, in this order; `trials`
+    counts all defences, and those beyond the list are chosen by the search. portfolio: attacks that every defence meets
+    in the outer search. attack_trials: further attacks the inner search tries on each defence. bytes_objective: whether
+    the outer search also minimises bytes per step.
+    """
+
+    name: str = "sweep"
+    train: TrainConfig = field(default_factory=TrainConfig)
+    defences: tuple[Defence, ...] = (Defence(),)
+    trials: int = 1
+    portfolio: tuple[InversionConfig, ...] = (InversionConfig(),)
+    attack_trials: int = 0
+    bytes_objective: bool = False
+
+    def __post_init__(self) -> None:
+        expect(self.trials >= 1, "trials", self.trials, "to be at least 1")
+        expect(len(self.portfolio) >= 1, "portfolio", self.portfolio, "to hold at least one attack")
+        expect(self.attack_trials >= 0, "attack_trials", self.attack_trials, "to be at least 0")
+        expect(len(set(self.defences)) == len(self.defences), "defences", self.defences, "to differ from each other")
+        for attack in self.portfolio:
+            steps = self.train.capture.steps
+            expect(attack.capture_step in steps, "capture_step", attack.capture_step, f"to be a captured step {steps}")
+
+    def portfolio_against(self, defence: Defence) -> list[InversionConfig]:
+        """The attacks of the portfolio as they apply to a defence, each once."""
+        return list(dict.fromkeys(attack.against(defence) for attack in self.portfolio))

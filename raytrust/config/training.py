@@ -1,0 +1,104 @@
+"""What is trained, under which threat, and what is captured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raytrust.config.compressors import Defence
+from raytrust.config.values import expect, expect_choices
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """resnet18: torchvision's ResNet-18 with `width` channels in its first stage (64 in the paper of He et al.).
+    convnet: three convolutions of `width` channels and a linear layer, without batch norm.
+
+    stem: "cifar" is a 3x3 convolution of stride 1 and no max-pool; "imagenet" is torchvision's own 7x7 stem.
+    """
+
+    name: Literal["resnet18", "convnet"] = "resnet18"
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        expect_choices(self)
+        expect(1 <= self.width <= 1024, "width", self.width, "in [1, 1024]")
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What the attacker can see, and how the private gradient comes about. It stands in every result.
+
+    vantage: "link" sees one worker's own messages (a server, a wire-tap); "peer" sees what the collective returned.
+    batch_size: images in the private batch; the attacker knows it.
+    batch_norm: the mode in which the private gradient is taken: "eval" uses the running statistics, which the attacker
+        knows as buffers of the model; "train" uses the statistics of the private batch itself.
+    labels: "known" grants the private labels to the attacker; "unknown" does not.
+    """
+
+    vantage: Literal["link", "peer"] = "link"
+    batch_size: int = 1
+    batch_norm: Literal["eval", "train"] = "eval"
+    labels: Literal["known", "unknown"] = "known"
+
+    def __post_init__(self) -> None:
+        expect_choices(self)
+        expect(self.batch_size >= 1, "batch_size", self.batch_size, "to be at least 1")
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Which steps of training are captured, and for how many private batches.
+
+    The first `tuning` batches serve to choose an attack, the following `evaluation` batches to report it. The two sets
+    share no image, and both are the same for every defence of one seed, so that defences are compared in pairs.
+    """
+
+    steps: tuple[int, ...] = (0,)
+    tuning: int = 2
+    evaluation: int = 4
+
+    def __post_init__(self) -> None:
+        expect(len(self.steps) > 0, "steps", self.steps, "to name at least one step")
+        expect(min(self.steps, default=0) >= 0, "steps", self.steps, "to be at least 0")
+        expect(list(self.steps) == sorted(set(self.steps)), "steps", self.steps, "in increasing order, each once")
+        expect(self.tuning >= 1, "tuning", self.tuning, "to be at least 1")
+        expect(self.evaluation >= 1, "evaluation", self.evaluation, "to be at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: everything that decides what crosses the wire, but for the data.
+
+    batch_size: images a worker and step. learning_rate: the peak of a schedule that rises over the first tenth of the
+    steps and then falls linearly to zero. Optimiser: SGD with Nesterov momentum, on the mean gradient of all workers.
+    """
+
+    defence: Defence = field(default_factory=Defence)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    threat: Threat = field(default_factory=Threat)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    workers: int = 2
+    batch_size: int = 64
+    steps: int = 200
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        expect(self.workers >= 1, "workers", self.workers, "to be at least 1")
+        expect(self.batch_size >= 1, "batch_size", self.batch_size, "to be at least 1")
+        expect(self.steps >= 1, "steps", self.steps, "to be at least 1")
+        expect(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "to be positive and finite")
+        expect(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        expect(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "to be at least 0 and finite")
+        expect(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
+        expect(
+            self.capture.steps[-1] < self.steps,
+            "capture.steps",
+            self.capture.steps,
+            f"to lie below steps={self.steps}, the length of training",
+        )
