@@ -22,6 +22,7 @@ EDGES = ("raytrust.cluster", "raytrust.tracking", "raytrust.sweep", "raytrust.sw
 LAYERS: dict[str, set[str]] = {
     "config": set(),
     "metrics": set(),
+    "audit": {"metrics"},
     "data": set(),
     "channel": set(),
     "models": {"config"},
