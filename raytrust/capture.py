@@ -25,7 +25,7 @@ from raytrust.compress import Compressor, build
 from raytrust.config import Defence, ModelConfig, Threat, from_dict, to_dict
 from raytrust.models import build_model
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Observation:
 
     def build_compressor(self) -> Compressor:
         """A fresh compressor with the public state: it decodes and views the messages."""
-        compressor = build(self.defence, [w.shape for w in self.weights.values()])
+        compressor = build(self.defence, [w.shape for w in self.weights.values()], names=list(self.weights))
         compressor.load_public_state(self.compressor_state)
         return compressor
 

@@ -20,7 +20,7 @@ class Channel(Protocol):
     """Collectives over `world_size` workers, of which this one is number `rank`.
 
     Both calls are collective: every worker makes them in the same order, with tensors of the same shapes and dtypes.
-    Both return new tensors, bitwise equal on all workers, and leave their arguments as they are.
+    What they return is bitwise equal on all workers; their arguments stay as they are.
     """
 
     @property
@@ -29,12 +29,15 @@ class Channel(Protocol):
     @property
     def rank(self) -> int: ...
 
-    def all_mean(self, x: Tensor) -> Tensor:
-        """The mean of `x` over all workers."""
+    def all_mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The mean of `x` over all workers: in a new tensor, or in `out`, which is contiguous and not `x`."""
         ...
 
-    def all_gather(self, xs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """The tensors of every worker, in the order of ranks."""
+    def all_gather(self, xs: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
+        """The tensors of every worker, in the order of ranks, in new tensors.
+
+        counts: the length of each worker's tensors, by rank, where these differ.
+        """
         ...
 
 
@@ -44,10 +47,10 @@ class LocalChannel:
     world_size = 1
     rank = 0
 
-    def all_mean(self, x: Tensor) -> Tensor:
-        return x.detach().clone()
+    def all_mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return x.detach().clone() if out is None else out.copy_(x.detach())
 
-    def all_gather(self, xs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def all_gather(self, xs: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
         return [tuple(x.detach().clone() for x in xs)]
 
 
@@ -59,17 +62,32 @@ class GroupChannel:
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
 
-    def all_mean(self, x: Tensor) -> Tensor:
+    def all_mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         # Sum and divide: gloo has no average.
-        total = x.detach().clone(memory_format=torch.contiguous_format)
+        if out is None:
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        total = out.copy_(x.detach())
         dist.all_reduce(total, group=self._group)
         return total.div_(self.world_size)
 
-    def all_gather(self, xs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def all_gather(self, xs: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
         packed = pack(xs)
+        if counts is not None:
+            return [self._broadcast(packed, xs, rank, count) for rank, count in enumerate(counts)]
         buffers = [torch.empty_like(packed) for _ in range(self.world_size)]
         dist.all_gather(buffers, packed, group=self._group)
         return [unpack(buffer, xs) for buffer in buffers]
+
+    def _broadcast(self, packed: Tensor, xs: Sequence[Tensor], source: int, count: int) -> tuple[Tensor, ...]:
+        """The tensors of worker `source`, of length `count`: a gather without padding is a broadcast from each."""
+        like = [x.new_empty(count, *x.shape[1:]) for x in xs]
+        if count == 0:
+            return tuple(like)
+        buffer = packed if source == self.rank else packed.new_empty(sum(x.numel() * x.element_size() for x in like))
+        dist.broadcast(
+            buffer, src=source if self._group is None else dist.get_global_rank(self._group, source), group=self._group
+        )
+        return unpack(buffer, like)
 
 
 def pack(xs: Sequence[Tensor]) -> Tensor:
@@ -125,13 +143,13 @@ class Tap:
         self.sent_bytes = 0
         self.messages: list[Message] = []
 
-    def all_mean(self, x: Tensor) -> Tensor:
-        received = self._channel.all_mean(x)
+    def all_mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        received = self._channel.all_mean(x, out)
         self._record("all_mean", (x,), (received,))
         return received
 
-    def all_gather(self, xs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        received = self._channel.all_gather(xs)
+    def all_gather(self, xs: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
+        received = self._channel.all_gather(xs, counts)
         self._record("all_gather", tuple(xs), tuple(x for worker in received for x in worker))
         return received
 

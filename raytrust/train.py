@@ -62,7 +62,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     check_sizes(config, len(data.train_labels))
     model = build_model(config.model, data.channels, data.classes, config.seed).to(device)
     parameters = list(model.parameters())
-    compressor = build(config.defence, [p.shape for p in parameters], config.seed)
+    compressor = build(config.defence, model, config.seed)
     optimiser = torch.optim.SGD(
         parameters,
         lr=config.learning_rate,

@@ -59,6 +59,8 @@ class Sweep:
             stderr=self._files[1],
             env=os.environ | {"RAYTRUST_TEST": self.mark},
             start_new_session=True,
+            # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     @property

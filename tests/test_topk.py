@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raytrust.channel import LocalChannel, Tap
-from raytrust.compress import TopK
+from raytrust.compress import Layout
+from raytrust.compress.topk import TopK
 from raytrust.config import TopKConfig
 
 numbers = st.floats(-100, 100, width=32, allow_subnormal=False)
@@ -17,7 +18,7 @@ numbers = st.floats(-100, 100, width=32, allow_subnormal=False)
 
 def sent(values: Sequence[float], level: float) -> Tensor:
     x = torch.tensor(values)
-    return TopK(TopKConfig(level=level), [x.shape]).reduce([x], LocalChannel()).own[0]
+    return TopK(TopKConfig(level=level), Layout([x.shape])).reduce([x], LocalChannel()).own[0]
 
 
 @settings(deadline=None)
@@ -38,7 +39,7 @@ def test_contraction(values: list[float], level: float) -> None:
 @given(st.lists(numbers, min_size=1, max_size=40), st.floats(0, 1, exclude_min=True))
 def test_the_largest_magnitudes_are_sent_as_they_are(values: list[float], level: float) -> None:
     x = torch.tensor(values)
-    compressor, tap = TopK(TopKConfig(level=level), [x.shape]), Tap(LocalChannel())
+    compressor, tap = TopK(TopKConfig(level=level), Layout([x.shape])), Tap(LocalChannel())
     own = compressor.reduce([x], tap).own[0]
     values_sent, indices = tap.messages[0].sent
     assert (values_sent.dtype, indices.dtype) == (torch.float32, torch.int32)
@@ -64,26 +65,28 @@ def test_ties_keep_exactly_k() -> None:
 
 def test_one_entry() -> None:
     assert sent([5.0], 1e-9).tolist() == [5]
-    assert TopK(TopKConfig(equal_to_rank=1), [torch.Size((1,))]).k == 1  # half of one float, but nothing is no message
+    assert (
+        TopK(TopKConfig(equal_to_rank=1), Layout([torch.Size((1,))])).k == 1
+    )  # half of one float, but nothing is no message
 
 
 @pytest.mark.parametrize(("level", "k"), [(1e-9, 1), (0.01, 2), (0.5, 100), (1.0, 200)])
 def test_level_is_the_fraction_of_entries(level: float, k: int) -> None:
-    assert TopK(TopKConfig(level=level), [torch.Size((10, 19)), torch.Size((10,))]).k == k
+    assert TopK(TopKConfig(level=level), Layout([torch.Size((10, 19)), torch.Size((10,))])).k == k
 
 
 def test_never_more_than_all_entries() -> None:
-    assert TopK(TopKConfig(equal_to_rank=99, equal_by="values"), [torch.Size((3, 3))]).k == 9
+    assert TopK(TopKConfig(equal_to_rank=99, equal_by="values"), Layout([torch.Size((3, 3))])).k == 9
 
 
 def test_the_choice_is_over_the_whole_gradient() -> None:
     grads = [torch.tensor([1.0, 2.0]), torch.tensor([[30.0, -40.0]])]
-    own = TopK(TopKConfig(level=0.5), [g.shape for g in grads]).reduce(grads, LocalChannel()).own
+    own = TopK(TopKConfig(level=0.5), Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).own
     assert [o.tolist() for o in own] == [[0, 0], [[30, -40]]]
 
 
 def test_at_full_level_nothing_is_lost() -> None:
     grads = [torch.randn(5, 3), torch.randn(4)]
-    mean, own = TopK(TopKConfig(level=1.0), [g.shape for g in grads]).reduce(grads, LocalChannel())
+    mean, own = TopK(TopKConfig(level=1.0), Layout([g.shape for g in grads])).reduce(grads, LocalChannel())
     assert all(map(torch.equal, mean, grads))
     assert all(map(torch.equal, own, grads))

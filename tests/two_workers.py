@@ -18,7 +18,8 @@ from torch import Tensor
 from toys import DEFENCES, SHAPES, gradients, synthetic
 
 from raytrust.channel import Channel, GroupChannel, Message, Tap
-from raytrust.compress import ErrorFeedback, PowerSGD, build
+from raytrust.compress import ErrorFeedback, Layout, build
+from raytrust.compress.powersgd import PowerSGD
 from raytrust.config import CaptureConfig, Defence, ModelConfig, PowerSGDConfig, Threat, TrainConfig
 from raytrust.train import train
 
@@ -149,7 +150,7 @@ def low_rank_mean(channel: Channel) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     a, b, noise = (torch.randn(s, generator=generator) for s in [(12, 2), (2, 20), (12, 20)])
     sign = 1 if channel.rank == 0 else -1
-    compressor = PowerSGD(PowerSGDConfig(rank=2), [torch.Size((12, 20))])
+    compressor = PowerSGD(PowerSGDConfig(rank=2), Layout([torch.Size((12, 20))]))
     return a @ b, compressor.reduce([a @ b + sign * noise], channel).mean[0]
 
 

@@ -1,6 +1,7 @@
 """Gradient compressors: one file a method, `ErrorFeedback` around any of them.
 
-`build` turns a `Defence` and the shapes of a gradient into a `Compressor`.
+`build` turns a `Defence` and a model (or the shapes of its gradient) into a `Compressor`; `ddp_comm_hook` puts one into
+`DistributedDataParallel`.
 """
 
 from __future__ import annotations
@@ -8,39 +9,88 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
-from raytrust.compress.dense import Dense
+from raytrust.compress.atomo import Atomo
+from raytrust.compress.dense import Dense, Half
+from raytrust.compress.dgc import DGC
 from raytrust.compress.error_feedback import ErrorFeedback
-from raytrust.compress.interface import Compressor, LinearView, Reduced, Vantage, View
+from raytrust.compress.interface import Compressor, Layout, Reduced, Vantage
 from raytrust.compress.powersgd import PowerSGD
+from raytrust.compress.qsgd import QSGD
+from raytrust.compress.randk import RandK
+from raytrust.compress.scaled_sign import ScaledSign
+from raytrust.compress.signsgd import SignSGD
+from raytrust.compress.threshold import Threshold
 from raytrust.compress.topk import TopK
-from raytrust.config import Defence, DenseConfig, PowerSGDConfig, TopKConfig
+from raytrust.compress.views import LinearView, View, identity_view
+from raytrust.compress.vqsgd import VqSGD
+from raytrust.config import (
+    AtomoConfig,
+    Defence,
+    DenseConfig,
+    DGCConfig,
+    HalfConfig,
+    PowerSGDConfig,
+    QSGDConfig,
+    RandKConfig,
+    ScaledSignConfig,
+    SignSGDConfig,
+    ThresholdConfig,
+    TopKConfig,
+    VqSGDConfig,
+)
 
 __all__ = [
     "Compressor",
-    "Dense",
     "ErrorFeedback",
+    "Layout",
     "LinearView",
-    "PowerSGD",
     "Reduced",
-    "TopK",
     "Vantage",
     "View",
     "build",
+    "identity_view",
 ]
 
 
-def build(defence: Defence, shapes: Sequence[torch.Size], seed: int = 0) -> Compressor:
-    """A compressor in its state before the first step, for gradients of the given shapes.
+def build(
+    defence: Defence, parameters: nn.Module | Sequence[torch.Size], seed: int = 0, names: Sequence[str] | None = None
+) -> Compressor:
+    """A compressor in its state before the first step.
 
-    seed: of what is random in the method; it is public, and all workers must give the same.
+    parameters: the model whose gradients it is to average (those of its parameters that are trained), or their shapes.
+    seed: of what is random in the method; it is public, and all workers must give the same. names: of the parameters,
+    where shapes are given; errors and states name them.
     """
-    compressor: Compressor
+    layout = Layout.of(parameters) if isinstance(parameters, nn.Module) else Layout(parameters, names)
+    compressor = _method(defence, layout, seed)
+    return ErrorFeedback(compressor) if defence.error_feedback else compressor
+
+
+def _method(defence: Defence, layout: Layout, seed: int) -> Compressor:
     match defence.compressor:
         case DenseConfig():
-            compressor = Dense(shapes)
+            return Dense(layout)
+        case HalfConfig() as config:
+            return Half(config, layout)
         case PowerSGDConfig() as config:
-            compressor = PowerSGD(config, shapes, seed)
+            return PowerSGD(config, layout, seed)
         case TopKConfig() as config:
-            compressor = TopK(config, shapes)
-    return ErrorFeedback(compressor) if defence.error_feedback else compressor
+            return TopK(config, layout)
+        case RandKConfig() as config:
+            return RandK(config, layout, seed)
+        case ThresholdConfig() as config:
+            return Threshold(config, layout)
+        case DGCConfig() as config:
+            return DGC(config, layout)
+        case SignSGDConfig() as config:
+            return SignSGD(config, layout)
+        case ScaledSignConfig():
+            return ScaledSign(layout)
+        case QSGDConfig() as config:
+            return QSGD(config, layout, seed)
+        case VqSGDConfig() as config:
+            return VqSGD(config, layout, seed)
+        case AtomoConfig() as config:
+            return Atomo(config, layout, seed)

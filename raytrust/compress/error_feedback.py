@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Compressor, Reduced, Vantage, View
+from raytrust.compress.interface import Compressor, FlatGradients, Layout, Reduced, Vantage
+from raytrust.compress.views import View
 
 
 class ErrorFeedback:
@@ -20,14 +22,27 @@ class ErrorFeedback:
 
     def __init__(self, inner: Compressor):
         self.inner = inner
-        self.residual: list[Tensor] | None = None  # zero before the first step
+        self._residual: FlatGradients | None = None  # zero before the first step
+
+    @property
+    def layout(self) -> Layout:
+        return self.inner.layout
+
+    @property
+    def residual(self) -> list[Tensor] | None:
+        """Like the gradients, in float32; None before the first step. The next step writes over it."""
+        return self._residual
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
-        inputs = [g.detach().float() for g in grads]
-        if self.residual is not None:
-            inputs = [g + e for g, e in zip(inputs, self.residual, strict=True)]
+        self.layout.check(grads)
+        if self._residual is None:
+            device = grads[0].device if grads else None
+            self._residual = FlatGradients(torch.zeros(self.layout.entries, device=device), self.layout)
+        inputs = self._residual  # the sum is made in place
+        if grads:
+            torch._foreach_add_(list(inputs), [g.detach() for g in grads])
         reduced = self.inner.reduce(inputs, channel)
-        self.residual = [x - own for x, own in zip(inputs, reduced.own, strict=True)]
+        reduced.subtract_own(inputs)
         return reduced
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
@@ -41,3 +56,13 @@ class ErrorFeedback:
 
     def load_public_state(self, state: dict[str, Tensor]) -> None:
         self.inner.load_public_state(state)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        residual = {} if self._residual is None else dict(zip(self.layout.names, self._residual, strict=True))
+        return {f"residual.{name}": e.clone() for name, e in residual.items()} | self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        parts = [state.get(f"residual.{name}") for name in self.layout.names]
+        found = [p.reshape(-1) for p in parts if p is not None]
+        self._residual = FlatGradients(torch.cat(found), self.layout) if found else None
+        self.inner.load_state_dict(state)

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import LinearView, Reduced, Vantage, flatten, unflatten
+from raytrust.compress.interface import Base, Layout, Reduced, Vantage
+from raytrust.compress.views import LinearView
 from raytrust.config import PowerSGDConfig
 
+_TINY = torch.finfo(torch.float32).tiny
 
-class PowerSGD:
+
+class PowerSGD(Base):
     """Each gradient, as the n x m matrix M = view(shape[0], -1), is sent as P = M Q and Q' = M^T P^, where P^ is an
     orthonormal basis of the mean of P over workers; it decodes to P^ Q'^T. Tensors of one dimension are sent whole.
 
@@ -20,40 +23,61 @@ class PowerSGD:
     matrix whose smaller side is at most `rank` arrives without loss; so does what each worker sent if n <= m, else it
     lacks what lies outside the span of the mean. The first Q is drawn from `seed`, which all workers share; with
     `warm_start` the mean Q' is the Q of the next step, else a new one is drawn. Error feedback is not part of this
-    class.
+    class. Factors are held and sent transposed, (r, n) and (r, m) by rows, which is how the products run fastest.
 
-    We deviate from Algorithm 1 in the orthogonalisation: Householder QR instead of Gram-Schmidt, which loses
-    orthogonality on gradients whose rank is below `rank` (a classifier's is at most classes - 1).
+    We deviate from Algorithm 1 in two points. The basis is by Householder QR instead of Gram-Schmidt, which loses
+    orthogonality on gradients whose rank is below `rank` (a classifier's is at most classes - 1). And the warm start is
+    divided by its largest magnitude, which changes nothing but that P is of the scale of M instead of its square.
     """
 
-    def __init__(self, config: PowerSGDConfig, shapes: Sequence[torch.Size], seed: int = 0):
+    def __init__(self, config: PowerSGDConfig, layout: Layout, seed: int = 0):
+        super().__init__(layout)
         self._config = config
-        self._shapes = list(shapes)
-        self._matrices = [i for i, s in enumerate(shapes) if _is_matrix(s)]
-        self._vectors = [i for i, s in enumerate(shapes) if not _is_matrix(s)]
-        self._sizes = [_matrix_size(shapes[i]) for i in self._matrices]  # (n, m)
+        self._matrices = [i for i, s in enumerate(layout.shapes) if _is_matrix(s)]
+        self._vectors = [i for i, s in enumerate(layout.shapes) if not _is_matrix(s)]
+        self._sizes = [_matrix_size(layout.shapes[i]) for i in self._matrices]  # (n, m)
         self._ranks = [min(n, m, config.rank) for n, m in self._sizes]
+        widths = list(zip(self._ranks, self._sizes, strict=True))
+        self._first = Layout([torch.Size((r, n)) for r, (n, _) in widths] + [layout.shapes[i] for i in self._vectors])
+        self._second = Layout([torch.Size((r, m)) for r, (_, m) in widths])
         self._generator = torch.Generator().manual_seed(seed)
         self._q = self._draw()
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
-        matrices = [
-            grads[i].detach().float().reshape(size) for i, size in zip(self._matrices, self._sizes, strict=True)
-        ]
-        ps = [m @ q.to(m.device) for m, q in zip(matrices, self._q, strict=True)]
-        sent_first = flatten([*ps, *(grads[i] for i in self._vectors)])
+        flat = self._input(grads)
+        tensors = self.layout.unflatten(flat)
+        matrices = [tensors[i].view(size) for i, size in zip(self._matrices, self._sizes, strict=True)]
+        ps, vectors, sent_first = self._message(self._first, "p", flat)
+        for m, q, p in zip(matrices, self._q, ps, strict=True):
+            torch.mm(q.to(m.device), m.T, out=p)
+        for i, vector in zip(self._vectors, vectors, strict=True):
+            vector.copy_(tensors[i])
         mean_ps, mean_vectors = self._split_first(channel.all_mean(sent_first))
         bases = [_orthonormal(p) for p in mean_ps]
-        qs = [m.T @ basis for m, basis in zip(matrices, bases, strict=True)]
-        mean_qs = self._split_second(channel.all_mean(flatten(qs)))
-        own = self._assemble(bases, qs, self._split_first(sent_first)[1])
-        mean = self._assemble(bases, mean_qs, mean_vectors)
-        self._q = [q.clone() for q in mean_qs] if self._config.warm_start else self._draw()
-        return Reduced(mean, own)
+        qs, _, sent_second = self._message(self._second, "q", flat)
+        for m, basis, q in zip(matrices, bases, qs, strict=True):
+            torch.mm(basis, m, out=q)
+        mean_qs = self._second.unflatten(channel.all_mean(sent_second))
+        if self._config.warm_start:
+            self._q = [q / q.abs().max().clamp_min(_TINY) for q in mean_qs]
+        else:
+            self._q = self._draw()
+
+        def subtract(x: Tensor) -> None:
+            parts = self.layout.unflatten(x)
+            for i, size, basis, q in zip(self._matrices, self._sizes, bases, qs, strict=True):
+                parts[i].view(size).addmm_(basis.T, q, alpha=-1)
+            for i in self._vectors:
+                parts[i].zero_()
+
+        mean = self._assemble(bases, mean_qs, mean_vectors, self._scratch("mean", len(flat), flat))
+        own = self._scratch("own", len(flat), flat)
+        return Reduced(mean, lambda: self._assemble(bases, qs, vectors, own), subtract)
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         bases, qs, vectors = self._parse(messages, vantage)
-        return [self._assemble(bases, qs, vectors)]
+        out = torch.empty(self.layout.entries, device=messages[0].received[0].device)
+        return [self._assemble(bases, qs, vectors, out)]
 
     def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> LinearView:
         """Two linear measurements of every matrix: M Q, for the public Q of this step, and M^T P^.
@@ -64,25 +88,26 @@ class PowerSGD:
         bases, qs, vectors = self._parse(messages, vantage)
         first, _ = self._split_first(messages[0].sent[0] if vantage == "link" else messages[0].received[0])
         inputs = [_whiten(q.to(p)) for q, p in zip(self._q, first, strict=True)]
-        ps = [p @ mix for p, (_, mix) in zip(first, inputs, strict=True)]
+        ps = [mix @ p for p, (_, mix) in zip(first, inputs, strict=True)]
         directions = [basis for basis, _ in inputs]
+        shapes = self.layout.shapes
 
         def measure(grads: Sequence[Tensor]) -> list[Tensor]:
             matrices = [
                 grads[i].reshape(len(grads[i]), *size) for i, size in zip(self._matrices, self._sizes, strict=True)
             ]
             return [
-                *(m @ d for m, d in zip(matrices, directions, strict=True)),
-                *(m.mT @ b for m, b in zip(matrices, bases, strict=True)),
+                *(d @ m.mT for m, d in zip(matrices, directions, strict=True)),
+                *(b @ m for m, b in zip(matrices, bases, strict=True)),
                 *(grads[i] for i in self._vectors),
             ]
 
         def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
             k = len(self._matrices)
-            grads: list[Tensor] = [torch.empty(0)] * len(self._shapes)
+            grads: list[Tensor] = [torch.empty(0)] * len(shapes)
             for j, i in enumerate(self._matrices):
-                matrix = measured[j] @ directions[j].T + bases[j] @ measured[k + j].mT
-                grads[i] = matrix.reshape(len(matrix), *self._shapes[i])
+                matrix = measured[j].mT @ directions[j] + bases[j].T @ measured[k + j]
+                grads[i] = matrix.reshape(len(matrix), *shapes[i])
             for i, vector in zip(self._vectors, measured[2 * k :], strict=True):
                 grads[i] = vector
             return grads
@@ -90,16 +115,28 @@ class PowerSGD:
         return LinearView([*ps, *qs, *vectors], measure, adjoint)
 
     def public_state(self) -> dict[str, Tensor]:
-        """The Q of the coming step, which every peer computed in the step before."""
-        return {f"q.{i}": q.clone() for i, q in zip(self._matrices, self._q, strict=True)}
+        """The Q of the coming step, (rank, m) by parameter name, which every peer computed in the step before."""
+        names = [self.layout.names[i] for i in self._matrices]
+        return {f"q.{name}": q.clone() for name, q in zip(names, self._q, strict=True)}
 
     def load_public_state(self, state: dict[str, Tensor]) -> None:
-        self._q = [state[f"q.{i}"].clone() for i in self._matrices]
+        self._q = [state[f"q.{self.layout.names[i]}"].clone() for i in self._matrices]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.public_state() | {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.load_public_state(state)
+        self._generator.set_state(state["generator"])
 
     def _draw(self) -> list[Tensor]:
-        return [
-            torch.randn(m, r, generator=self._generator) for (_, m), r in zip(self._sizes, self._ranks, strict=True)
-        ]
+        return [torch.randn(shape, generator=self._generator) for shape in self._second.shapes]
+
+    def _message(self, layout: Layout, name: str, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """A buffer for a message: (its matrices, its vectors, all of it as one vector)."""
+        flat = self._scratch(name, layout.entries, like)
+        parts = layout.unflatten(flat)
+        return parts[: len(self._matrices)], parts[len(self._matrices) :], flat
 
     def _parse(self, messages: Sequence[Message], vantage: Vantage) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(P^, Q', tensors of one dimension), as the vantage has them."""
@@ -107,22 +144,18 @@ class PowerSGD:
         bases = [_orthonormal(p) for p in self._split_first(first.received[0])[0]]
         sent = vantage == "link"
         _, vectors = self._split_first(first.sent[0] if sent else first.received[0])
-        return bases, self._split_second(second.sent[0] if sent else second.received[0]), vectors
+        return bases, self._second.unflatten(second.sent[0] if sent else second.received[0]), vectors
 
     def _split_first(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        shapes = [torch.Size((n, r)) for (n, _), r in zip(self._sizes, self._ranks, strict=True)]
-        parts = unflatten(flat, [*shapes, *(self._shapes[i] for i in self._vectors)])
-        return parts[: len(shapes)], parts[len(shapes) :]
+        parts = self._first.unflatten(flat)
+        return parts[: len(self._matrices)], parts[len(self._matrices) :]
 
-    def _split_second(self, flat: Tensor) -> list[Tensor]:
-        return unflatten(flat, [torch.Size((m, r)) for (_, m), r in zip(self._sizes, self._ranks, strict=True)])
-
-    def _assemble(self, bases: list[Tensor], qs: list[Tensor], vectors: list[Tensor]) -> list[Tensor]:
-        grads: list[Tensor] = [torch.empty(0)] * len(self._shapes)
-        for i, basis, q in zip(self._matrices, bases, qs, strict=True):
-            grads[i] = (basis @ q.T).view(self._shapes[i])
+    def _assemble(self, bases: list[Tensor], qs: list[Tensor], vectors: list[Tensor], out: Tensor) -> list[Tensor]:
+        grads = self.layout.unflatten(out)
+        for i, size, basis, q in zip(self._matrices, self._sizes, bases, qs, strict=True):
+            torch.mm(basis.T, q, out=grads[i].view(size))
         for i, vector in zip(self._vectors, vectors, strict=True):
-            grads[i] = vector.view(self._shapes[i])
+            grads[i].copy_(vector)
         return grads
 
 
@@ -150,12 +183,12 @@ def _matrix_size(shape: torch.Size) -> tuple[int, int]:
 
 
 def _orthonormal(p: Tensor) -> Tensor:
-    """(n, r), r <= n -> orthonormal (n, r) whose columns span those of `p`, also where their rank is below r."""
-    return torch.linalg.qr(p).Q
+    """(r, n), r <= n -> orthonormal rows (r, n) that span those of `p`, also where their rank is below r."""
+    return torch.linalg.qr(p.T).Q.T.contiguous()
 
 
 def _whiten(q: Tensor) -> tuple[Tensor, Tensor]:
-    """(m, r) -> an orthonormal basis (m, s) of the columns of `q`, of numerical rank s; mix (r, s): basis = q mix."""
+    """(r, m) -> an orthonormal basis (s, m) of the rows of `q`, of numerical rank s; mix (s, r): basis = mix q."""
     u, s, vh = torch.linalg.svd(q, full_matrices=False)
     keep = s > s[0] * 1e-4 if s.numel() and s[0] > 0 else torch.zeros_like(s, dtype=torch.bool)
-    return u[:, keep], vh.T[:, keep] / s[keep]
+    return vh[keep], u.T[keep] / s[keep, None]

@@ -8,23 +8,47 @@ loss (`to_dict`, `from_dict`). The type of `TrainConfig.compressor` selects the 
 from __future__ import annotations
 
 from raytrust.config.attacks import InversionConfig
-from raytrust.config.compressors import CompressorConfig, Defence, DenseConfig, PowerSGDConfig, TopKConfig
+from raytrust.config.compressors import (
+    AtomoConfig,
+    CompressorConfig,
+    Defence,
+    DenseConfig,
+    DGCConfig,
+    HalfConfig,
+    PowerSGDConfig,
+    QSGDConfig,
+    RandKConfig,
+    ScaledSignConfig,
+    SignSGDConfig,
+    ThresholdConfig,
+    TopKConfig,
+    VqSGDConfig,
+)
 from raytrust.config.sweeps import SweepConfig
 from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
 from raytrust.config.values import digest, from_dict, to_dict
 
 __all__ = [
+    "AtomoConfig",
     "CaptureConfig",
     "CompressorConfig",
+    "DGCConfig",
     "Defence",
     "DenseConfig",
+    "HalfConfig",
     "InversionConfig",
     "ModelConfig",
     "PowerSGDConfig",
+    "QSGDConfig",
+    "RandKConfig",
+    "ScaledSignConfig",
+    "SignSGDConfig",
     "SweepConfig",
     "Threat",
+    "ThresholdConfig",
     "TopKConfig",
     "TrainConfig",
+    "VqSGDConfig",
     "digest",
     "from_dict",
     "to_dict",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, TypeAlias
 
@@ -29,17 +30,19 @@ class PowerSGDConfig:
 
 @dataclass(frozen=True)
 class TopKConfig:
-    """Top-K over the whole gradient (Aji & Heafield 2017). Exactly one of the two levels is given.
+    """Top-K (Aji & Heafield 2017). Exactly one of the two levels is given.
 
     level: the fraction of entries that is sent, in (0, 1].
     equal_to_rank: send what PowerSGD of this rank sends, counted in bytes (a value and an index each: half as many
         entries as PowerSGD sends floats) or in values, as `equal_by` says.
+    scope: "global" selects over the whole gradient, "layer" the same number of entries in all, shared out by size.
     """
 
     method: ClassVar[str] = "topk"
     level: float | None = None
     equal_to_rank: int | None = None
     equal_by: Literal["bytes", "values"] = "bytes"
+    scope: Literal["global", "layer"] = "global"
 
     def __post_init__(self) -> None:
         if (self.level is None) == (self.equal_to_rank is None):
@@ -53,26 +56,205 @@ class TopKConfig:
         expect_choices(self)
 
 
-CompressorConfig: TypeAlias = DenseConfig | PowerSGDConfig | TopKConfig
+@dataclass(frozen=True)
+class HalfConfig:
+    """The plain baseline: the gradient in 16 bits."""
+
+    method: ClassVar[str] = "half"
+    dtype: Literal["float16", "bfloat16"] = "float16"
+
+    def __post_init__(self) -> None:
+        expect_choices(self)
+
+
+@dataclass(frozen=True)
+class RandKConfig:
+    """Rand-K (Stich et al. 2018). level: the fraction of entries that is sent, in (0, 1].
+
+    unbiased: scale by 1 / level (Wangni et al. 2018): for use without error feedback, with which it is refused.
+    """
+
+    method: ClassVar[str] = "randk"
+    level: float = 0.01
+    unbiased: bool = False
+
+    def __post_init__(self) -> None:
+        _expect_level(self.level)
+
+
+@dataclass(frozen=True)
+class ThresholdConfig:
+    """Threshold dropping (Aji & Heafield 2017). level: the fraction of entries that is to be sent, in (0, 1].
+
+    sample: the fraction of entries from which the threshold is estimated, in (0, 1]; 1 is exact.
+    """
+
+    method: ClassVar[str] = "threshold"
+    level: float = 0.01
+    sample: float = 0.01
+
+    def __post_init__(self) -> None:
+        _expect_level(self.level)
+        expect(0 < self.sample <= 1, "sample", self.sample, "in (0, 1], a fraction of the entries")
+
+
+@dataclass(frozen=True)
+class DGCConfig:
+    """Deep gradient compression (Lin et al. 2018). level: the fraction of entries sent after the warm-up, in (0, 1].
+
+    momentum: of the correction; the optimiser should then have none. masking: momentum factor masking. clip: the norm
+    to which the mean gradient is to be clipped, or None. warmup_steps: over which the level falls from 25 %.
+    """
+
+    method: ClassVar[str] = "dgc"
+    level: float = 0.001
+    momentum: float = 0.9
+    masking: bool = True
+    clip: float | None = None
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _expect_level(self.level)
+        expect(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        expect(self.clip is None or 0 < self.clip < math.inf, "clip", self.clip, "to be positive and finite, or None")
+        expect(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "to be at least 0")
+
+
+@dataclass(frozen=True)
+class SignSGDConfig:
+    """signSGD with majority vote; with a momentum, in [0, 1), Signum (Bernstein et al. 2018)."""
+
+    method: ClassVar[str] = "signsgd"
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        expect(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ScaledSignConfig:
+    """mean|x| sign(x) for each tensor: with error feedback, EF-signSGD (Karimireddy et al. 2019)."""
+
+    method: ClassVar[str] = "scaledsign"
+
+
+@dataclass(frozen=True)
+class QSGDConfig:
+    """QSGD (Alistarh et al. 2017) with 2^(bits - 1) - 1 levels, by buckets of `bucket` consecutive entries.
+
+    norm: "l2" as in the paper's theory, or "max", the largest magnitude, as in its experiments.
+    """
+
+    method: ClassVar[str] = "qsgd"
+    bits: Literal[2, 4, 8] = 4
+    bucket: int = 512
+    norm: Literal["l2", "max"] = "l2"
+
+    def __post_init__(self) -> None:
+        expect_choices(self)
+        expect(1 <= self.bucket <= 2**18, "bucket", self.bucket, "in [1, 262144]")
+
+
+@dataclass(frozen=True)
+class VqSGDConfig:
+    """vqSGD with the cross-polytope (Gandikota et al. 2022). samples: how many vertices are sent a step."""
+
+    method: ClassVar[str] = "vqsgd"
+    samples: int = 1000
+
+    def __post_init__(self) -> None:
+        expect(1 <= self.samples <= 2**24, "samples", self.samples, "in [1, 16777216]")
+
+
+@dataclass(frozen=True)
+class AtomoConfig:
+    """Spectral ATOMO (Wang et al. 2018). rank: the expected number of singular triples sent of each matrix."""
+
+    method: ClassVar[str] = "atomo"
+    rank: int = 3
+
+    def __post_init__(self) -> None:
+        expect(self.rank >= 1, "rank", self.rank, "to be at least 1")
+
+
+def _expect_level(level: float) -> None:
+    expect(0 < level <= 1, "level", level, "in (0, 1], the fraction of entries that is sent")
+
+
+CompressorConfig: TypeAlias = (
+    DenseConfig
+    | HalfConfig
+    | PowerSGDConfig
+    | TopKConfig
+    | RandKConfig
+    | ThresholdConfig
+    | DGCConfig
+    | SignSGDConfig
+    | ScaledSignConfig
+    | QSGDConfig
+    | VqSGDConfig
+    | AtomoConfig
+)
 
 
 @dataclass(frozen=True)
 class Defence:
-    """What stands between the private gradient and the wire: a compressor, with or without error feedback."""
+    """What stands between the private gradient and the wire: a compressor, with or without error feedback.
+
+    Refused with error feedback: DGC and Signum, which have a memory of their own, and unbiased Rand-K, whose residual
+    would grow without bound.
+    """
 
     compressor: CompressorConfig = field(default_factory=DenseConfig)
     error_feedback: bool = False
 
+    def __post_init__(self) -> None:
+        match self.compressor:
+            case DGCConfig() | RandKConfig(unbiased=True):
+                refused = self.error_feedback
+            case SignSGDConfig(momentum=momentum):
+                refused = self.error_feedback and momentum > 0
+            case _:
+                refused = False
+        expect(not refused, "error_feedback", self.error_feedback, f"to be False with {self.compressor}")
+
     @property
     def name(self) -> str:
         """A short name for tables and plots, such as "PowerSGD rank 4 + EF"."""
-        match self.compressor:
-            case DenseConfig():
-                name = "none"
-            case PowerSGDConfig(rank=rank, warm_start=warm_start):
-                name = f"PowerSGD rank {rank}" + ("" if warm_start else " cold")
-            case TopKConfig(level=level) if level is not None:
-                name = f"Top-K {100 * level:.3g} %"
-            case TopKConfig(equal_to_rank=rank, equal_by=equal_by):
-                name = f"Top-K level {rank}" + ("" if equal_by == "bytes" else " (values)")
-        return name + (" + EF" if self.error_feedback else "")
+        match self.compressor, self.error_feedback:
+            case ScaledSignConfig(), True:
+                return "EF-signSGD"
+            case compressor, feedback:
+                return _name(compressor) + (" + EF" if feedback else "")
+
+
+def _name(compressor: CompressorConfig) -> str:
+    match compressor:
+        case DenseConfig():
+            return "none"
+        case HalfConfig(dtype=dtype):
+            return {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+        case PowerSGDConfig(rank=rank, warm_start=warm_start):
+            return f"PowerSGD rank {rank}" + ("" if warm_start else " cold")
+        case TopKConfig(level=level, equal_to_rank=rank, equal_by=equal_by, scope=scope):
+            size = f"level {rank}" if level is None else f"{100 * level:.3g} %"
+            by = " (values)" if level is None and equal_by == "values" else ""
+            return f"Top-K {size}{by}" + (" per layer" if scope == "layer" else "")
+        case RandKConfig(level=level, unbiased=unbiased):
+            return f"Rand-K {100 * level:.3g} %" + (" unbiased" if unbiased else "")
+        case ThresholdConfig(level=level):
+            return f"Threshold {100 * level:.3g} %"
+        case DGCConfig(level=level):
+            return f"DGC {100 * level:.3g} %"
+        case SignSGDConfig(momentum=momentum):
+            return f"Signum {momentum:.2g}" if momentum else "signSGD"
+        case ScaledSignConfig():
+            return "scaled sign"
+        case QSGDConfig(bits=bits, bucket=bucket, norm=norm):
+            return (
+                f"QSGD {bits} bits" + ("" if bucket == 512 else f" bucket {bucket}") + (" max" if norm == "max" else "")
+            )
+        case VqSGDConfig(samples=samples):
+            return f"vqSGD {samples}"
+        case AtomoConfig(rank=rank):
+            return f"ATOMO {rank}"

@@ -1,0 +1,71 @@
+"""signSGD with majority vote, and Signum (Bernstein, Wang, Azizzadenesheli & Anandkumar 2018, Algorithms 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raytrust.channel import Channel, Message
+from raytrust.compress.interface import Base, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.packing import pack_signs, unpack_signs
+from raytrust.compress.views import SignView
+from raytrust.config import SignSGDConfig
+
+
+class SignSGD(Base):
+    """Sends the sign of every entry, one bit: ceil(N/8) bytes. The step is the majority's sign, 0 where votes tie.
+
+    With `momentum` (Signum) the sign is that of m = momentum m + (1 - momentum) g. A zero counts as positive. `mean` is
+    the sign of the mean of `own`, not the mean: entries are -1, 0 or 1, so it wants a learning rate of its own. All
+    workers count the votes of all, where Bernstein et al. have a server do so.
+    """
+
+    def __init__(self, config: SignSGDConfig, layout: Layout):
+        super().__init__(layout)
+        self._momentum = config.momentum
+        self._m: Tensor | None = None  # (entries,), zero before the first step
+
+    def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
+        flat = self._input(grads)
+        if self._momentum:
+            self._m = torch.zeros_like(flat) if self._m is None else self._m
+            flat = self._m.lerp_(flat, 1 - self._momentum)
+        n = len(flat)
+        packed = self._scratch("packed", (n + 7) // 8, flat, torch.uint8)
+        for part in chunks(n):
+            pack_signs(flat[part], packed[part.start // 8 : (part.stop + 7) // 8])
+        votes = [theirs for (theirs,) in channel.all_gather((packed,))]
+        mean = self._scratch("mean", n, flat)
+        for part in chunks(n):
+            count = unpack_signs(votes[0], part.start, part.stop)
+            for theirs in votes[1:]:
+                count += unpack_signs(theirs, part.start, part.stop)
+            torch.sign(count, out=mean[part]) if len(votes) > 1 else mean[part].copy_(count)
+        mine = votes[channel.rank]
+        return Reduced(self.layout.unflatten(mean), lambda: self._decode(mine, self._scratch("own", n, flat)))
+
+    def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
+        found = [packed for (packed,) in senders(messages, vantage)]
+        return [self._decode(packed, torch.empty(self.layout.entries, device=packed.device)) for packed in found]
+
+    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> SignView:
+        (packed,) = sent_by(messages, vantage, victim)
+        signs = self._decode(packed, torch.empty(self.layout.entries, device=packed.device))
+        return SignView(signs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self._m is None:
+            return {}
+        parts = zip(self.layout.names, self.layout.unflatten(self._m), strict=True)
+        return {f"momentum.{name}": part.clone() for name, part in parts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        parts = [state[key].reshape(-1) for name in self.layout.names if (key := f"momentum.{name}") in state]
+        self._m = torch.cat(parts) if parts else None
+
+    def _decode(self, packed: Tensor, out: Tensor) -> list[Tensor]:
+        for part in chunks(len(out)):
+            out[part] = unpack_signs(packed, part.start, part.stop)
+        return self.layout.unflatten(out)

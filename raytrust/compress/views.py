@@ -1,0 +1,201 @@
+"""What an attacker who knows the compressor learns about the gradient that went in: `View` and its kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class View(Protocol):
+    """What an attacker who knows the compressor learns about the gradient that went in."""
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        """How far candidate gradients are from what was observed.
+
+        grads: one tensor a parameter, (batch, *shape of the parameter). Returns (batch,), differentiable, and minimal
+        at the true gradient.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """The observed values of known linear functions of the gradient.
+
+    observed: the measurements, one tensor each.
+    measure: (batch, *shape) a parameter -> (batch, *measurement) a measurement; measure(true gradient) == observed.
+    adjoint: (batch, *measurement) a measurement -> (batch, *shape) a parameter;
+        <measure(g), m> == <g, adjoint(m)>.
+    """
+
+    observed: Sequence[Tensor]
+    measure: Callable[[Sequence[Tensor]], list[Tensor]]
+    adjoint: Callable[[Sequence[Tensor]], list[Tensor]]
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        """1 - cosine of the candidate's measurements with the observed ones, in [0, 2] (Geiping et al. 2020, eq. 4).
+
+        A candidate or an observation that is zero throughout is at distance 1.
+        """
+        measured = self.measure(grads)
+        inner = total(m.flatten(1) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
+        squared = total(m.flatten(1).square().sum(1) for m in measured)
+        norm = torch.sqrt(total(o.square().sum() for o in self.observed))
+        tiny = torch.finfo(squared.dtype).tiny
+        return 1 - inner / (squared.clamp_min(tiny).sqrt() * norm.clamp_min(tiny**0.5))
+
+
+def identity_view(observed: Sequence[Tensor]) -> LinearView:
+    """The view of a whole gradient. Of a decoded one, it is the view of an attacker who ignores the compressor."""
+    return LinearView(observed, measure=list, adjoint=list)
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(0)
+
+
+class SparseView(LinearView):
+    """Some entries of the gradient, and that all others are of magnitude at most `bound`, if one is given.
+
+    observed, positions: one tensor a parameter, (k,): the values, and where in the flattened parameter they are.
+    """
+
+    def __init__(
+        self,
+        observed: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        shapes: Sequence[torch.Size],
+        bound: Tensor | None = None,
+    ):
+        def measure(grads: Sequence[Tensor]) -> list[Tensor]:
+            return [g.flatten(1)[:, p] for g, p in zip(grads, positions, strict=True)]
+
+        def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
+            return [
+                m.new_zeros(len(m), shape.numel()).index_copy(1, p, m).view(len(m), *shape)
+                for m, p, shape in zip(measured, positions, shapes, strict=True)
+            ]
+
+        super().__init__(observed, measure, adjoint)
+        object.__setattr__(self, "positions", positions)
+        object.__setattr__(self, "bound", bound)
+
+
+@dataclass(frozen=True)
+class SignView:
+    """The orthant of the gradient and, for each tensor, its mean magnitude if that was sent.
+
+    signs: one tensor a parameter, like it, of -1 and 1; a 1 also stands for a zero. scales: (parameters,) or None.
+    """
+
+    signs: Sequence[Tensor]
+    scales: Tensor | None = None
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        """The share of the candidate's L1 norm that lies outside the orthant, in [0, 1], 1/2 for a candidate of zeros;
+        plus, where scales are known, the relative squared error of the tensors' L1 norms. Zero at the true gradient."""
+        sums = [g.flatten(1).abs().sum(1) for g in grads]
+        inside = total(g.flatten(1) @ s.flatten() for g, s in zip(grads, self.signs, strict=True))
+        outside = (1 - inside / total(sums).clamp_min(torch.finfo(inside.dtype).tiny)) / 2
+        if self.scales is None:
+            return outside
+        sizes = torch.tensor([s.numel() for s in self.signs], device=inside.device)
+        expected = self.scales * sizes
+        errors = (torch.stack(sums, 1) - expected).square().sum(1)
+        return outside + errors / expected.square().sum().clamp_min(torch.finfo(inside.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class IntervalView:
+    """An interval for every entry of the gradient. middle, radius: one tensor a parameter, like it."""
+
+    middle: Sequence[Tensor]
+    radius: Sequence[Tensor]
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        """The squared distance to the box, relative to its centre's squared norm; zero at the true gradient."""
+        beyond = total(
+            ((g - m).abs() - r).clamp_min(0).flatten(1).square().sum(1)
+            for g, m, r in zip(grads, self.middle, self.radius, strict=True)
+        )
+        norm = total(m.square().sum() for m in self.middle)
+        return beyond / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class VertexView:
+    """Vertices of the cross-polytope drawn with probabilities that the gradient sets (vqSGD).
+
+    indices, signs: (samples,): the axis of each vertex, and its side. norm: of the gradient. shapes: of the parameters.
+    """
+
+    indices: Tensor
+    signs: Tensor
+    norm: Tensor
+    shapes: Sequence[torch.Size]
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        """The mean negative log-likelihood of the vertices (nats) in excess of that under a gradient all along them.
+
+        Not zero at the true gradient, but least there in the mean over draws. It does not depend on the candidate's
+        scale, as the norm is known.
+        """
+        d = sum(s.numel() for s in self.shapes)
+        tiny = torch.finfo(torch.float32).tiny
+        length = total(g.flatten(1).square().sum(1) for g in grads).clamp_min(tiny).sqrt()
+        mass = total(g.flatten(1).abs().sum(1) for g in grads) / length / d**0.5
+        even = (1 - mass).clamp_min(1e-6) / (2 * d)
+        starts = torch.tensor([0, *[s.numel() for s in self.shapes]], device=self.indices.device).cumsum(0)
+        order = self.indices.argsort()
+        indices, signs = self.indices[order], self.signs[order]
+        cuts = torch.searchsorted(indices, starts).tolist()
+        chosen = torch.cat(
+            [
+                g.flatten(1)[:, indices[a:b] - s]
+                for g, a, b, s in zip(grads, cuts, cuts[1:], starts.tolist(), strict=False)
+            ],
+            dim=1,
+        )
+        along = (chosen * signs).clamp_min(0) / length[:, None] / d**0.5
+        return -(along + even[:, None]).log().mean(1) - 0.5 * torch.log(torch.tensor(float(d)))
+
+
+@dataclass(frozen=True)
+class SpectralView:
+    """Singular vectors of some of the gradient's matrices, and other tensors as they are (ATOMO).
+
+    triples: by parameter, weights (r,), u (r, n), v (r, m): M v_i points along u_i and M^T u_i along v_i, how far is
+    not known. vectors: by parameter, the tensor.
+    """
+
+    triples: dict[int, tuple[Tensor, Tensor, Tensor]]
+    vectors: dict[int, Tensor]
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        """The mean of 1 - cosine over all directions and tensors, weighted by their squares; in [0, 2], zero at the
+        true gradient, 1 for zeros."""
+        terms, weights = [], []
+        for i, (weight, u, v) in self.triples.items():
+            if not len(weight):
+                continue
+            matrix = grads[i].reshape(len(grads[i]), u.shape[1], v.shape[1])
+            square = weight.square()
+            for found, expected in ((v @ matrix.mT, u), (u @ matrix, v)):  # (batch, r, n) and (batch, r, m)
+                terms.append(((1 - _cosine(found, expected)) * square).sum(1))
+                weights.append(square.sum())
+        for i, vector in self.vectors.items():
+            square = vector.square().sum()
+            terms.append((1 - _cosine(grads[i].flatten(1), vector.flatten())) * square)
+            weights.append(square)
+        return total(terms) / total(weights).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Along the last dimension; 0 where one of them is zero."""
+    tiny = torch.finfo(x.dtype).tiny
+    norms = x.square().sum(-1).clamp_min(tiny).sqrt() * y.square().sum(-1).clamp_min(tiny).sqrt()
+    return (x * y).sum(-1) / norms.clamp_min(tiny)

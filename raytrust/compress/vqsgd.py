@@ -1,0 +1,88 @@
+"""vqSGD (Gandikota, Kane, Maity & Mazumdar 2022): random vertices of a cross-polytope that contains the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytrust.channel import Channel, Message
+from raytrust.compress.interface import Counting, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.packing import pack_words, unpack_words
+from raytrust.compress.views import VertexView
+from raytrust.config import VqSGDConfig
+
+
+class VqSGD(Counting):
+    """The gradient, of norm n in d dimensions, lies in the hull of the 2d points +-n sqrt(d) e_i. It is sent as n and
+    `samples` of these vertices, drawn so that their mean is the gradient: 4 + ceil(samples ceil(log2 2d) / 8) bytes.
+
+    Vertex sign(x_i) e_i has probability |x_i| / (n sqrt(d)) and what is left, 1 - |x|_1 / (n sqrt(d)), is shared evenly
+    among all 2d (Gandikota et al. 2022, section 4.2 and equation 7). E[own] = x and E||own - x||^2 <= (d - 1) / samples
+    ||x||^2. The dice are each worker's own: a function of the seed, the step and the rank.
+    """
+
+    def __init__(self, config: VqSGDConfig, layout: Layout, seed: int = 0):
+        super().__init__(layout, seed)
+        self._samples = config.samples
+        self._width = max(1, (2 * layout.entries - 1).bit_length())
+
+    def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
+        flat = self._input(grads)
+        peak = flat.abs().max() if len(flat) else flat.new_zeros(())
+        norm = peak * torch.linalg.vector_norm(flat / peak.clamp_min(torch.finfo(torch.float32).tiny))
+        vertices = self._draw(flat, float(norm), channel.rank)
+        self._step += 1
+        gathered = channel.all_gather((norm.view(1), pack_words(vertices, self._width)))
+        mean = self._scratch("mean", len(flat), flat).zero_()
+        for theirs in gathered:
+            self._add(mean, theirs, share=1 / channel.world_size)
+        mine = gathered[channel.rank]
+        own = self._scratch("own", len(flat), flat)
+        return Reduced(
+            self.layout.unflatten(mean),
+            lambda: self.layout.unflatten(self._add(own.zero_(), mine)),
+            lambda x: self._add(x, mine, share=-1.0),
+        )
+
+    def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
+        return [
+            self.layout.unflatten(self._add(theirs[0].new_zeros(self.layout.entries), theirs))
+            for theirs in senders(messages, vantage)
+        ]
+
+    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> VertexView:
+        norm, packed = sent_by(messages, vantage, victim)
+        vertices = unpack_words(packed, self._width, self._samples)
+        return VertexView(vertices // 2, 1 - 2 * (vertices % 2), norm, self.layout.shapes)
+
+    def _draw(self, flat: Tensor, norm: float, rank: int) -> Tensor:
+        """(samples,) vertices, int64: 2 i for n sqrt(d) e_i, 2 i + 1 for its negative."""
+        dice = np.random.default_rng([self._seed, self._step, rank])
+        d = len(flat)
+        parts = list(chunks(d))
+        masses = np.array([float(flat[part].abs().sum(dtype=torch.float64)) for part in parts])
+        share = masses.sum() / (norm * d**0.5) if norm > 0 else 0.0
+        even = dice.random(self._samples) >= share
+        vertices = torch.from_numpy(dice.integers(0, 2 * d, self._samples)).to(flat.device)
+        points = np.sort(dice.random(self._samples - even.sum()) * masses.sum())  # positions in the running sum of |x|
+        ends = masses.cumsum()
+        drawn = []
+        for part, mass, end, mine in zip(
+            parts, masses, ends, np.split(points, np.searchsorted(points, ends[:-1])), strict=True
+        ):
+            running = flat[part].abs().cumsum(0, dtype=torch.float64)
+            inside = torch.from_numpy(mine - (end - mass)).to(flat.device)
+            found = torch.searchsorted(running, inside, right=True).clamp_(max=part.stop - part.start - 1)
+            drawn.append(2 * (found + part.start) + (flat[part][found] < 0))
+        vertices[torch.from_numpy(~even).to(flat.device)] = torch.cat(drawn)
+        return vertices
+
+    def _add(self, x: Tensor, message: Sequence[Tensor], share: float = 1.0) -> Tensor:
+        """x += share x what was sent."""
+        norm, packed = message
+        vertices = unpack_words(packed, self._width, self._samples)
+        length = norm * (share * self.layout.entries**0.5 / self._samples)
+        return x.index_add_(0, vertices // 2, (1 - 2 * (vertices % 2)) * length)
