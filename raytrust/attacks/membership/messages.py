@@ -1,0 +1,61 @@
+"""Was this image in the batch whose compressed gradient crossed the wire? Attacks on one step's decoded messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raytrust.attacks.membership.gradients import products_and_norms
+from raytrust.capture import Observation
+
+ATTACKS = ("cosine", "gradient difference")
+
+
+@dataclass(frozen=True)
+class MessageScores:
+    """Of n candidates, higher means that the image was in the batch; each (n,) in float64.
+
+    cosine: cos(g, M) in [-1, 1] of the candidate's gradient g with the decoded message M.
+    gradient_difference: 2 B <g, M> - |g|^2 = |B M|^2 - |B M - g|^2: how much nearer to zero the batch's summed gradient
+        B M comes when g is taken away.
+    loss: log p_y at this step, which needs no message: what the same attacker would know from the model alone.
+    """
+
+    cosine: Tensor
+    gradient_difference: Tensor
+    loss: Tensor
+
+
+def message_scores(seen: Observation, x: Tensor, labels: Tensor, chunk: int = 64) -> MessageScores:
+    """Score candidates against the messages of one step.
+
+    x: (n, channels, height, width) in [0, 1]; labels: (n,). Batch norm is in evaluation mode, whatever mode the private
+    gradient was taken in. After an all-reduce a peer sees the mean over all workers; then B counts all their images.
+    Memory is that of `chunk` candidates.
+    """
+    message, images = decoded(seen)
+    model = seen.build_model().eval()
+    mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
+    norm = float(torch.stack([m.double().square().sum() for m in message]).sum().sqrt())
+    parts = []
+    for some, y in zip(x.split(chunk), labels.split(chunk), strict=True):
+        some = (some - mean) / std
+        parts.append(torch.stack(products_and_norms(model, some, y, message)).double())
+    loss, inner, squared = torch.cat(parts, dim=1)
+    tiny = torch.finfo(torch.float64).tiny
+    return MessageScores(
+        cosine=inner / (squared.sqrt() * norm).clamp_min(tiny),
+        gradient_difference=2 * images * inner - squared,
+        loss=-loss,
+    )
+
+
+def decoded(seen: Observation) -> tuple[list[Tensor], int]:
+    """The decoded message about the victim's batch, and of how many images it is the mean."""
+    gradients = seen.build_compressor().decode(seen.messages, seen.threat.vantage)
+    if len(gradients) > 1:  # one a worker, after an all-gather
+        return gradients[seen.victim], seen.threat.batch_size
+    workers = 1 if seen.threat.vantage == "link" else seen.world_size
+    return gradients[0], seen.threat.batch_size * workers
