@@ -12,7 +12,6 @@ from raytrust.config import (
     Defence,
     DenseConfig,
     InversionConfig,
-    PowerSGDConfig,
     SweepConfig,
     TopKConfig,
     TrainConfig,
@@ -104,18 +103,15 @@ def _mean_ssim(figures: dict[str, Any] | None) -> float | None:
 def compressor_columns(defence: Defence, training: dict[str, Any] | None) -> Row:
     columns: Row = {
         "compressor": defence.compressor.method,
-        "rank": None,
-        "level": None,
+        "rank": getattr(defence.compressor, "rank", None),
+        "level": getattr(defence.compressor, "level", None),
         "equal_to_rank": None,
         "equal_by": None,
     }
-    match defence.compressor:
-        case PowerSGDConfig(rank=rank):
-            columns["rank"] = rank
-        case TopKConfig(level=level, equal_to_rank=equal, equal_by=by):
-            # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
-            sent = training and training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
-            columns |= {"level": level or sent, "equal_to_rank": equal, "equal_by": by if equal else None}
+    if isinstance(defence.compressor, TopKConfig) and defence.compressor.level is None:
+        # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
+        columns["level"] = training and training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
+        columns |= {"equal_to_rank": defence.compressor.equal_to_rank, "equal_by": defence.compressor.equal_by}
     return columns
 
 

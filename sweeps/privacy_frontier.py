@@ -29,8 +29,9 @@ from raytrust.config import (
     Threat,
     TopKConfig,
     TrainConfig,
-    from_dict,
+    parse_defence,
 )
+from raytrust.config.parsing import SYNTAX
 
 RANKS = (1, 2, 4, 30, 50)  # of the paper
 
@@ -140,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "--defence",
         action="append",
         metavar="NAME",
-        help="audit this instead of the list; repeatable; none, powersgd:RANK, topk:LEVEL, topk:rankN, each with :ef",
+        help=f"audit this instead of the list; repeatable; {SYNTAX}",
     )
     add("--workers", type=int, metavar="N", help="Ray Train workers")
     add("--stem", choices=["cifar", "imagenet"], help="of ResNet-18")
@@ -237,34 +238,6 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     data = load(options.data, image_size=options.image_size, seed=options.seed)
     check_sizes(sweep.train, len(data.train_labels))
     return data, sweep
-
-
-def parse_defence(text: str) -> Defence:
-    """ "powersgd:4", "topk:0.01", "topk:rank4", "none", each with ":ef" appended for error feedback."""
-    method, *rest = text.split(":")
-    feedback = rest[-1:] == ["ef"]
-    rest = rest[:-1] if feedback else rest
-    values: dict[str, Any] = {"method": method}
-    try:
-        match method, rest:
-            case "none", []:
-                pass
-            case "powersgd", [rank]:
-                values["rank"] = int(rank)
-            case "topk", [level] if level.startswith("rank"):
-                values["equal_to_rank"] = int(level.removeprefix("rank"))
-            case "topk", [level]:
-                values["level"] = float(level)
-            case _:
-                raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"Expected defence={text!r} to be none, powersgd:RANK, topk:LEVEL or topk:rankN, with or without :ef."
-        ) from None
-    try:
-        return from_dict(Defence, {"compressor": values, "error_feedback": feedback})
-    except ValueError as error:
-        raise ValueError(f"In defence={text!r}: {error}") from None
 
 
 def _cpus() -> int:

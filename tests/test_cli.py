@@ -20,7 +20,22 @@ import pytest
 import ray
 from sweep_fixtures import SCRIPT, load_script, save_images
 
-from raytrust.config import Defence, PowerSGDConfig, SweepConfig, TopKConfig, from_dict
+from raytrust.config import (
+    AtomoConfig,
+    Defence,
+    DGCConfig,
+    HalfConfig,
+    PowerSGDConfig,
+    QSGDConfig,
+    RandKConfig,
+    ScaledSignConfig,
+    SignSGDConfig,
+    SweepConfig,
+    ThresholdConfig,
+    TopKConfig,
+    VqSGDConfig,
+    from_dict,
+)
 from raytrust.store import read_json
 
 LINE = re.compile(r"\Aprivacy_frontier\.py: error: [^\n]+\n\Z")
@@ -100,7 +115,11 @@ def begin(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         (["--defence", "foo"], "defence='foo'"),
         (["--defence", "none", "--defence", ""], "defence=''"),
         (["--defence", "none:4"], "defence='none:4'"),
-        (["--defence", "powersgd"], "defence='powersgd'"),
+        (["--defence", "powersgd:rank"], "defence='powersgd:rank'"),
+        (["--defence", "powersgd:4:rank=4"], "defence='powersgd:4:rank=4'"),
+        (["--defence", "qsgd:3"], "defence='qsgd:3': Expected bits=3"),
+        (["--defence", "topk:0.1:scope=tensor"], "defence='topk:0.1:scope=tensor': Expected scope='tensor'"),
+        (["--defence", "dgc:0.01:ef"], "defence='dgc:0.01:ef': Expected error_feedback=True"),
         (["--defence", "powersgd:0"], "defence='powersgd:0': Expected rank=0"),
         (["--defence", "powersgd:-1"], "defence='powersgd:-1'"),
         (["--defence", "powersgd:1.5"], "defence='powersgd:1.5'"),
@@ -307,6 +326,21 @@ def test_results_go_to_a_new_directory_by_default(
         ("topk:1", Defence(TopKConfig(level=1.0))),
         ("topk:rank30", Defence(TopKConfig(equal_to_rank=30))),
         ("topk:rank30:ef", Defence(TopKConfig(equal_to_rank=30), True)),
+        ("topk:rank4:equal_by=values:scope=layer", Defence(TopKConfig(None, 4, "values", "layer"))),
+        ("powersgd", Defence(PowerSGDConfig())),
+        ("powersgd:2:warm_start=False", Defence(PowerSGDConfig(2, False))),
+        ("fp16", Defence(HalfConfig("float16"))),
+        ("bf16:ef", Defence(HalfConfig("bfloat16"), True)),
+        ("randk:0.1:unbiased=True", Defence(RandKConfig(0.1, True))),
+        ("threshold:0.01:sample=1", Defence(ThresholdConfig(0.01, 1.0))),
+        ("dgc:0.01:clip=5:warmup_steps=40", Defence(DGCConfig(0.01, clip=5.0, warmup_steps=40))),
+        ("signsgd", Defence(SignSGDConfig())),
+        ("signsgd:0.9", Defence(SignSGDConfig(0.9))),
+        ("ef-signsgd", Defence(ScaledSignConfig(), True)),
+        ("scaledsign", Defence(ScaledSignConfig())),
+        ("qsgd:8:norm=max:bucket=128", Defence(QSGDConfig(8, 128, "max"))),
+        ("vqsgd:50", Defence(VqSGDConfig(50))),
+        ("atomo:2:ef", Defence(AtomoConfig(2), True)),
     ],
 )
 def test_defences_by_name(script: ModuleType, text: str, defence: Defence) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from raytrust.compress.atomo import Atomo
+from raytrust.compress.ddp import ddp_comm_hook
 from raytrust.compress.dense import Dense, Half
 from raytrust.compress.dgc import DGC
 from raytrust.compress.error_feedback import ErrorFeedback
@@ -50,6 +51,7 @@ __all__ = [
     "Vantage",
     "View",
     "build",
+    "ddp_comm_hook",
     "identity_view",
 ]
 

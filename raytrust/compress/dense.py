@@ -39,8 +39,8 @@ class Dense(_Whole):
 class Half(_Whole):
     """Sends 2 bytes an entry, rounded to nearest: fp16 (5 bits of exponent) or bf16 (8), as DDP's own hooks do.
 
-    An entry beyond the format's largest number / workers (fp16: 65,504 / workers) is clipped to it, so that the sum
-    cannot overflow. The mean is summed in 16 bits: to the rounding of the format it is the mean of `own`, and what the
+    An entry beyond the format's largest number / workers (fp16: 65,504 / workers, and slightly less for each worker
+    after the first) is clipped to it, so that the sum cannot overflow. The mean is summed in 16 bits: to the rounding of the format it is the mean of `own`, and what the
     view measures of the true gradient is what was observed.
     """
 
@@ -51,7 +51,9 @@ class Half(_Whole):
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
         n = len(flat)
-        limit = torch.finfo(self._dtype).max / channel.world_size
+        # The power makes up for each addition's rounding, upwards in the worst case.
+        info, workers = torch.finfo(self._dtype), channel.world_size
+        limit = info.max / workers * (1 - info.eps) ** (workers - 1)
         sent = self._scratch("sent", n, flat, self._dtype)
         for part in chunks(n):
             sent[part] = flat[part].clamp(-limit, limit)

@@ -12,6 +12,7 @@ from raytrust.channel import Channel, Message
 from raytrust.compress.views import LinearView, View, identity_view  # noqa: F401
 
 Vantage: TypeAlias = Literal["link", "peer"]
+CHUNK = 2**17  # entries that are worked on at a time, so that passes over them stay within a cache
 
 
 class Reduced:
@@ -39,7 +40,7 @@ class Reduced:
         """x -= own, in place and without `own` as a whole where the method can. x: the input of the step."""
         if self._subtract is not None:
             self._subtract(x.flat)
-        else:
+        elif x:
             torch._foreach_sub_(list(x), self.own)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
@@ -221,8 +222,8 @@ def sent_by(messages: Sequence[Message], vantage: Vantage, victim: int) -> tuple
     return messages[-1].sent if vantage == "link" else messages[-1].received_from(victim)
 
 
-def chunks(size: int, multiple: int = 8, target: int = 2**18) -> Iterator[slice]:
-    """Slices of 0..size, each a multiple of `multiple` long but the last: of 1 MiB of floats, which a cache holds."""
-    length = max(1, target // multiple) * multiple
+def chunks(size: int, multiple: int = 8) -> Iterator[slice]:
+    """Slices of 0..size, each a multiple of `multiple` long but the last, and of about `CHUNK` entries."""
+    length = max(1, CHUNK // multiple) * multiple
     for start in range(0, size, length):
         yield slice(start, min(start + length, size))

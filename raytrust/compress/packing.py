@@ -1,4 +1,4 @@
-"""Small numbers as packed bits: what quantised methods put on the wire. Least significant bits first."""
+"""Small numbers as packed bits: what quantised methods put on the wire."""
 
 from __future__ import annotations
 
@@ -9,41 +9,65 @@ import torch
 from torch import Tensor
 
 
-def pack_signs(x: Tensor, out: Tensor) -> None:
-    """(n,) -> one bit an entry in `out`, uint8 (ceil(n/8),): 1 where the entry is negative, 0 where it is not.
+def compare(operation: np.ufunc, x: Tensor, value: float, out: Tensor) -> None:
+    """Which entries of x are `operation` (numpy's less or greater_equal) `value`, bool, in `out`.
 
-    Zero counts as positive, on the wire as in whatever is computed from it.
+    On the CPU numpy does it several times faster than torch.
     """
-    negative = x < 0
-    if x.device.type == "cpu":
-        out.numpy()[:] = np.packbits(negative.numpy(), bitorder="little")
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        operation(x.numpy(), np.float32(value), out=out.numpy())
     else:
-        out.copy_(_combine(negative.to(torch.uint8), 1))
+        torch.lt(x, value, out=out) if operation is np.less else torch.ge(x, value, out=out)
 
 
-def unpack_signs(packed: Tensor, start: int, stop: int) -> Tensor:
-    """The entries start..stop as -1.0 or 1.0, float32 (stop - start,), new."""
-    first = start // 8
-    rows = packed[first : (stop + 7) // 8].to(torch.int32)
-    return _signs(packed.device).index_select(0, rows).view(-1)[start - 8 * first : stop - 8 * first]
+def pack_bits(bits: Tensor, out: Tensor) -> None:
+    """(n,) of bool -> uint8 (ceil(n/8),): eight entries a byte, the first one in the lowest bit."""
+    if bits.device.type == "cpu":
+        out.numpy()[:] = np.packbits(bits.numpy(), bitorder="little")
+    else:
+        missing = -len(bits) % 8
+        rows = torch.cat([bits, bits.new_zeros(missing)]).view(-1, 8)
+        out.copy_((rows.long() << torch.arange(8, device=bits.device)).sum(1))
+
+
+def unpack_signs(packed: Tensor, scale: float, out: Tensor, rows: Tensor) -> None:
+    """uint8 (n/8,) -> float32 (n,) in `out`: -scale where the bit is set, else scale. rows: int32 (n/8,), scratch."""
+    torch.index_select(_signs(packed.device) * scale, 0, rows.copy_(packed), out=out.view(-1, 8))
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """(n,) of 0..2**bits - 1, uint8 -> uint8 (ceil(n bits / 8),), for 1, 2, 4 or 8 bits."""
-    return codes if bits == 8 else _combine(codes, bits)
+    """(n,) of 0..2**bits - 1, uint8 -> uint8 (ceil(n bits / 8),), for 1, 2, 4 or 8 bits.
+
+    By planes: with L bytes in all, byte j holds the entries j, j + L, j + 2 L, ... from the lowest bits on, so that
+    whole vectors are shifted and none is strided.
+    """
+    planes = 8 // bits
+    if planes == 1:
+        return codes
+    length = -(-len(codes) // planes)
+    packed = codes[:length].clone()
+    for i in range(1, planes):
+        plane = codes[i * length : (i + 1) * length]
+        packed[: len(plane)] |= plane << (i * bits)
+    return packed
 
 
-def unpack_codes(packed: Tensor, bits: int, count: int, zero: int) -> Tensor:
-    """The first `count` codes, less `zero`, as float32 (count,)."""
-    if bits == 8:
-        return packed[:count].float().sub_(zero)
-    return (_codes(bits, packed.device) - zero).index_select(0, packed.to(torch.int32)).view(-1)[:count]
+def unpack_codes(packed: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Inverse of `pack_codes`, for as many codes as `out` is long, in its dtype. Returns `out`."""
+    length = len(packed)
+    for i in range(8 // bits):
+        plane = out[i * length : (i + 1) * length]
+        shifted = packed if i == 0 else packed >> (i * bits)
+        plane.copy_((shifted if bits == 8 else shifted & (2**bits - 1))[: len(plane)])
+    return out
 
 
 def pack_words(words: Tensor, width: int) -> Tensor:
     """(n,) of 0..2**width - 1, int64 -> uint8 (ceil(n width / 8),): one word after the other, up to 62 bits each."""
-    bits = (words[:, None] >> torch.arange(width, device=words.device)) & 1
-    return _combine(bits.view(-1).to(torch.uint8), 1)
+    bits = ((words[:, None] >> torch.arange(width, device=words.device)) & 1).bool().view(-1)
+    packed = torch.empty(-(-len(bits) // 8), dtype=torch.uint8, device=words.device)
+    pack_bits(bits, packed)
+    return packed
 
 
 def unpack_words(packed: Tensor, width: int, count: int) -> Tensor:
@@ -53,24 +77,8 @@ def unpack_words(packed: Tensor, width: int, count: int) -> Tensor:
     return (bits << torch.arange(width, device=packed.device)).sum(1)
 
 
-def _combine(codes: Tensor, bits: int) -> Tensor:
-    """Pairs of codes become codes of twice the width until a code is a byte."""
-    missing = -len(codes) % (8 // bits)
-    codes = torch.cat([codes, codes.new_zeros(missing)]) if missing else codes
-    while bits < 8:
-        codes = codes[0::2] | (codes[1::2] << bits)
-        bits *= 2
-    return codes
-
-
 @cache
 def _signs(device: torch.device) -> Tensor:
     """(256, 8): the signs that a byte stands for."""
-    return 1 - 2 * _codes(1, device)
-
-
-@cache
-def _codes(bits: int, device: torch.device) -> Tensor:
-    """(256, 8 / bits): the codes that a byte stands for, float32."""
-    bytes_ = torch.arange(256, device=device)[:, None]
-    return ((bytes_ >> torch.arange(0, 8, bits, device=device)) & (2**bits - 1)).float()
+    bits = (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    return 1.0 - 2.0 * bits

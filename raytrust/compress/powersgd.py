@@ -175,7 +175,7 @@ def floats_sent(shapes: Sequence[torch.Size], rank: int) -> int:
 
 
 def _is_matrix(shape: torch.Size) -> bool:
-    return len(shape) >= 2
+    return len(shape) >= 2 and shape.numel() > 0
 
 
 def _matrix_size(shape: torch.Size) -> tuple[int, int]:

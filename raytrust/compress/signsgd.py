@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Base, Layout, Reduced, Vantage, chunks, senders, sent_by
-from raytrust.compress.packing import pack_signs, unpack_signs
+from raytrust.compress.interface import Base, FlatGradients, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.signs import SignCode
 from raytrust.compress.views import SignView
 from raytrust.config import SignSGDConfig
 
@@ -25,26 +25,32 @@ class SignSGD(Base):
     def __init__(self, config: SignSGDConfig, layout: Layout):
         super().__init__(layout)
         self._momentum = config.momentum
+        self._code = SignCode(layout, self._scratch)
         self._m: Tensor | None = None  # (entries,), zero before the first step
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
-        flat = self._input(grads)
         if self._momentum:
+            flat = self._input(grads)
             self._m = torch.zeros_like(flat) if self._m is None else self._m
-            flat = self._m.lerp_(flat, 1 - self._momentum)
-        n = len(flat)
-        packed = self._scratch("packed", (n + 7) // 8, flat, torch.uint8)
-        for part in chunks(n):
-            pack_signs(flat[part], packed[part.start // 8 : (part.stop + 7) // 8])
-        votes = [theirs for (theirs,) in channel.all_gather((packed,))]
-        mean = self._scratch("mean", n, flat)
-        for part in chunks(n):
-            count = unpack_signs(votes[0], part.start, part.stop)
-            for theirs in votes[1:]:
-                count += unpack_signs(theirs, part.start, part.stop)
-            torch.sign(count, out=mean[part]) if len(votes) > 1 else mean[part].copy_(count)
-        mine = votes[channel.rank]
-        return Reduced(self.layout.unflatten(mean), lambda: self._decode(mine, self._scratch("own", n, flat)))
+            grads = FlatGradients(self._m.lerp_(flat, 1 - self._momentum), self.layout)
+        elif not isinstance(grads, FlatGradients):
+            self.layout.check(grads)
+        votes = [theirs for (theirs,) in channel.all_gather((self._code.encode(grads),))]
+        n = self.layout.entries
+        mean = self._scratch("mean", n, votes[0])
+        self._decode(votes[0], mean)
+        for theirs in votes[1:]:
+            for part in chunks(n):
+                mean[part] += self._code.decode(theirs, part)
+        if len(votes) > 1:
+            mean.sign_()
+        mine, own = votes[channel.rank], self._scratch("own", n, votes[0])
+
+        def subtract(x: Tensor) -> None:
+            for part in chunks(n):
+                x[part] -= self._code.decode(mine, part)
+
+        return Reduced(self.layout.unflatten(mean), lambda: self._decode(mine, own), subtract)
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         found = [packed for (packed,) in senders(messages, vantage)]
@@ -67,5 +73,5 @@ class SignSGD(Base):
 
     def _decode(self, packed: Tensor, out: Tensor) -> list[Tensor]:
         for part in chunks(len(out)):
-            out[part] = unpack_signs(packed, part.start, part.stop)
+            self._code.decode(packed, part, out=out[part])
         return self.layout.unflatten(out)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Base, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.interface import CHUNK, Base, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.packing import compare
 from raytrust.compress.views import SparseView
 
 EXACT_BELOW = 2**16  # entries: a plain selection is faster there
@@ -44,8 +45,12 @@ def largest(flat: Tensor, k: int) -> Tensor:
 def above(flat: Tensor, threshold: float) -> Tensor:
     """Positions, in increasing order, of the entries that are not zero and of magnitude at least `threshold`."""
     found = []
+    least = max(threshold, torch.finfo(torch.float32).smallest_normal * 2.0**-23)
+    magnitudes = flat.new_empty(min(CHUNK, len(flat)))
     for part in chunks(len(flat)):
-        chosen = flat[part].abs() >= max(threshold, torch.finfo(torch.float32).smallest_normal * 2.0**-23)
+        n = part.stop - part.start
+        chosen = torch.empty(n, dtype=torch.bool, device=flat.device)
+        compare(np.greater_equal, torch.abs(flat[part], out=magnitudes[:n]), least, chosen)
         if flat.device.type == "cpu":  # numpy's is several times faster than torch's
             positions = torch.from_numpy(np.flatnonzero(chosen.numpy()))
         else:

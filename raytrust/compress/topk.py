@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel
-from raytrust.compress.interface import Layout, Reduced
+from raytrust.channel import Channel, Message
+from raytrust.compress.interface import Layout, Reduced, Vantage
 from raytrust.compress.powersgd import floats_sent
 from raytrust.compress.sparse import Sparse, largest
+from raytrust.compress.views import SparseView
 from raytrust.config import TopKConfig
 
 
@@ -33,8 +34,15 @@ class TopK(Sparse):
         flat = self._input(grads)
         return self._exchange(flat, self._choose(flat), channel)
 
+    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> SparseView:
+        view = super().view(messages, vantage, victim)
+        if not self._ks:
+            return view
+        bounds = [v.abs().min() if len(v) else v.new_zeros(()) for v in view.observed]
+        return SparseView(view.observed, view.positions, self.layout.shapes, torch.stack(bounds))
+
     def _choose(self, flat: Tensor) -> Tensor:
-        if self._ks is None:
+        if not self._ks:
             return largest(flat, self.k)
         parts, start = [], 0
         for part, k in zip(flat.split(self.layout.sizes), self._ks, strict=True):

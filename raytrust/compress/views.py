@@ -62,7 +62,11 @@ class SparseView(LinearView):
     """Some entries of the gradient, and that all others are of magnitude at most `bound`, if one is given.
 
     observed, positions: one tensor a parameter, (k,): the values, and where in the flattened parameter they are.
+    bound: of all parameters (), or one for each (parameters,).
     """
+
+    positions: Sequence[Tensor]
+    bound: Tensor | None
 
     def __init__(
         self,

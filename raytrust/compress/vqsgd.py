@@ -26,13 +26,14 @@ class VqSGD(Counting):
 
     def __init__(self, config: VqSGDConfig, layout: Layout, seed: int = 0):
         super().__init__(layout, seed)
-        self._samples = config.samples
+        self._samples = config.samples if layout.entries else 0
         self._width = max(1, (2 * layout.entries - 1).bit_length())
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
-        peak = flat.abs().max() if len(flat) else flat.new_zeros(())
-        norm = peak * torch.linalg.vector_norm(flat / peak.clamp_min(torch.finfo(torch.float32).tiny))
+        # In float64, as squares of what is huge or tiny leave the range of float32.
+        squares = [float(flat[part].double().square_().sum()) for part in chunks(len(flat))]
+        norm = flat.new_tensor(sum(squares) ** 0.5)
         vertices = self._draw(flat, float(norm), channel.rank)
         self._step += 1
         gathered = channel.all_gather((norm.view(1), pack_words(vertices, self._width)))
@@ -62,6 +63,8 @@ class VqSGD(Counting):
         """(samples,) vertices, int64: 2 i for n sqrt(d) e_i, 2 i + 1 for its negative."""
         dice = np.random.default_rng([self._seed, self._step, rank])
         d = len(flat)
+        if d == 0:
+            return flat.new_empty(0, dtype=torch.int64)
         parts = list(chunks(d))
         masses = np.array([float(flat[part].abs().sum(dtype=torch.float64)) for part in parts])
         share = masses.sum() / (norm * d**0.5) if norm > 0 else 0.0
@@ -84,5 +87,5 @@ class VqSGD(Counting):
         """x += share x what was sent."""
         norm, packed = message
         vertices = unpack_words(packed, self._width, self._samples)
-        length = norm * (share * self.layout.entries**0.5 / self._samples)
+        length = norm * (share * self.layout.entries**0.5 / max(1, self._samples))
         return x.index_add_(0, vertices // 2, (1 - 2 * (vertices % 2)) * length)

@@ -24,6 +24,7 @@ from raytrust.config.compressors import (
     TopKConfig,
     VqSGDConfig,
 )
+from raytrust.config.parsing import parse_defence
 from raytrust.config.sweeps import SweepConfig
 from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
 from raytrust.config.values import digest, from_dict, to_dict
@@ -51,5 +52,6 @@ __all__ = [
     "VqSGDConfig",
     "digest",
     "from_dict",
+    "parse_defence",
     "to_dict",
 ]
