@@ -48,3 +48,17 @@ def shared_data() -> Path:
 def group(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes found, by rank: see `two_workers.everything`. Run once, as it takes seconds."""
     return two_workers.run_workers(two_workers.everything, 2, tmp_path_factory.mktemp("group"))
+
+
+@pytest.fixture(params=[1, 2], ids=["one worker", "two workers"])
+def workers(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture
+def steps(workers: int, name: str, request: pytest.FixtureRequest) -> list[list[two_workers.Reduction]]:
+    """The reductions of each worker at each step, with the defence that the test's `name` says."""
+    if workers == 1:
+        return [[step] for step in two_workers.alone(name)]
+    group: list[dict[str, Any]] = request.getfixturevalue("group")
+    return [list(step) for step in zip(*(worker["reductions"][name] for worker in group), strict=True)]

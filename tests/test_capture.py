@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from raytrust.capture import Capture, Observation, Truth, atomic_write, load_capture, save_capture, seen_messages
+from raytrust.capture import (
+    FORMAT,
+    Capture,
+    Observation,
+    Truth,
+    atomic_write,
+    load_capture,
+    save_capture,
+    seen_messages,
+)
 from raytrust.channel import LocalChannel, Message, Tap
 from raytrust.compress import build
 from raytrust.config import (
@@ -211,17 +220,17 @@ class TestWhatCannotBeLoaded:
             load_capture(path.parent.parent, 0, 0)
 
     def test_code(self, path: Path, tmp_path: Path) -> None:
-        torch.save({"format": 1, "step": Malice(str(tmp_path / "ran"))}, path)
+        torch.save({"format": FORMAT, "step": Malice(str(tmp_path / "ran"))}, path)
         self.refuse(path, f"Expected {path} to be a capture, but it can't be read: UnpicklingError.")
         path.write_bytes(pickle.dumps(Malice(str(tmp_path / "ran")), protocol=2))
         with pytest.raises(ValueError, match=r"to be a capture, but it can't be read: \w+\.$"):
             load_capture(path.parent.parent, 0, 0)
         assert not (tmp_path / "ran").exists()
 
-    @pytest.mark.parametrize("content", [{"format": 2}, {"step": 0}, [1], "capture"])
+    @pytest.mark.parametrize("content", [{"format": FORMAT - 1}, {"format": FORMAT + 1}, {"step": 0}, [1], "capture"])
     def test_another_format(self, path: Path, content: Any) -> None:
         torch.save(content, path)
-        self.refuse(path, f"Expected {path} to be a capture of format 1.")
+        self.refuse(path, f"Expected {path} to be a capture of format {FORMAT}.")
 
 
 class Malice:

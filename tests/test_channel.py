@@ -54,6 +54,7 @@ def test_one_worker_hears_itself() -> None:
     found = collectives(LocalChannel())
     assert (LocalChannel.world_size, LocalChannel.rank) == (1, 0)
     assert torch.equal(found["mean"], torch.arange(6.0).view(2, 3).T)
+    assert torch.equal(found["mean in place"], found["mean"])
     ((a, b),) = found["gathered"]
     assert torch.equal(a, torch.arange(3, dtype=torch.int8))
     assert torch.equal(b, torch.tensor([0.1, 0.2]))
@@ -63,10 +64,25 @@ def test_two_workers_hear_the_same(group: list[dict[str, Any]]) -> None:
     first, second = (worker["channel"] for worker in group)
     assert torch.equal(first["mean"], 1.5 * torch.arange(6.0).view(2, 3).T)
     assert torch.equal(first["mean"], second["mean"])
+    assert torch.equal(first["mean in place"], first["mean"])
+    assert torch.equal(second["mean in place"], first["mean"])
     for found in (first, second):  # in the order of ranks
         for rank, (a, b) in enumerate(found["gathered"]):
             assert torch.equal(a, torch.arange(3, dtype=torch.int8) + rank)
             assert torch.equal(b, torch.tensor([0.1, 0.2]) * (rank + 1))
+
+
+def test_two_workers_gather_unequal_lengths_without_padding(group: list[dict[str, Any]]) -> None:
+    for rank, worker in enumerate(group):
+        found = worker["channel"]
+        assert [[x.tolist() for x in xs] for xs in found["unequal"]] == [[[], []], [[1], [pytest.approx(0.2)]]]
+        assert [[x.dtype for x in xs] for xs in found["unequal"]] == [[torch.int8, torch.float32]] * 2
+        assert found["unequal bytes"] == 5 * rank
+
+
+def test_ranks_are_those_of_the_group(group: list[dict[str, Any]]) -> None:
+    assert group[0]["subgroup"] is None
+    assert [[x.tolist() for x in xs] for xs in group[1]["subgroup"]] == [[[0, 1, 2]]]
 
 
 def test_the_tap_counts_and_keeps_what_was_sent() -> None:

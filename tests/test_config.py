@@ -12,17 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raytrust.config import (
+    AtomoConfig,
     CaptureConfig,
     CompressorConfig,
     Defence,
     DenseConfig,
+    DGCConfig,
+    HalfConfig,
     InversionConfig,
     ModelConfig,
     PowerSGDConfig,
+    QSGDConfig,
+    RandKConfig,
+    ScaledSignConfig,
+    SignSGDConfig,
     SweepConfig,
     Threat,
+    ThresholdConfig,
     TopKConfig,
     TrainConfig,
+    VqSGDConfig,
     digest,
     from_dict,
     to_dict,
@@ -32,10 +41,27 @@ positive = st.integers(1, 2**31)
 seeds = st.integers(0, 2**31 - 1)
 rates = st.floats(1e-300, 1e300)
 powersgd = st.builds(PowerSGDConfig, positive, st.booleans())
-topk = st.builds(TopKConfig, level=st.floats(0, 1, exclude_min=True)) | st.builds(
+levels = st.floats(0, 1, exclude_min=True)
+momenta = st.floats(0, 1, exclude_max=True)
+topk = st.builds(TopKConfig, level=levels, scope=st.sampled_from(["global", "layer"])) | st.builds(
     TopKConfig, equal_to_rank=positive, equal_by=st.sampled_from(["bytes", "values"])
 )
-defences = st.builds(Defence, st.just(DenseConfig()) | powersgd | topk, st.booleans())
+fed = (
+    st.sampled_from([DenseConfig(), HalfConfig(), HalfConfig("bfloat16"), ScaledSignConfig()])
+    | powersgd
+    | topk
+    | st.builds(RandKConfig, levels)
+    | st.builds(ThresholdConfig, levels, levels)
+    | st.builds(QSGDConfig, st.sampled_from([2, 4, 8]), st.integers(1, 2**18), st.sampled_from(["l2", "max"]))
+    | st.builds(VqSGDConfig, st.integers(1, 2**24))
+    | st.builds(AtomoConfig, positive)
+)
+unfed = (
+    st.builds(RandKConfig, levels, st.booleans())
+    | st.builds(DGCConfig, levels, momenta, st.booleans(), st.none() | st.floats(1e-300, 1e300), st.integers(0, 2**31))
+    | st.builds(SignSGDConfig, momenta)
+)
+defences = st.builds(Defence, fed, st.booleans()) | st.builds(Defence, unfed)
 models = st.builds(
     ModelConfig, st.sampled_from(["resnet18", "convnet"]), st.sampled_from(["cifar", "imagenet"]), st.integers(1, 1024)
 )
@@ -57,7 +83,7 @@ trainings = st.builds(
     batch_size=positive,
     steps=st.integers(100, 10**6),
     learning_rate=rates,
-    momentum=st.floats(0, 1, exclude_max=True),
+    momentum=momenta,
     weight_decay=st.floats(0, 1e300),
     seed=seeds,
 )
@@ -89,6 +115,9 @@ def test_a_config_survives_json(config: Any) -> None:
     assert again == config
     assert hash(again) == hash(config)
     assert digest(again) == digest(config)
+
+
+METHODS = "none, half, powersgd, topk, randk, threshold, dgc, signsgd, scaledsign, qsgd, vqsgd, atomo"
 
 
 def test_what_a_dict_looks_like() -> None:
@@ -127,16 +156,16 @@ def test_an_integer_will_do_for_a_float() -> None:
         ),
         (
             Defence,
-            {"compressor": {"method": "qsgd"}},
-            "Expected compressor={'method': 'qsgd'} to have a method among none, powersgd, topk.",
+            {"compressor": {"method": "gzip"}},
+            f"Expected compressor={{'method': 'gzip'}} to have a method among {METHODS}.",
         ),
         (
             Defence,
             {"compressor": {"method": []}},
-            "Expected compressor={'method': []} to have a method among none, powersgd, topk.",
+            f"Expected compressor={{'method': []}} to have a method among {METHODS}.",
         ),
-        (Defence, {"compressor": "topk"}, "Expected compressor='topk' to have a method among none, powersgd, topk."),
-        (Defence, {"compressor": {}}, "Expected compressor={} to have a method among none, powersgd, topk."),
+        (Defence, {"compressor": "topk"}, f"Expected compressor='topk' to have a method among {METHODS}."),
+        (Defence, {"compressor": {}}, f"Expected compressor={{}} to have a method among {METHODS}."),
         (TrainConfig, [1], "Expected TrainConfig=[1] to be a mapping."),
         (TrainConfig, {"model": 3}, "Expected model=3 to be a mapping."),
         (TrainConfig, {"workers": 2.0}, "Expected workers=2.0 to be of type int."),
@@ -181,6 +210,38 @@ NAN, INF = float("nan"), float("inf")
             TopKConfig,
             {"equal_to_rank": 1, "equal_by": "bits"},
             "Expected equal_by='bits' to be one of 'bytes', 'values'.",
+        ),
+        (TopKConfig, {"level": 1, "scope": "tensor"}, "Expected scope='tensor' to be one of 'global', 'layer'."),
+        (HalfConfig, {"dtype": "float32"}, "Expected dtype='float32' to be one of 'float16', 'bfloat16'."),
+        (RandKConfig, {"level": 0.0}, "Expected level=0.0 in (0, 1], the fraction of entries that is sent."),
+        (ThresholdConfig, {"level": 1.1}, "Expected level=1.1 in (0, 1], the fraction of entries that is sent."),
+        (ThresholdConfig, {"sample": 0.0}, "Expected sample=0.0 in (0, 1], a fraction of the entries."),
+        (DGCConfig, {"level": NAN}, "Expected level=nan in (0, 1], the fraction of entries that is sent."),
+        (DGCConfig, {"momentum": 1.0}, "Expected momentum=1.0 in [0, 1)."),
+        (DGCConfig, {"clip": 0.0}, "Expected clip=0.0 to be positive and finite, or None."),
+        (DGCConfig, {"clip": INF}, "Expected clip=inf to be positive and finite, or None."),
+        (DGCConfig, {"warmup_steps": -1}, "Expected warmup_steps=-1 to be at least 0."),
+        (SignSGDConfig, {"momentum": 1.0}, "Expected momentum=1.0 in [0, 1)."),
+        (QSGDConfig, {"bits": 3}, "Expected bits=3 to be one of 2, 4, 8."),
+        (QSGDConfig, {"bucket": 0}, "Expected bucket=0 in [1, 262144]."),
+        (QSGDConfig, {"norm": "l1"}, "Expected norm='l1' to be one of 'l2', 'max'."),
+        (VqSGDConfig, {"samples": 0}, "Expected samples=0 in [1, 16777216]."),
+        (AtomoConfig, {"rank": 0}, "Expected rank=0 to be at least 1."),
+        (
+            Defence,
+            {"compressor": DGCConfig(), "error_feedback": True},
+            "Expected error_feedback=True to be False with DGCConfig(level=0.001, momentum=0.9, masking=True, "
+            "clip=None, warmup_steps=0).",
+        ),
+        (
+            Defence,
+            {"compressor": RandKConfig(unbiased=True), "error_feedback": True},
+            "Expected error_feedback=True to be False with RandKConfig(level=0.01, unbiased=True).",
+        ),
+        (
+            Defence,
+            {"compressor": SignSGDConfig(momentum=0.9), "error_feedback": True},
+            "Expected error_feedback=True to be False with SignSGDConfig(momentum=0.9).",
         ),
         (ModelConfig, {"name": "resnet50"}, "Expected name='resnet50' to be one of 'resnet18', 'convnet'."),
         (ModelConfig, {"stem": "mnist"}, "Expected stem='mnist' to be one of 'cifar', 'imagenet'."),
@@ -259,6 +320,21 @@ def test_values_at_the_ends_of_the_ranges() -> None:
         (Defence(PowerSGDConfig(rank=4, warm_start=False)), "PowerSGD rank 4 cold"),
         (Defence(TopKConfig(level=0.01)), "Top-K 1 %"),
         (Defence(TopKConfig(level=1)), "Top-K 100 %"),
+        (Defence(TopKConfig(level=0.01, scope="layer")), "Top-K 1 % per layer"),
+        (Defence(HalfConfig()), "fp16"),
+        (Defence(HalfConfig("bfloat16"), error_feedback=True), "bf16 + EF"),
+        (Defence(RandKConfig(0.05)), "Rand-K 5 %"),
+        (Defence(RandKConfig(unbiased=True)), "Rand-K 1 % unbiased"),
+        (Defence(ThresholdConfig(), error_feedback=True), "Threshold 1 % + EF"),
+        (Defence(DGCConfig()), "DGC 0.1 %"),
+        (Defence(SignSGDConfig()), "signSGD"),
+        (Defence(SignSGDConfig(0.9)), "Signum 0.9"),
+        (Defence(ScaledSignConfig()), "scaled sign"),
+        (Defence(ScaledSignConfig(), error_feedback=True), "EF-signSGD"),
+        (Defence(QSGDConfig()), "QSGD 4 bits"),
+        (Defence(QSGDConfig(2, 64, "max")), "QSGD 2 bits bucket 64 max"),
+        (Defence(VqSGDConfig()), "vqSGD 1000"),
+        (Defence(AtomoConfig()), "ATOMO 3"),
     ],
 )
 def test_name_of_a_defence(defence: Defence, name: str) -> None:
@@ -272,8 +348,14 @@ def test_names_of_equally_large_defences_differ() -> None:
         TopKConfig(equal_to_rank=4),
         TopKConfig(equal_to_rank=4, equal_by="values"),
         TopKConfig(level=0.04),
+        TopKConfig(level=0.04, scope="layer"),
+        RandKConfig(0.04),
+        ThresholdConfig(0.04),
+        SignSGDConfig(),
+        ScaledSignConfig(),
+        *(QSGDConfig(2, bucket, norm) for bucket in (64, 512) for norm in ("l2", "max")),  # type: ignore[arg-type]
     ]
-    assert len({Defence(c, ef).name for c in compressors for ef in (False, True)}) == 10
+    assert len({Defence(c, ef).name for c in compressors for ef in (False, True)}) == 2 * len(compressors)
 
 
 def variations(config: Any) -> list[Any]:

@@ -1,121 +1,89 @@
-"""What every compressor guarantees, with and without error feedback, for one worker and for two."""
+"""What every compressor guarantees of a step, with and without error feedback, for one worker and for two.
+
+Views are in test_views.py, states in test_state.py, unusual gradients in test_compressor_shapes.py.
+"""
 
 from __future__ import annotations
 
-import copy
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toys import COMPRESSORS, DEFENCES, ENTRIES, SHAPES, distance, gradients
-from two_workers import STEPS, Reduction, reductions
+from toys import (
+    COMPRESSORS,
+    DEFENCES,
+    LOSSLESS,
+    SHAPES,
+    Echo,
+    bytes_by_formula,
+    distance,
+    gradients,
+    is_gathered,
+    mean_over_workers,
+)
+from two_workers import Reduction, alone, reductions
 
 from raytrust.capture import seen_messages
 from raytrust.channel import LocalChannel, Tap
-from raytrust.compress import LinearView, Vantage, build
-from raytrust.compress.interface import identity_view
-from raytrust.config import CompressorConfig, Defence, DenseConfig, ModelConfig, PowerSGDConfig, Threat, TopKConfig
+from raytrust.compress import build
+from raytrust.config import (
+    AtomoConfig,
+    CompressorConfig,
+    Defence,
+    DenseConfig,
+    HalfConfig,
+    ModelConfig,
+    PowerSGDConfig,
+    QSGDConfig,
+    RandKConfig,
+    SignSGDConfig,
+    Threat,
+    TopKConfig,
+    VqSGDConfig,
+)
 from raytrust.models import build_model
-
-VANTAGES: list[Vantage] = ["link", "peer"]
-
-
-@cache
-def alone(name: str) -> list[Reduction]:
-    return reductions(LocalChannel(), DEFENCES[name])
-
-
-@pytest.fixture(params=[1, 2], ids=["one worker", "two workers"])
-def workers(request: pytest.FixtureRequest) -> int:
-    return request.param
-
-
-@pytest.fixture
-def steps(workers: int, name: str, request: pytest.FixtureRequest) -> list[list[Reduction]]:
-    """The reductions of each worker at each step."""
-    if workers == 1:
-        return [[step] for step in alone(name)]
-    group: list[dict[str, Any]] = request.getfixturevalue("group")
-    return [list(step) for step in zip(*(worker["reductions"][name] for worker in group), strict=True)]
-
-
-def bytes_by_formula(config: CompressorConfig) -> int:
-    def floats(rank: int) -> int:
-        matrices = [(s[0], s[1:].numel()) for s in SHAPES if len(s) > 1]
-        return sum(min(n, m, rank) * (n + m) for n, m in matrices) + sum(s[0] for s in SHAPES if len(s) == 1)
-
-    match config:
-        case DenseConfig():
-            return 4 * ENTRIES
-        case PowerSGDConfig(rank=rank):
-            return 4 * floats(rank)
-        case TopKConfig(level=None, equal_to_rank=rank, equal_by=equal_by):
-            assert rank is not None
-            return 8 * (floats(rank) // 2 if equal_by == "bytes" else floats(rank))
-        case TopKConfig(level=level):
-            assert level is not None
-            return 8 * round(level * ENTRIES)
-
-
-def is_topk(name: str) -> bool:
-    return isinstance(DEFENCES[name].compressor, TopKConfig)
-
-
-def mean_over_workers(parts: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.stack(tensors).mean(0) for tensors in zip(*parts, strict=True)]
-
-
-def view_of(name: str, step: Reduction, vantage: Vantage, victim: int = 0) -> LinearView:
-    """As an attacker has it: a fresh compressor, its public state, and no payload that the vantage hides."""
-    compressor = build(DEFENCES[name], SHAPES, seed=99)
-    compressor.load_public_state(step.public_state)
-    view = compressor.view(seen_messages(step.messages, Threat(vantage=vantage)), vantage, victim)
-    assert isinstance(view, LinearView)
-    return view
-
-
-def observed_gradient(name: str, step: list[Reduction], vantage: Vantage, rank: int) -> list[Tensor]:
-    """What the messages measure: one worker's input, or the mean of all inputs after an all-mean."""
-    return (
-        step[rank].inputs
-        if vantage == "link" or is_topk(name)
-        else mean_over_workers([worker.inputs for worker in step])
-    )
-
-
-def batch(*candidates: list[Tensor]) -> list[Tensor]:
-    return [torch.stack(parts) for parts in zip(*candidates, strict=True)]
-
 
 every_defence = pytest.mark.parametrize("name", DEFENCES)
 
 
+def rounding(config: CompressorConfig) -> float:
+    """Of a mean that is summed in the format of the wire, relative to the largest entries (about 4)."""
+    match config:
+        case HalfConfig(dtype=dtype):
+            return 4 * torch.finfo(getattr(torch, dtype)).eps
+        case _:
+            return 1e-5
+
+
 @every_defence
 def test_what_was_not_sent_is_the_residual(name: str, steps: list[list[Reduction]]) -> None:
-    for step in steps:
-        for worker in step:
-            if DEFENCES[name].error_feedback:
-                assert worker.residual is not None
-                for x, own, e in zip(worker.inputs, worker.own, worker.residual, strict=True):
-                    assert torch.equal(e, x - own)
-                    torch.testing.assert_close(own + e, x, rtol=0, atol=1e-6)
-            else:
-                assert worker.residual is None
+    """To the bit, but where what was sent is subtracted term by term, and never materialised."""
+    fused = isinstance(DEFENCES[name].compressor, (PowerSGDConfig, AtomoConfig, VqSGDConfig))
+    for worker in (worker for step in steps for worker in step):
+        if DEFENCES[name].error_feedback or "dgc" in name:
+            assert worker.residual is not None
+            for x, own, e in zip(worker.inputs, worker.own, worker.residual, strict=True):
+                torch.testing.assert_close(e, x - own, rtol=0, atol=1e-5 if fused or "dgc" in name else 0)
+                torch.testing.assert_close(own + e, x, rtol=0, atol=1e-5)
+        else:
+            assert worker.residual is None
 
 
 @every_defence
 def test_the_mean_is_the_mean_of_what_was_sent(name: str, steps: list[list[Reduction]]) -> None:
+    config = DEFENCES[name].compressor
     for step in steps:
-        mean = step[0].mean
+        mean, expected = step[0].mean, mean_over_workers([worker.own for worker in step])
+        if isinstance(config, SignSGDConfig):  # a majority vote
+            expected = [x.sign() for x in expected]
         assert [m.shape for m in mean] == [o.shape for o in step[0].own] == SHAPES
-        torch.testing.assert_close(mean, mean_over_workers([worker.own for worker in step]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mean, expected, rtol=1e-5, atol=rounding(config))
         for worker in step:  # bitwise, or replicas drift apart
             assert all(map(torch.equal, worker.mean, mean))
 
 
-@pytest.mark.parametrize("name", [name for name in DEFENCES if "full" in name or "dense" in name])
+@pytest.mark.parametrize("name", LOSSLESS)
 def test_the_mean_of_a_lossless_method_is_the_mean_of_the_inputs(name: str, steps: list[list[Reduction]]) -> None:
     for step in steps:
         expected = mean_over_workers([worker.inputs for worker in step])
@@ -130,13 +98,15 @@ def test_workers_differ_in_what_they_sent(name: str, group: list[dict[str, Any]]
 
 @every_defence
 def test_the_wire_alone_says_what_was_sent(name: str, steps: list[list[Reduction]]) -> None:
+    """A fresh compressor of another seed, with the public state but nothing of the sender's."""
     for step in steps:
         for worker in step:
-            fresh = build(DEFENCES[name], SHAPES, seed=99)  # without any state of the sender
+            fresh = build(DEFENCES[name], SHAPES, seed=99)
+            fresh.load_public_state(worker.public_state)
             (link,) = fresh.decode(worker.messages, "link")
             torch.testing.assert_close(link, worker.own, rtol=0, atol=1e-6)
             peer = fresh.decode(seen_messages(worker.messages, Threat(vantage="peer")), "peer")
-            if is_topk(name):
+            if is_gathered(DEFENCES[name].compressor):
                 assert len(peer) == len(step)
                 for sender, decoded in zip(step, peer, strict=True):
                     assert all(map(torch.equal, decoded, sender.own))
@@ -147,89 +117,39 @@ def test_the_wire_alone_says_what_was_sent(name: str, steps: list[list[Reduction
 
 @every_defence
 def test_bytes_on_the_wire(name: str, steps: list[list[Reduction]], workers: int) -> None:
-    expected = bytes_by_formula(DEFENCES[name].compressor)
-    for worker in (worker for step in steps for worker in step):
-        assert worker.sent_bytes == expected
-        assert sum(message.sent_bytes for message in worker.messages) == expected
-        assert worker.wire_bytes == (expected if workers > 1 else 0)
+    """The formula, the messages and what torch.distributed was given: all the same integer."""
+    for i, step in enumerate(steps):
+        for worker in step:
+            expected = bytes_by_formula(DEFENCES[name].compressor, SHAPES, i, worker.messages)
+            assert worker.sent_bytes == expected
+            assert sum(message.sent_bytes for message in worker.messages) == expected
+            assert worker.wire_bytes == (expected if workers > 1 else 0)
 
 
-@every_defence
-@pytest.mark.parametrize("vantage", VANTAGES)
-def test_a_view_measures_what_was_observed(name: str, vantage: Vantage, steps: list[list[Reduction]]) -> None:
-    for step in steps:
-        for rank, worker in enumerate(step):
-            view = view_of(name, worker, vantage, rank)
-            measured = view.measure(batch(observed_gradient(name, step, vantage, rank)))
-            assert all(torch.isfinite(o).all() for o in view.observed)
-            assert distance([m[0] for m in measured], list(view.observed)) < 1e-5
-
-
-@every_defence
-@pytest.mark.parametrize("vantage", VANTAGES)
-def test_adjoint_of_a_view(name: str, vantage: Vantage, steps: list[list[Reduction]]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for step in steps:
-        view = view_of(name, step[0], vantage)
-        g = batch(gradients(7), gradients(8))
-        measured = view.measure(g)
-        assert [m.shape[1:] for m in measured] == [o.shape for o in view.observed]
-        m = [torch.randn(x.shape, generator=generator) for x in measured]
-        back = view.adjoint(m)
-        assert [b.shape for b in back] == [x.shape for x in g]
-        for i in range(2):
-            there = sum(float((a[i] * b[i]).sum()) for a, b in zip(measured, m, strict=True))
-            here = sum(float((a[i] * b[i]).sum()) for a, b in zip(g, back, strict=True))
-            assert there == pytest.approx(here, abs=1e-3)
-
-
-@every_defence
-@pytest.mark.parametrize("vantage", VANTAGES)
-def test_distance_is_least_at_the_true_gradient(name: str, vantage: Vantage, steps: list[list[Reduction]]) -> None:
-    for step in steps:
-        view = view_of(name, step[-1], vantage, len(step) - 1)
-        true = observed_gradient(name, step, vantage, len(step) - 1)
-        near = [x + 0.3 * y for x, y in zip(true, gradients(8), strict=True)]
-        scaled, negative = [3 * x for x in true], [-x for x in true]
-        zero = [torch.zeros_like(x) for x in true]
-        candidates = [true, scaled, near, gradients(7), negative, zero]
-        together = batch(*candidates)
-        for tensor in together:
-            tensor.requires_grad_()
-        d = view.distance(together)
-        assert d.shape == (6,)
-        torch.testing.assert_close(d, torch.cat([view.distance(batch(c)) for c in candidates]), rtol=0, atol=1e-6)
-        at_true, at_scaled, at_near, at_other, at_negative, at_zero = d.tolist()
-        assert at_true == pytest.approx(0, abs=1e-5)
-        assert at_scaled == pytest.approx(0, abs=1e-5)  # the scale is not part of it
-        assert 1e-3 < at_near < at_other
-        assert at_negative == pytest.approx(2, abs=1e-5)
-        assert at_zero == 1
-        slope = torch.autograd.grad(d.sum(), together, allow_unused=True)
-        assert all(s is None or torch.isfinite(s).all() for s in slope)
-
-
-@every_defence
-def test_a_view_is_of_the_victim(name: str, group: list[dict[str, Any]]) -> None:
-    step = [worker["reductions"][name][-1] for worker in group]
-    for victim in range(2):
-        true = batch(step[victim].inputs)
-        for worker in step:  # whichever peer listens
-            at_peer = float(view_of(name, worker, "peer", victim).distance(true))
-            assert at_peer < 1e-5 if is_topk(name) else at_peer > 0.1  # after an all-mean the victim is hidden
-        assert float(view_of(name, step[victim], "link", victim).distance(true)) < 1e-5
-        assert float(view_of(name, step[1 - victim], "link").distance(true)) > 0.1
-
-
-def test_the_identity_view_of_nothing_is_at_distance_one() -> None:
-    zero = [torch.zeros(2, 3), torch.zeros(4)]
-    assert identity_view(zero).distance(batch([torch.ones(2, 3), torch.ones(4)], zero)).tolist() == [1, 1]
-
-
-def test_distance_is_one_minus_the_cosine() -> None:
-    view = identity_view([torch.tensor([3.0, 0.0]), torch.tensor([4.0])])
-    d = view.distance([torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0], [2.0]])])
-    torch.testing.assert_close(d, torch.tensor([1 - 3 / 5, 1 - 8 / (5 * 8**0.5)]))
+def test_bytes_of_one_step() -> None:
+    """By hand, as a formula in a test may be wrong, too. 245 entries: 7 tensors, 207 + 4 + 7 of them in 5 matrices."""
+    found = {name: alone(name)[0].sent_bytes for name in COMPRESSORS}
+    known = {
+        "dense": 980,
+        "fp16": 490,
+        "bf16": 490,
+        "powersgd-1": 4 * (33 + 6 + 14 + 1 + 10 + 8 + 9),
+        "topk": 8 * 24,
+        "topk-layer": 8 * 49,
+        "randk": 4 * 49,
+        "randk-unbiased": 4 * 49,
+        "threshold": 4 + 8 * 24,
+        "dgc": 8 * 12,
+        "dgc-warm-up": 8 * 61,
+        "signsgd": 31,
+        "signum": 31,
+        "scaledsign": 31 + 28,
+        "qsgd": 123 + 4 * 8,
+        "qsgd-8": 245 + 4 * 3,
+        "qsgd-2-max": 62 + 4 * 31,
+        "vqsgd": 4 + 1125,  # 1000 of 490 vertices: 9 bits each
+    }
+    assert {name: found[name] for name in known} == known
 
 
 def assert_same(some: list[Reduction], others: list[Reduction]) -> None:
@@ -247,74 +167,64 @@ def test_a_run_is_a_function_of_gradients_and_seed(name: str) -> None:
 
 
 @every_defence
-def test_what_a_step_returned_may_be_overwritten(name: str) -> None:
+def test_the_mean_may_be_overwritten(name: str) -> None:
     """As an optimiser does that works in place."""
     assert_same(reductions(LocalChannel(), DEFENCES[name], scribble=True), alone(name))
 
 
-@every_defence
-def test_a_copy_goes_on_like_the_original(name: str) -> None:
-    compressor = build(DEFENCES[name], SHAPES, seed=5)
-    for step in range(2):
-        compressor.reduce(gradients(step), LocalChannel())
-    copied = copy.deepcopy(compressor)
-    for _ in range(2):  # the original does not move with its copy
-        copied.reduce(gradients(50), LocalChannel())
-    other = copy.deepcopy(compressor)
-    for step in (2, 3):
-        mean, own = compressor.reduce(gradients(step), LocalChannel())
-        again = other.reduce(gradients(step), LocalChannel())
-        assert all(map(torch.equal, (*mean, *own), (*again.mean, *again.own)))
-    undisturbed = build(DEFENCES[name], SHAPES, seed=5)
-    for step in range(4):
-        expected = undisturbed.reduce(gradients(step), LocalChannel())
-    assert all(map(torch.equal, mean, expected.mean))
+def sends(config: CompressorConfig, seed: int = 5, rank: int = 0, steps: int = 1) -> Tensor:
+    """The bytes that a worker sends at the last of some steps, of the same gradient in each."""
+    compressor = build(Defence(config), SHAPES, seed)
+    for _ in range(steps):
+        tap = Tap(Echo(2, rank))
+        compressor.reduce(gradients(0), tap)
+    return torch.cat([x.view(torch.uint8).view(-1) for m in tap.messages for x in m.sent])
+
+
+@pytest.mark.parametrize("name", ["qsgd", "qsgd-8", "qsgd-2-max", "vqsgd", "atomo"])
+def test_the_dice_are_of_seed_step_and_rank(name: str) -> None:
+    config = COMPRESSORS[name]
+    rolls = [sends(config), sends(config, seed=6), sends(config, rank=1), sends(config, steps=2)]
+    assert torch.equal(rolls[0], sends(config))
+    for i in range(4):
+        assert not any(torch.equal(rolls[i], roll) for roll in rolls[:i])
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_what_workers_send_of_the_same_gradient(name: str, group: list[dict[str, Any]]) -> None:
+    """The same, Rand-K too; but the dice that a method rolls to be unbiased are each worker's own."""
+    first, second = (worker["same gradient"][name] for worker in group)
+    own_dice = isinstance(COMPRESSORS[name], (QSGDConfig, VqSGDConfig, AtomoConfig))
+    same = all(all(map(torch.equal, m.sent, n.sent)) for m, n in zip(first, second, strict=True))
+    assert same == (not own_dice)
+
+
+def test_rand_k_draws_anew_at_each_step_and_for_each_seed() -> None:
+    config = RandKConfig(level=0.2)
+    rolls = [sends(config), sends(config, seed=6), sends(config, steps=2)]
+    assert torch.equal(rolls[0], sends(config, rank=1))
+    for i in range(3):
+        assert not any(torch.equal(rolls[i], roll) for roll in rolls[:i])
 
 
 @every_defence
-def test_the_public_state_is_what_a_peer_could_compute(name: str) -> None:
-    """No residual in it, and nothing that depends on one worker alone."""
-    state = alone(name)[-1].public_state
-    assert sum(x.numel() for x in state.values()) <= bytes_by_formula(DEFENCES[name].compressor) // 4
-    assert bool(state) == isinstance(DEFENCES[name].compressor, PowerSGDConfig)
-
-
-@every_defence
-def test_the_public_state_is_the_same_on_all_workers(name: str, group: list[dict[str, Any]]) -> None:
-    for step in range(STEPS):
-        first, second = (worker["reductions"][name][step].public_state for worker in group)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-@every_defence
-def test_a_state_that_was_handed_out_does_not_change(name: str) -> None:
-    compressor, other = build(DEFENCES[name], SHAPES, seed=5), build(DEFENCES[name], SHAPES, seed=6)
-    state = compressor.public_state()
-    other.load_public_state(state)
-    before = copy.deepcopy(state)
-    for moved in (compressor, other):
-        moved.reduce(gradients(0), LocalChannel())
-    assert all(torch.equal(state[key], before[key]) for key in state)
-
-
-@every_defence
-def test_a_state_that_was_handed_out_may_be_overwritten(name: str) -> None:
-    compressor, other = build(DEFENCES[name], SHAPES, seed=5), build(DEFENCES[name], SHAPES, seed=6)
-    state = compressor.public_state()
-    other.load_public_state(state)
-    for x in state.values():
-        x.fill_(torch.nan)
-    for c in (compressor, other):
-        assert all(map(torch.equal, c.reduce(gradients(0), LocalChannel()).mean, alone(name)[0].mean))
+def test_two_workers_with_nothing_to_send(name: str, group: list[dict[str, Any]]) -> None:
+    for worker in group:
+        without_parameters, without_entries, zeros = worker["nothing"][name]
+        assert without_parameters == []
+        assert [m.shape for m in without_entries] == [(0,), (3, 0)]
+        expected = 1.0 if isinstance(DEFENCES[name].compressor, SignSGDConfig) else 0.0  # there a zero is positive
+        assert all(torch.equal(m, torch.full_like(m, expected)) for m in zeros)
 
 
 def test_error_feedback_changes_the_second_step_and_not_the_first() -> None:
     for name in COMPRESSORS:
+        if f"{name}+EF" not in DEFENCES:
+            continue
         plain, fed = alone(name), alone(f"{name}+EF")
         assert all(map(torch.equal, plain[0].mean, fed[0].mean))
-        if "full" not in name and name != "dense":
-            assert distance(fed[1].mean, plain[1].mean) > 0.05
+        if name not in LOSSLESS:
+            assert distance(fed[1].mean, plain[1].mean) > (1e-5 if name in ("fp16", "bf16") else 5e-3)
 
 
 # Integers of the full ResNet-18: CIFAR stem, width 64.
@@ -360,13 +270,19 @@ def test_bytes_of_topk_on_resnet18_with_as_many_values(resnet18: list[Tensor]) -
 @pytest.mark.gpu
 @every_defence
 def test_on_a_gpu_as_on_the_cpu(name: str) -> None:
+    """But for QSGD, whose dice are another generator there: of it only what one message says."""
     compressor = build(DEFENCES[name], SHAPES, seed=5)
     for step, expected in enumerate(alone(name)):
         tap = Tap(LocalChannel())
         state = compressor.public_state()
         reduced = compressor.reduce([g.cuda() for g in gradients(100 * step)], tap)
-        torch.testing.assert_close([m.cpu() for m in reduced.mean], expected.mean, rtol=1e-3, atol=1e-3)
+        assert tap.sent_bytes == bytes_by_formula(DEFENCES[name].compressor, SHAPES, step, tap.messages)
         fresh = build(DEFENCES[name], SHAPES)
         fresh.load_public_state({key: x.cpu() for key, x in state.items()})
-        distances = fresh.view(tap.messages, "link").distance([x.cuda()[None] for x in expected.inputs])
-        assert float(distances) < 1e-3
+        (decoded,) = fresh.decode(tap.messages, "link")
+        torch.testing.assert_close(decoded, reduced.own, rtol=1e-5, atol=1e-5)
+        if "qsgd" not in name or "vq" in name:
+            torch.testing.assert_close([m.cpu() for m in reduced.mean], expected.mean, rtol=1e-3, atol=1e-3)
+        if step == 0 and "vqsgd" not in name:
+            d = fresh.view(tap.messages, "link").distance([x.cuda()[None] for x in expected.inputs])
+            assert float(d) < 1e-3

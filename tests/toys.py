@@ -9,7 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raytrust.config import CompressorConfig, Defence, DenseConfig, PowerSGDConfig, TopKConfig
+from raytrust.channel import Message
+from raytrust.config import (
+    AtomoConfig,
+    CompressorConfig,
+    Defence,
+    DenseConfig,
+    DGCConfig,
+    HalfConfig,
+    PowerSGDConfig,
+    QSGDConfig,
+    RandKConfig,
+    ScaledSignConfig,
+    SignSGDConfig,
+    ThresholdConfig,
+    TopKConfig,
+    VqSGDConfig,
+)
 from raytrust.data import Dataset
 
 # A convolution, a bias, a matrix, one entry, a column, a row, a 1x1 convolution: 245 entries.
@@ -18,6 +34,8 @@ ENTRIES = 245
 
 COMPRESSORS: dict[str, CompressorConfig] = {
     "dense": DenseConfig(),
+    "fp16": HalfConfig(),
+    "bf16": HalfConfig("bfloat16"),
     "powersgd-1": PowerSGDConfig(rank=1),
     "powersgd-3": PowerSGDConfig(rank=3),
     "powersgd-3-cold": PowerSGDConfig(rank=3, warm_start=False),
@@ -26,10 +44,108 @@ COMPRESSORS: dict[str, CompressorConfig] = {
     "topk-full": TopKConfig(level=1.0),
     "topk-bytes": TopKConfig(equal_to_rank=2),
     "topk-values": TopKConfig(equal_to_rank=2, equal_by="values"),
+    "topk-layer": TopKConfig(level=0.2, scope="layer"),
+    "topk-layer-full": TopKConfig(level=1.0, scope="layer"),
+    "randk": RandKConfig(level=0.2),
+    "randk-full": RandKConfig(level=1.0),
+    "randk-unbiased": RandKConfig(level=0.2, unbiased=True),
+    "threshold": ThresholdConfig(level=0.1, sample=1.0),
+    "threshold-full": ThresholdConfig(level=1.0, sample=1.0),
+    "threshold-sampled": ThresholdConfig(level=0.1, sample=0.2),
+    "dgc": DGCConfig(level=0.05),
+    "dgc-warm-up": DGCConfig(level=0.01, momentum=0.5, masking=False, clip=1.0, warmup_steps=4),
+    "signsgd": SignSGDConfig(),
+    "signum": SignSGDConfig(momentum=0.9),
+    "scaledsign": ScaledSignConfig(),
+    "qsgd": QSGDConfig(bits=4, bucket=32),
+    "qsgd-8": QSGDConfig(bits=8, bucket=100),
+    "qsgd-2-max": QSGDConfig(bits=2, bucket=8, norm="max"),
+    "vqsgd": VqSGDConfig(samples=1000),
+    "atomo": AtomoConfig(rank=3),
 }
+NO_FEEDBACK = ["randk-unbiased", "dgc", "dgc-warm-up", "signum"]  # refused by `Defence`
 DEFENCES = {name: Defence(config) for name, config in COMPRESSORS.items()} | {
-    f"{name}+EF": Defence(config, error_feedback=True) for name, config in COMPRESSORS.items()
+    f"{name}+EF": Defence(config, error_feedback=True)
+    for name, config in COMPRESSORS.items()
+    if name not in NO_FEEDBACK
 }
+LOSSLESS = [name for name in DEFENCES if "full" in name or "dense" in name]
+
+
+def is_gathered(config: CompressorConfig) -> bool:
+    """Whether a peer gets every worker's message (all-gather), not the mean alone (all-reduce)."""
+    return not isinstance(config, (DenseConfig, HalfConfig, PowerSGDConfig, RandKConfig))
+
+
+def is_linear(config: CompressorConfig) -> bool:
+    """Whether the messages are linear functions of the gradient, given the positions that were sent."""
+    return not is_gathered(config) or isinstance(config, (TopKConfig, ThresholdConfig, DGCConfig))
+
+
+def bytes_by_formula(
+    config: CompressorConfig, shapes: Sequence[torch.Size], step: int, messages: Sequence[Message]
+) -> int:
+    """What a worker sends in a step. `messages` tell how many entries or triples, where that is drawn or depends."""
+    entries = sum(s.numel() for s in shapes)
+    matrices = [(s[0], s[1:].numel()) for s in shapes if len(s) > 1 and s.numel()]
+    vectors = sum(s.numel() for s in shapes if len(s) < 2)
+
+    def floats(rank: int) -> int:
+        return sum(min(n, m, rank) * (n + m) for n, m in matrices) + vectors
+
+    def share(level: float) -> int:
+        return min(entries, max(1, round(level * entries)))
+
+    match config:
+        case DenseConfig():
+            return 4 * entries
+        case HalfConfig():
+            return 2 * entries
+        case PowerSGDConfig(rank=rank):
+            return 4 * floats(rank)
+        case TopKConfig(level=level, equal_to_rank=rank, equal_by=equal_by, scope=scope):
+            if level is None:
+                assert rank is not None
+                k = floats(rank) // 2 if equal_by == "bytes" else floats(rank)
+            else:
+                k = round(level * entries)
+            least = sum(s.numel() > 0 for s in shapes) if scope == "layer" else 1
+            return 8 * min(entries, max(least, k))
+        case RandKConfig(level=level):
+            return 4 * share(level)
+        case ThresholdConfig():
+            return 4 + 8 * len(messages[1].sent[0])
+        case DGCConfig(level=level, warmup_steps=warmup):
+            stages = [0.25, 0.0625, 0.015625, 0.00390625]
+            return 8 * share(max(level, stages[4 * step // warmup]) if step < warmup else level)
+        case SignSGDConfig():
+            return -(-entries // 8)
+        case ScaledSignConfig():
+            return -(-entries // 8) + 4 * len(shapes)
+        case QSGDConfig(bits=bits, bucket=bucket):
+            return -(-entries * bits // 8) + 4 * -(-entries // bucket)
+        case VqSGDConfig(samples=samples):
+            width = max(1, math.ceil(math.log2(2 * entries))) if entries else 0
+            return 4 + -(-samples * width // 8)
+        case AtomoConfig():
+            triples = zip(messages[0].sent[0].tolist(), matrices, strict=True)
+            return 4 * len(matrices) + 4 * (sum(r * (n + m + 1) for r, (n, m) in triples) + vectors)
+
+
+class Echo:
+    """One of several workers, who all say the same as this one."""
+
+    def __init__(self, world_size: int = 1, rank: int = 0):
+        self.world_size, self.rank = world_size, rank
+
+    def all_mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        total = x.clone() if out is None else out.copy_(x)
+        for _ in range(self.world_size - 1):
+            total += x
+        return total.div_(self.world_size)
+
+    def all_gather(self, xs: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
+        return [tuple(x.clone() for x in xs) for _ in range(self.world_size)]
 
 
 def gradients(seed: int) -> list[Tensor]:
@@ -44,6 +160,15 @@ def norm(xs: Sequence[Tensor]) -> float:
 def distance(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
     """Relative to `ys`."""
     return norm([x - y for x, y in zip(xs, ys, strict=True)]) / norm(ys)
+
+
+def mean_over_workers(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(tensors).mean(0) for tensors in zip(*parts, strict=True)]
+
+
+def batch(*candidates: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients as a view takes them: one tensor a parameter, (batch, *shape)."""
+    return [torch.stack(parts) for parts in zip(*candidates, strict=True)]
 
 
 def synthetic(

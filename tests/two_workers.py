@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from toys import DEFENCES, SHAPES, gradients, synthetic
+from toys import COMPRESSORS, DEFENCES, SHAPES, gradients, synthetic
 
-from raytrust.channel import Channel, GroupChannel, Message, Tap
+from raytrust.channel import Channel, GroupChannel, LocalChannel, Message, Tap
 from raytrust.compress import ErrorFeedback, Layout, build
 from raytrust.compress.powersgd import PowerSGD
-from raytrust.config import CaptureConfig, Defence, ModelConfig, PowerSGDConfig, Threat, TrainConfig
+from raytrust.config import (
+    CaptureConfig,
+    CompressorConfig,
+    Defence,
+    DGCConfig,
+    ModelConfig,
+    PowerSGDConfig,
+    SignSGDConfig,
+    Threat,
+    TrainConfig,
+)
 from raytrust.train import train
 
 STEPS = 3
@@ -54,7 +67,10 @@ def _worker(rank: int, function: Callable[[Channel], Any], workers: int, directo
 def everything(channel: Channel) -> dict[str, Any]:
     return {
         "channel": collectives(channel),
+        "subgroup": subgroup(channel),
         "reductions": {name: reductions(channel, defence) for name, defence in DEFENCES.items()},
+        "same gradient": {name: same_gradient(channel, config) for name, config in COMPRESSORS.items()},
+        "nothing": {name: nothing(channel, defence) for name, defence in DEFENCES.items()},
         "low rank": low_rank_mean(channel),
         "dense training": list(train(DENSE_TRAINING, synthetic(), channel)),
         "peer training": list(train(PEER_TRAINING, synthetic(), channel)),
@@ -62,26 +78,92 @@ def everything(channel: Channel) -> dict[str, Any]:
 
 
 def collectives(channel: Channel) -> dict[str, Any]:
-    """Both calls, on a tensor that is not contiguous and on mixed dtypes; what they return is then overwritten."""
+    """All calls, on a tensor that is not contiguous and on mixed dtypes; what they return is then overwritten."""
     x = torch.arange(6.0).view(2, 3).T * (channel.rank + 1)
     xs = (torch.arange(3, dtype=torch.int8) + channel.rank, torch.tensor([0.1, 0.2]) * (channel.rank + 1))
     before = [t.clone() for t in (x, *xs)]
     mean, gathered = channel.all_mean(x), channel.all_gather(xs)
-    found = {"mean": mean.clone(), "gathered": [tuple(t.clone() for t in ts) for ts in gathered]}
-    for tensor in (mean, *(t for ts in gathered for t in ts)):
+    out = torch.full((3, 2), torch.nan)
+    assert channel.all_mean(x, out=out) is out
+    longer = [t[: channel.rank] for t in xs]  # rank 0 has nothing to say, rank 1 one entry
+    lengths = list(range(channel.world_size))
+    with intercepted() as payloads:
+        unequal = channel.all_gather(longer, lengths)
+    found = {
+        "mean": mean.clone(),
+        "mean in place": out.clone(),
+        "gathered": [tuple(t.clone() for t in ts) for ts in gathered],
+        "unequal": [tuple(t.clone() for t in ts) for ts in unequal],
+        "unequal bytes": sum(payloads),
+    }
+    for tensor in (mean, out, *(t for ts in (*gathered, *unequal) for t in ts)):
         tensor.zero_()
     assert all(map(torch.equal, (x, *xs), before))
     return found
+
+
+def subgroup(channel: Channel) -> list[tuple[Tensor, ...]] | None:
+    """A gather of unequal lengths in a group whose rank 0 is rank 1 of the world."""
+    group = dist.new_group([1])
+    return GroupChannel(group).all_gather([torch.arange(3.0)], [3]) if channel.rank == 1 else None
+
+
+def same_gradient(channel: Channel, config: CompressorConfig) -> list[Message]:
+    """What this worker sends of a gradient that all workers have, at its second step."""
+    compressor = build(Defence(config), SHAPES, seed=5)
+    compressor.reduce(gradients(0), channel)
+    tap = Tap(channel)
+    compressor.reduce(gradients(1), tap)
+    return tap.messages
+
+
+def nothing(channel: Channel, defence: Defence) -> list[list[Tensor]]:
+    """The means of gradients without parameters, without entries, and of zeros."""
+    found = []
+    for shapes in [], [torch.Size((0,)), torch.Size((3, 0))], SHAPES:
+        compressor = build(defence, shapes)
+        found.append([m.clone() for m in compressor.reduce([torch.zeros(s) for s in shapes], channel).mean])
+        compressor.reduce([torch.zeros(s) for s in shapes], channel)  # nor does a second step fail
+    return found
+
+
+class Memory:
+    """What the messages of a method without error feedback are of, by the book: the momentum of Signum (Bernstein et
+    al. 2018, Algorithm 2), the v of DGC (Lin et al. 2018, Algorithm 4), with all others the gradient itself."""
+
+    def __init__(self, config: CompressorConfig):
+        self._config = config
+        self._u = [torch.zeros(shape) for shape in SHAPES]
+        self._v = [torch.zeros(shape) for shape in SHAPES]
+
+    def add(self, grads: list[Tensor], workers: int) -> list[Tensor]:
+        match self._config:
+            case SignSGDConfig(momentum=momentum) if momentum:
+                self._v = [momentum * m + (1 - momentum) * g for m, g in zip(self._v, grads, strict=True)]
+            case DGCConfig(momentum=momentum, clip=clip):
+                length = float(torch.cat([g.flatten() for g in grads]).norm())
+                factor = 1.0 if clip is None else min(1.0, clip / workers**0.5 / length)
+                self._u = [momentum * u + factor * g for u, g in zip(self._u, grads, strict=True)]
+                self._v = [v + u for v, u in zip(self._v, self._u, strict=True)]
+            case _:
+                return grads
+        return self._v
+
+    def remove(self, own: list[Tensor]) -> None:
+        if isinstance(self._config, DGCConfig):
+            self._v = [v.masked_fill(o != 0, 0) for v, o in zip(self._v, own, strict=True)]
+            if self._config.masking:
+                self._u = [u.masked_fill(o != 0, 0) for u, o in zip(self._u, own, strict=True)]
 
 
 @dataclass(frozen=True)
 class Reduction:
     """One step of one worker. wire_bytes: of the tensors given to torch.distributed."""
 
-    inputs: list[Tensor]  # with the residual, if there is one
+    inputs: list[Tensor]  # what the messages are of: with the residual or the momentum, if there is one
     mean: list[Tensor]
     own: list[Tensor]
-    residual: list[Tensor] | None
+    residual: list[Tensor] | None  # what is kept of the inputs for the next step
     messages: list[Message]
     public_state: dict[str, Tensor]  # before the step
     sent_bytes: int
@@ -90,37 +172,44 @@ class Reduction:
 
 def reductions(channel: Channel, defence: Defence, scribble: bool = False) -> list[Reduction]:
     """Some steps, with other gradients on each worker. scribble: write over whatever a step returned."""
-    compressor = build(defence, SHAPES, seed=5)
+    compressor, memory = build(defence, SHAPES, seed=5), Memory(defence.compressor)
     found = []
     for step in range(STEPS):
         grads = gradients(100 * step + channel.rank)
-        inputs = grads
+        inputs = memory.add(grads, channel.world_size)
         if isinstance(compressor, ErrorFeedback) and compressor.residual is not None:
             inputs = [g + e for g, e in zip(grads, compressor.residual, strict=True)]
         inputs = [x.clone() for x in inputs]
-        before, rng, state = [g.clone() for g in grads], torch.random.get_rng_state(), compressor.public_state()
+        before, rng, state = [g.clone() for g in grads], global_rng(), compressor.public_state()
         tap = Tap(channel)
         with intercepted() as payloads:
             reduced = compressor.reduce(grads, tap)
+        mean, own = [m.clone() for m in reduced.mean], [o.clone() for o in reduced.own]
         assert all(map(torch.equal, grads, before)), "the gradients were changed"
-        assert torch.equal(torch.random.get_rng_state(), rng), "the global RNG was used"
+        assert global_rng() == rng, "the global RNG was used"
+        memory.remove(own)
         residual = copy.deepcopy(compressor.residual) if isinstance(compressor, ErrorFeedback) else None
-        found.append(
-            Reduction(
-                inputs,
-                [m.clone() for m in reduced.mean],
-                [o.clone() for o in reduced.own],
-                residual,
-                tap.messages,
-                state,
-                tap.sent_bytes,
-                sum(payloads),
-            )
-        )
+        if isinstance(defence.compressor, DGCConfig):
+            kept = compressor.state_dict()
+            residual = [kept[f"v.{name}"] for name in compressor.layout.names]
+        found.append(Reduction(inputs, mean, own, residual, tap.messages, state, tap.sent_bytes, sum(payloads)))
         if scribble:
-            for tensor in (*reduced.mean, *reduced.own, *grads):
+            for tensor in (*reduced.mean, *grads):
                 tensor.fill_(torch.nan)
+            assert all(map(torch.equal, reduced.own, own)), "own depends on what the caller may write to"
     return found
+
+
+@cache
+def alone(name: str) -> list[Reduction]:
+    """The steps of one worker."""
+    return reductions(LocalChannel(), DEFENCES[name])
+
+
+def global_rng() -> tuple[Any, ...]:
+    """The states of torch's, numpy's and Python's global generators."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return torch.random.get_rng_state().tolist(), name, keys.tolist(), rest, random.getstate()
 
 
 @contextmanager
@@ -129,6 +218,7 @@ def intercepted() -> Iterator[list[int]]:
     sizes: list[int] = []
     all_reduce: Any = dist.all_reduce
     all_gather: Any = dist.all_gather
+    broadcast: Any = dist.broadcast
 
     def counted_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(tensor.numel() * tensor.element_size())
@@ -138,11 +228,16 @@ def intercepted() -> Iterator[list[int]]:
         sizes.append(tensor.numel() * tensor.element_size())
         return all_gather(buffers, tensor, *args, **kwargs)
 
-    dist.all_reduce, dist.all_gather = counted_reduce, counted_gather  # type: ignore[assignment]
+    def counted_broadcast(tensor: Tensor, src: int, *args: Any, **kwargs: Any) -> Any:
+        if src == dist.get_rank():
+            sizes.append(tensor.numel() * tensor.element_size())
+        return broadcast(tensor, src, *args, **kwargs)
+
+    dist.all_reduce, dist.all_gather, dist.broadcast = counted_reduce, counted_gather, counted_broadcast  # type: ignore[assignment]
     try:
         yield sizes
     finally:
-        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+        dist.all_reduce, dist.all_gather, dist.broadcast = all_reduce, all_gather, broadcast
 
 
 def low_rank_mean(channel: Channel) -> tuple[Tensor, Tensor]:
