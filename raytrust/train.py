@@ -55,7 +55,8 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     through the real collective with a copy of the compressor in its current state: what is captured is what would have
     crossed the wire had this batch been the worker's batch of this step; training itself goes on undisturbed.
 
-    A run is a function of its arguments. Raises FloatingPointError when the loss stops being finite.
+    A run is a function of its arguments. When the training loss or gradient of one worker stops being finite, all
+    workers raise FloatingPointError in that step, before the gradient is sent: none is left waiting for another.
     """
     if config.workers != channel.world_size:
         raise ValueError(f"Expected workers={config.workers} to equal the channel's world size, {channel.world_size}.")
@@ -79,10 +80,9 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
         images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
         model.train()
         loss = F.cross_entropy(model(images), labels)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"The training loss became {loss.item()} at step {step}.")
-        tap = Tap(channel, keep=False)
         grads = torch.autograd.grad(loss, parameters)
+        _agree_to_go_on(step, loss, grads, compressor, channel)
+        tap = Tap(channel, keep=False)
         reduced = compressor.reduce(grads, tap)
         for parameter, mean in zip(parameters, reduced.mean, strict=True):
             parameter.grad = mean
@@ -137,6 +137,26 @@ def _fetch(images: Tensor, labels: Tensor, indices: Tensor, data: Dataset, devic
     x = images[indices].to(device).float().div_(255)
     mean, std = (s.to(device).view(-1, 1, 1) for s in (data.mean, data.std))
     return (x - mean) / std, labels[indices].to(device)
+
+
+def _agree_to_go_on(step: int, loss: Tensor, grads: Sequence[Tensor], compressor: Compressor, channel: Channel) -> None:
+    """Raises FloatingPointError on every worker if one has a loss or a gradient that is not finite.
+
+    The workers exchange one flag for it. It says nothing else, is not part of the gradient traffic, and not counted.
+    """
+    reason = ""
+    if not math.isfinite(loss.item()):
+        reason = f"The training loss became {loss.item()} at step {step}."
+    else:
+        try:
+            compressor.layout.check(grads)
+        except ValueError as error:
+            reason = f"The gradient is not finite at step {step}. {error}"
+    healthy = channel.all_mean(loss.new_tensor([0.0 if reason else 1.0]))
+    if healthy.item() < 1:
+        raise FloatingPointError(
+            reason or f"The training loss or gradient of another worker is not finite at step {step}."
+        )
 
 
 def _captures(
