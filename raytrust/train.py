@@ -45,11 +45,20 @@ class Evaluation:
     loss: float
 
 
-Record: TypeAlias = Step | Capture | Evaluation
+@dataclass(frozen=True)
+class Trained:
+    """The model after the last step: its weights and buffers by name, on the CPU."""
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+Record: TypeAlias = Step | Capture | Trained | Evaluation
 
 
 def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "cpu") -> Iterator[Record]:
-    """Train, and yield a `Step` each step, a `Capture` for each private batch of this worker, one `Evaluation` at last.
+    """Train, and yield a `Step` each step, a `Capture` for each private batch of this worker, at last one `Trained` and
+    one `Evaluation`.
 
     Captures at step t are taken before step t is made, so step 0 is the untrained model. The private batches pass
     through the real collective with a copy of the compressor in its current state: what is captured is what would have
@@ -90,6 +99,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
         schedule.step()
         yield Step(step, loss.item(), tap.sent_bytes, sum(g.numel() * g.element_size() for g in grads))
     _average_buffers(model, channel)
+    yield Trained(*_state(model))
     yield _evaluate(config.steps, model, data, device)
 
 
@@ -170,8 +180,7 @@ def _captures(
 ) -> Iterator[Capture]:
     """This worker's share of the private batches, one in each round; all workers take part in all rounds."""
     indices = private_batches(config, len(data.train_labels))
-    weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-    buffers = {name: b.detach().cpu().clone() for name, b in model.named_buffers()}
+    weights, buffers = _state(model)
     state = {name: s.cpu() for name, s in compressor.public_state().items()}
     for first in range(0, len(indices), channel.world_size):
         index = first + channel.rank
@@ -210,6 +219,12 @@ def _private_gradient(model: nn.Module, images: Tensor, labels: Tensor, config: 
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])
     return grads
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of the weights and of the buffers, by name, on the CPU."""
+    weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    return weights, {name: b.detach().cpu().clone() for name, b in model.named_buffers()}
 
 
 def _average_buffers(model: nn.Module, channel: Channel) -> None:

@@ -28,6 +28,8 @@ LAYERS: dict[str, set[str]] = {
     "models": {"config"},
     "compress": {"channel", "config"},
     "capture": {"channel", "compress", "config", "models"},
+    "dp": {"config", "data", "models", "train"},
+    "shadows": {"attacks", "capture", "channel", "config", "data", "dp", "models", "store", "train"},
     "train": {"capture", "channel", "compress", "config", "data", "models"},
     "attacks": {"capture", "channel", "compress", "config", "models"},
     "evaluate": {"attacks", "capture", "config", "metrics"},

@@ -73,10 +73,10 @@ def test_the_attack_model_finds_members_by_their_posteriors() -> None:
 
 
 def shadows(models: int, points: int, seed: int = 0) -> tuple[Array, NDArray[np.bool_]]:
-    """Signals of point j: N(j, 1) out and N(j + 2, 1) in; each point in half of the models."""
+    """Signals of point j: N(j, 1) out and N(j + 2, 1) in; each point in each model by a fair coin."""
     generator = np.random.default_rng(seed)
-    order = np.argsort(generator.random((models, points)), axis=0)
-    keep = order < models // 2
+    keep = generator.random((models, points)) < 0.5
+    keep[-1], keep[-2] = ~keep[0], keep[0]  # so that leaving one out leaves a model with the point and one without
     return generator.normal(size=(models, points)) + np.arange(points) + 2.0 * keep, keep
 
 
@@ -100,6 +100,8 @@ def test_two_gaussians_give_their_analytic_likelihood_ratio() -> None:
 
 def test_shrinkage_has_both_limits() -> None:
     signal, keep = shadows(12, 400)
+    enough = (~keep[1:]).sum(axis=0) >= 2  # a variance of its own needs two
+    signal, keep = signal[:, enough], keep[:, enough]
     target = signal[0]
     none, little, infinite = (
         log_ratio(target, signal[1:], keep[1:], replace(LIRA_OFFLINE, shrinkage=s)) for s in (0.0, 1e-9, math.inf)
@@ -159,6 +161,27 @@ def test_leave_one_out_finds_members_and_only_by_the_model_attacked(rule: Rule) 
     other = signal.copy()
     other[0] = -1  # changes what is said of model 0, and the others by one shadow only
     assert not np.allclose(leave_one_out(other, keep, rule, population)[0], scores[0])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
+def test_shadows_alone_tell_nothing(rule: Rule) -> None:
+    """Signals that no membership shifts give an area of one half, although the shadows' members are known."""
+    generator = np.random.default_rng(0)
+    areas = []
+    for _ in range(10):
+        keep = generator.random((6, 500)) < 0.5  # some points are in all or no shadows
+        signal, population = (-generator.random((6, n)) - 0.1 for n in (500, 100))
+        scores = leave_one_out(signal, keep, rule, population)
+        areas += [auc(s, k) for s, k in zip(scores, keep, strict=True)]
+    assert np.mean(areas) == pytest.approx(0.5, abs=4 * 0.026 / math.sqrt(60))
+
+
+def test_a_balanced_design_would_give_members_away() -> None:
+    """Why coins are independent: with each point in exactly half of the models, noise looks like a leak."""
+    generator = np.random.default_rng(0)
+    keep = np.argsort(generator.random((6, 3000)), axis=0) < 3
+    scores = leave_one_out(generator.normal(size=(6, 3000)), keep, replace(LIRA_ONLINE, shrinkage=0.5))
+    assert abs(np.mean([auc(s, k) for s, k in zip(scores, keep, strict=True)]) - 0.5) > 0.01
 
 
 def test_calibration_beats_a_global_threshold_with_few_shadows_only_with_shrinkage() -> None:

@@ -60,9 +60,8 @@ def same_tensors(a: Any, b: Any) -> bool:
 def test_what_is_yielded_and_when(data: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.isgeneratorfunction(train)
     found = run(CONVNET, data)
-    assert [type(r).__name__ for r in found] == ["Capture"] * 3 + ["Step"] * 3 + ["Capture"] * 3 + ["Step"] + [
-        "Evaluation"
-    ]
+    training = ["Capture"] * 3 + ["Step"] * 3 + ["Capture"] * 3 + ["Step"]
+    assert [type(r).__name__ for r in found] == [*training, "Trained", "Evaluation"]
     assert [r.step for r in found if isinstance(r, Step)] == [0, 1, 2, 3]
     assert [(c.seen.step, c.index) for c in captures(found)] == [(0, 0), (0, 1), (0, 2), (3, 0), (3, 1), (3, 2)]
     assert capsys.readouterr() == ("", "")

@@ -18,6 +18,7 @@ from scipy.stats import beta
 from raytrust.audit.roc import Array, Mask, checked, roc
 
 Origin: TypeAlias = Literal["yeom", "shadow", "in-sample"]
+ORIGINS: tuple[Origin, ...] = ("yeom", "shadow", "in-sample")
 
 
 @dataclass(frozen=True)

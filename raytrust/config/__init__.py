@@ -24,20 +24,24 @@ from raytrust.config.compressors import (
     TopKConfig,
     VqSGDConfig,
 )
+from raytrust.config.membership import Arm, DPSGDConfig, MembershipConfig
 from raytrust.config.parsing import parse_defence
 from raytrust.config.sweeps import SweepConfig
 from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
 from raytrust.config.values import digest, from_dict, to_dict
 
 __all__ = [
+    "Arm",
     "AtomoConfig",
     "CaptureConfig",
     "CompressorConfig",
     "DGCConfig",
+    "DPSGDConfig",
     "Defence",
     "DenseConfig",
     "HalfConfig",
     "InversionConfig",
+    "MembershipConfig",
     "ModelConfig",
     "PowerSGDConfig",
     "QSGDConfig",

@@ -108,14 +108,19 @@ def leave_one_out(signal: Array, keep: Mask, rule: Rule, population: Array | Non
     """The scores of each of m models, with the m - 1 others as its shadows: (m, n).
 
     signal, keep: (m, n). population: (m, z), the signal of points that no model was trained on, which only the
-    empirical family needs.
+    empirical family needs. A point that the rule can't use, since the other models were all trained on it or none was,
+    gets the median score: no evidence. Coins of different models must be independent; of a balanced design the shadows'
+    coins alone give the members away.
     """
     if rule.family == "empirical" and population is None:
         raise ValueError(f"Expected population points for {rule.name}, got none.")
     scores = np.empty_like(signal, dtype=np.float64)
     for i in range(len(signal)):
         others = np.arange(len(signal)) != i
-        scores[i] = log_ratio(signal[i], signal[others], keep[others], rule)
+        count = keep[others].sum(axis=0)
+        usable = (count < len(signal) - 1) & ((count > 0) | (not rule.online))
+        scores[i, usable] = log_ratio(signal[i, usable], signal[others][:, usable], keep[others][:, usable], rule)
+        scores[i, ~usable] = np.median(scores[i, usable])
         if rule.family == "empirical" and population is not None:
             never = np.zeros(population[others].shape, dtype=bool)
             # No shadow was trained on a population point, so that its ratio is the offline one, whoever asks.
@@ -128,7 +133,8 @@ def leave_one_out(signal: Array, keep: Mask, rule: Rule, population: Array | Non
 def vulnerability(signal: Array, keep: Mask, shrinkage: float = LIRA_ONLINE.shrinkage) -> Array:
     """How far apart each point's signals with and without it lie, in standard deviations, by the other models: (m, n).
 
-    Row i leaves model i out, so that choosing points by it does not look at the model that is attacked.
+    Row i leaves model i out, so that choosing points by it does not look at the model that is attacked. 0 where the
+    other models were all trained on the point or none was.
     """
     found = np.empty_like(signal, dtype=np.float64)
     for i in range(len(signal)):
@@ -137,7 +143,8 @@ def vulnerability(signal: Array, keep: Mask, shrinkage: float = LIRA_ONLINE.shri
         mean_out, squares_out = _moments(s, ~k)
         mean_in, squares_in = _moments(s, k)
         variance = _shrunk_variance(squares_in + squares_out, np.full(s.shape[1], len(s) - 2), shrinkage)
-        found[i] = (mean_in - mean_out) / np.sqrt(variance)
+        known = k.any(axis=0) & ~k.all(axis=0)
+        found[i] = np.where(known, (mean_in - mean_out) / np.sqrt(variance), 0.0)
     return found
 
 

@@ -1,0 +1,51 @@
+"""The models of a membership audit, spread over the cluster: one Ray task each, single-threaded, on one CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+
+from raytrust.cluster.phases import one_line
+from raytrust.cluster.runtime import Listener
+from raytrust.config import MembershipConfig, from_dict, to_dict
+from raytrust.data import Dataset
+from raytrust.shadows import Kind, ShadowStore
+
+
+def train_shadows(config: MembershipConfig, data: Dataset, store: ShadowStore, listener: Listener) -> None:
+    """Train every model that the store does not hold. One that fails is recorded with its reason; the others go on.
+
+    The listener hears of each model under its arm's id; the result's keys are "kind" and "model".
+    """
+    jobs = [job for job in store.jobs(config) if not store.path(config, job[1], job[2], job[0]).exists()]
+    if not jobs:
+        return
+    data_ref = ray.put(data)
+    task = ray.remote(_train).options(num_cpus=1)
+    waiting: dict[Any, tuple[Kind, Any, int]] = {}
+    for kind, arm, model in jobs:
+        place = config.arms.index(arm)
+        waiting[task.remote(store, to_dict(config), place, model, kind, [data_ref])] = (kind, arm, model)
+        listener.started("models", store.arm_id(config, arm), arm.name)
+    while waiting:
+        done, _ = ray.wait(list(waiting), timeout=0.5)
+        listener.tick()
+        for ref in done:
+            kind, arm, model = waiting.pop(ref)
+            try:
+                ray.get(ref)
+                listener.finished("models", store.arm_id(config, arm), {"kind": kind, "model": model})
+            except ray.exceptions.RayError as error:
+                store.fail(config, arm, model, kind, one_line(error))
+                listener.failed("models", store.arm_id(config, arm), one_line(error))
+
+
+def _train(
+    store: ShadowStore, config: dict[str, Any], place: int, model: int, kind: Kind, data: list[ray.ObjectRef]
+) -> None:
+    """A model of the arm at this place. Wrapped in a list, the data stays a reference until it is needed."""
+    torch.set_num_threads(1)
+    audit = from_dict(MembershipConfig, config)
+    store.run(audit, audit.arms[place], model, kind, ray.get(data[0]))

@@ -1,0 +1,106 @@
+"""A membership audit: which models are trained on which points, and what is attacked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeAlias
+
+from raytrust.config.compressors import Defence
+from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
+from raytrust.config.values import expect
+
+
+@dataclass(frozen=True)
+class DPSGDConfig:
+    """Differentially private SGD (Abadi et al. 2016), the reference defence: each image's gradient is clipped to norm
+    `clip`, and Gaussian noise of standard deviation noise * clip is added to the sum over a Poisson sample."""
+
+    method: ClassVar[str] = "dp-sgd"
+    noise: float = 1.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        expect(0 < self.noise < math.inf, "noise", self.noise, "to be positive and finite")
+        expect(0 < self.clip < math.inf, "clip", self.clip, "to be positive and finite")
+
+    @property
+    def name(self) -> str:
+        return f"DP-SGD noise {self.noise:g}"
+
+
+Arm: TypeAlias = Defence | DPSGDConfig
+
+
+@dataclass(frozen=True)
+class MembershipConfig:
+    """Models that are each trained on a random half of one pool of points, for every defence.
+
+    train: what all models share; its `defence` is ignored, its seed is that of the first model, and the following
+        models take the following seeds, the same for every defence. Its captures are the attacked messages: at each
+        step `capture.tuning + capture.evaluation` batches of `threat.batch_size` training images.
+    points: of the pool. Of these, `mislabelled` have a wrong label and `duplicates` come `copies` times where they come
+        at all: canaries, the most vulnerable points there are (Aerni, Zhang & Tramer 2024).
+    controls: candidates of each kind (held-out points, other training points) that a message is tested on.
+    guesses: of the one-run epsilon, fixed here and so before any score is seen.
+    property_models: how many models, of a task of two classes, property inference is measured on; 0 leaves it out.
+        property_batches: victims' batches of each, and twice as many auxiliary ones of the attacker's own.
+    """
+
+    name: str = "membership"
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            model=ModelConfig("convnet", width=16),
+            threat=Threat(batch_size=16),
+            capture=CaptureConfig(steps=(0, 50, 100, 200, 399), tuning=1, evaluation=3),
+            workers=1,
+            batch_size=32,
+            steps=400,
+            learning_rate=0.05,
+        )
+    )
+    defences: tuple[Defence, ...] = (Defence(),)
+    dp_sgd: tuple[DPSGDConfig, ...] = ()
+    models: int = 8
+    points: int = 2000
+    mislabelled: int = 100
+    duplicates: int = 100
+    copies: int = 4
+    controls: int = 32
+    guesses: int = 200
+    property_models: int = 4
+    property_batches: int = 40
+
+    def __post_init__(self) -> None:
+        expect(len(self.defences) >= 1, "defences", self.defences, "to hold at least one defence")
+        expect(len(set(self.defences)) == len(self.defences), "defences", self.defences, "to differ from each other")
+        expect(len(set(self.dp_sgd)) == len(self.dp_sgd), "dp_sgd", self.dp_sgd, "to differ from each other")
+        expect(
+            self.models >= 4 and self.models % 2 == 0,
+            "models",
+            self.models,
+            "to be even and at least 4: one is attacked, the others are its shadows",
+        )
+        expect(self.mislabelled >= 0, "mislabelled", self.mislabelled, "to be at least 0")
+        expect(self.duplicates >= 0, "duplicates", self.duplicates, "to be at least 0")
+        expect(self.copies >= 2, "copies", self.copies, "to be at least 2")
+        expect(self.controls >= 2, "controls", self.controls, "to be at least 2")
+        canaries = self.mislabelled + self.duplicates
+        expect(self.points > 2 * canaries, "points", self.points, f"to exceed twice the number of canaries, {canaries}")
+        expect(2 <= self.guesses <= self.points, "guesses", self.guesses, f"in [2, {self.points}], the points")
+        expect(0 <= self.property_models <= self.models, "property_models", self.property_models, "in [0, models]")
+        expect(self.property_batches >= 10, "property_batches", self.property_batches, "to be at least 10")
+        expect(
+            self.train.workers == 1, "workers", self.train.workers, "to be 1: the models, not the batches, are spread"
+        )
+        expect(
+            not self.dp_sgd or self.train.model.name == "convnet",
+            "model",
+            self.train.model.name,
+            "to be convnet with DP-SGD, which has no batch norm",
+        )
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """Every defence, compressors first."""
+        return (*self.defences, *self.dp_sgd)
