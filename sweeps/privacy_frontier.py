@@ -54,7 +54,7 @@ ATTACK_SPACE = {
     "objective": tune.choice(["naive", "aware"]),
     "tv": tune.loguniform(1e-3, 1.0),
     "step_size": tune.loguniform(0.03, 1.0),
-    "signed": tune.choice([False, True]),
+    "signed": tune.choice(["none", "hard"]),
     "restarts": tune.choice([1, 2]),
 }
 
@@ -62,9 +62,9 @@ ATTACK_SPACE = {
 #                 in all     on each           images   images       iterations    steps      width
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(trials=12, attack_trials=1, tuning=2, images=3, iterations=40, steps=40, width=16,
-                  capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed=False, portfolio=("aware",)),
+                  capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed="none", portfolio=("aware",)),
     "paper": dict(trials=11, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, width=64,
-                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed=True,
+                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed="hard",
                   portfolio=("naive", "aware")),
 }  # fmt: skip
 

@@ -94,7 +94,10 @@ inversions = st.builds(
     step_size=rates,
     iterations=positive,
     restarts=positive,
-    signed=st.booleans(),
+    signed=st.sampled_from(["none", "hard", "soft"]),
+    matching=st.sampled_from(["cosine", "l2", "l1"]),
+    bn=st.floats(0, 1e300),
+    halving=st.booleans(),
     seed=seeds,
 )
 
@@ -371,7 +374,7 @@ def variations(config: Any) -> list[Any]:
         elif isinstance(value, int):
             others = [value + 1]
         elif isinstance(value, float):
-            others = [value / 2]
+            others = [value / 2 or 0.5]
         elif isinstance(value, tuple):
             others = [(*value, 7)]
         else:
@@ -388,6 +391,12 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
         (Threat, "batch_norm"): ("eval", "train"),
         (Threat, "labels"): ("known", "unknown"),
         (InversionConfig, "objective"): ("naive", "aware"),
+        (InversionConfig, "signed"): ("none", "hard", "soft"),
+        (InversionConfig, "method"): ("optimise", "analytic"),
+        (InversionConfig, "matching"): ("cosine", "l2", "l1"),
+        (InversionConfig, "optimiser"): ("adam", "lbfgs"),
+        (InversionConfig, "schedule"): ("steps", "cosine", "constant"),
+        (InversionConfig, "label_recovery"): ("counts", "bias_sign", "idlg", "joint"),
     }[kind, name]
 
 
@@ -425,3 +434,18 @@ def test_an_attack_as_it_applies_to_a_defence() -> None:
     sweep = SweepConfig(portfolio=(aware, naive))
     assert sweep.portfolio_against(Defence()) == [naive]
     assert sweep.portfolio_against(Defence(PowerSGDConfig())) == [aware, naive]
+
+
+def test_the_name_of_an_attack_says_what_is_not_default() -> None:
+    assert InversionConfig().name == "aware tv=0.01 lr=0.1 r=1 s=0"
+    attack = InversionConfig(matching="l2", optimiser="lbfgs", bn=0.25, label_recovery="joint")
+    assert attack.name == "aware tv=0.01 lr=0.1 r=1 s=0 l2 lbfgs bn=0.25 joint"
+
+
+@pytest.mark.parametrize("weight", ["tv", "l2", "colour", "bn", "group"])
+def test_weights_of_priors_are_finite_and_not_negative(weight: str) -> None:
+    for value in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"^Expected {weight}={value!r} to be at least 0 and finite"):
+            InversionConfig(**{weight: value})
+    with pytest.raises(ValueError, match=r"^Expected warmup=-1 to be at least 0\.$"):
+        InversionConfig(warmup=-1)

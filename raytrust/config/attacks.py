@@ -1,9 +1,9 @@
-"""Settings of the attacks."""
+"""Settings of the attacks, and the attacks of the field as such settings."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from raytrust.config.compressors import Defence, DenseConfig
@@ -12,15 +12,27 @@ from raytrust.config.values import expect, expect_choices
 
 @dataclass(frozen=True)
 class InversionConfig:
-    """Gradient inversion (Geiping et al. 2020): minimise matching distance + tv * total variation over the image.
+    """Gradient inversion: minimise matching distance + priors over the private images, or solve for them.
+
+    The defaults are the attack of Geiping et al. 2020; others of the field are constants of this module.
 
     objective: "naive" takes the decoded gradient for the whole gradient, as published attacks do; "aware" compares only
         what the compressor let through (`View.distance`).
     tv: weight of the mean absolute difference of neighbouring pixels, in normalised pixel units.
-    step_size: of Adam, in normalised pixel units; it falls by 10 after 3/8, 5/8 and 7/8 of the iterations.
-    signed: Adam is fed the sign of the gradient.
+    step_size: in normalised pixel units for Adam; the learning rate of L-BFGS.
     restarts: independent random starts, run as one batch; the one with the least objective is returned.
+    signed: what the optimiser is fed: the gradient ("none"), its sign ("hard"), or tanh(s u) / s ("soft") of the
+        gradient u in units of its mean magnitude, where s falls from 1 to 0 over the iterations.
     capture_step: the training step whose messages are attacked.
+    method: "analytic" solves for the input of a linear first layer (Phong et al. 2018) and ignores what follows here.
+    matching: the distance on decoded gradients and on linear views: 1 - cosine, relative squared L2 or relative L1.
+        Views that are not linear have a distance of their own, and know no other than "cosine".
+    schedule: the step size falls by 10 after 3/8, 5/8 and 7/8 of the iterations, along half a cosine, or not at all.
+    warmup: iterations over which the step size rises linearly first.
+    l2, colour, bn, group: weights of further priors (`raytrust.attacks.inversion.priors`).
+    label_recovery: how labels are found where the threat withholds them: by one of `attacks.inversion.labels`, or as
+        soft labels that are optimised with the images ("joint", Zhu et al. 2019). Granted labels are used as they are.
+    halving: whether, after 1/8, 1/4 and 1/2 of the iterations, the worse half of the restarts is retired.
     """
 
     objective: Literal["naive", "aware"] = "aware"
@@ -28,24 +40,87 @@ class InversionConfig:
     step_size: float = 0.1
     iterations: int = 400
     restarts: int = 1
-    signed: bool = True
+    signed: Literal["none", "hard", "soft"] = "hard"
     capture_step: int = 0
     seed: int = 0
+    method: Literal["optimise", "analytic"] = "optimise"
+    matching: Literal["cosine", "l2", "l1"] = "cosine"
+    optimiser: Literal["adam", "lbfgs"] = "adam"
+    schedule: Literal["steps", "cosine", "constant"] = "steps"
+    warmup: int = 0
+    l2: float = 0.0
+    colour: float = 0.0
+    bn: float = 0.0
+    group: float = 0.0
+    label_recovery: Literal["counts", "bias_sign", "idlg", "joint"] = "counts"
+    halving: bool = False
 
     def __post_init__(self) -> None:
         expect_choices(self)
-        expect(0 <= self.tv < math.inf, "tv", self.tv, "to be at least 0 and finite")
+        for name in ("tv", "l2", "colour", "bn", "group"):
+            weight = getattr(self, name)
+            expect(0 <= weight < math.inf, name, weight, "to be at least 0 and finite")
         expect(0 < self.step_size < math.inf, "step_size", self.step_size, "to be positive and finite")
         expect(self.iterations >= 1, "iterations", self.iterations, "to be at least 1")
         expect(self.restarts >= 1, "restarts", self.restarts, "to be at least 1")
         expect(self.capture_step >= 0, "capture_step", self.capture_step, "to be at least 0")
         expect(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
+        expect(self.warmup >= 0, "warmup", self.warmup, "to be at least 0")
 
     @property
     def name(self) -> str:
-        """A short name for tables, such as "aware tv=0.01 lr=0.1 r=2 s=0"."""
-        return f"{self.objective} tv={self.tv:.2g} lr={self.step_size:.2g} r={self.restarts} s={self.capture_step}"
+        """A short name for tables, such as "aware tv=0.01 lr=0.1 r=2 s=0"; further settings if they aren't default."""
+        name = f"{self.objective} tv={self.tv:.2g} lr={self.step_size:.2g} r={self.restarts} s={self.capture_step}"
+        names = [f.name for f in fields(self)]
+        for field in fields(self)[names.index("method") :]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                name += f" {value}" if isinstance(value, str) else f" {field.name}={value:.2g}"
+        return name
 
     def against(self, defence: Defence) -> InversionConfig:
         """This attack as it applies to a defence: without a compressor the two objectives are one, called naive."""
         return replace(self, objective="naive") if isinstance(defence.compressor, DenseConfig) else self
+
+
+GEIPING = InversionConfig("naive")
+"""Geiping et al. 2020, with the published step schedule; the weight of TV and the iterations vary between programs."""
+
+MODERN = InversionConfig("naive", tv=0.1, colour=0.1, iterations=24000, signed="soft", schedule="cosine", warmup=50)
+"""Geiping's attack as the library `breaching` tunes it (its "modern" configuration)."""
+
+DLG = InversionConfig(
+    "naive",
+    tv=0.0,
+    step_size=1.0,
+    iterations=300,
+    signed="none",
+    matching="l2",
+    optimiser="lbfgs",
+    schedule="constant",
+    label_recovery="joint",
+)
+"""Deep Leakage from Gradients (Zhu et al. 2019), Algorithm 1. Our candidates stay in the box of valid pixels."""
+
+IDLG = replace(DLG, label_recovery="idlg")
+"""Improved DLG (Zhao et al. 2020): the label first, from the sign of the classifier's gradient; batches of one."""
+
+GRAD_INVERSION = InversionConfig(
+    "naive",
+    tv=1e-4,
+    restarts=8,
+    signed="none",
+    matching="l2",
+    schedule="cosine",
+    warmup=50,
+    l2=1e-6,
+    bn=0.1,
+    group=0.01,
+    label_recovery="bias_sign",
+)
+"""See through Gradients (Yin et al. 2021), eq. 1, with the published weights of the priors; as our terms are means and
+relative, they don't weigh the same. Ours has no Langevin noise, and takes the pixel-wise mean of the group, without
+registration."""
+
+ANALYTIC = InversionConfig("naive", method="analytic")
+"""Phong et al. 2018 (Aono et al.), section 3: exact for one image and a linear first layer with bias."""

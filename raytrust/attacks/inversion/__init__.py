@@ -2,6 +2,16 @@
 
 from raytrust.attacks.inversion.engine import Candidates, GradientInversion, invert
 from raytrust.attacks.inversion.gradients import GradientMatcher, per_candidate_gradients
-from raytrust.attacks.inversion.priors import total_variation
+from raytrust.attacks.inversion.labels import recover_labels
+from raytrust.attacks.inversion.priors import total_colour, total_variation
 
-__all__ = ["Candidates", "GradientInversion", "GradientMatcher", "invert", "per_candidate_gradients", "total_variation"]
+__all__ = [
+    "Candidates",
+    "GradientInversion",
+    "GradientMatcher",
+    "invert",
+    "per_candidate_gradients",
+    "recover_labels",
+    "total_colour",
+    "total_variation",
+]

@@ -1,24 +1,27 @@
-"""Gradient inversion by optimisation (Geiping et al. 2020), on decoded gradients or on what the compressor let through.
+"""Gradient inversion, from observations to candidates: what is run together, and how.
 
-Images and restarts are one batch: one forward and one backward pass an iteration for all of them.
+Images, restarts and settings are one batch: one forward and one backward pass an iteration for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from raytrust.attacks.inversion.gradients import GradientMatcher
-from raytrust.attacks.inversion.priors import total_variation
+from raytrust.attacks.inversion.analytic import solve_first_layer
+from raytrust.attacks.inversion.labels import recover_labels
+from raytrust.attacks.inversion.objectives import matching_distance, target_view
+from raytrust.attacks.inversion.priors import known_statistics
+from raytrust.attacks.inversion.search import Piece, search
 from raytrust.capture import Observation
-from raytrust.compress import View
-from raytrust.compress.interface import identity_view
 from raytrust.config import InversionConfig
 
-MAX_GRADIENT_ENTRIES = 2**28  # per-candidate gradients held at once; beyond it observations are taken in turns (1 GiB)
+MAX_GRADIENT_ENTRIES = 2**28  # per-candidate gradients held at once; beyond it candidates are taken in turns (1 GiB)
+
+Job = tuple[Observation, InversionConfig]
 
 
 @dataclass(frozen=True)
@@ -26,32 +29,34 @@ class Candidates:
     """What the restarts of one observation arrived at.
 
     images: (restarts, batch, channels, height, width) in [0, 1], each restart's best. objective: (restarts,), matching
-    distance + weighted prior at these images, inf for a restart that diverged.
+    distance + weighted priors at these images, inf for a restart that never had a finite one. labels: (restarts,
+    batch), with which it was computed, granted or recovered; None for an attack that needs none. broken: (restarts,),
+    whether the restart met a value or a slope that isn't finite; what was its best before is kept.
     """
 
     images: Tensor
     objective: Tensor
+    labels: Tensor | None = None
+    broken: Tensor | None = None
 
     @property
     def diverged(self) -> int:
-        return int((~self.objective.isfinite()).sum())
+        """How many restarts met a value or a slope that isn't finite."""
+        lost = ~self.objective.isfinite()
+        return int((lost if self.broken is None else lost | self.broken).sum())
 
     def pick(self) -> int:
         """The restart that the attacker hands in: the least objective, which it can observe.
 
-        Raises FloatingPointError if all restarts diverged.
+        Raises FloatingPointError if no restart ever had a finite one.
         """
-        if self.diverged == len(self.objective):
-            raise FloatingPointError(f"All {self.diverged} restarts of the attack diverged.")
+        if not bool(self.objective.isfinite().any()):
+            raise FloatingPointError(f"All {len(self.objective)} restarts of the attack diverged.")
         return int(self.objective.argmin())
 
 
 class GradientInversion:
-    """The attack of Geiping et al. 2020: Adam in the box of valid pixels on 1 - cosine + total variation.
-
-    With objective "aware" the cosine is taken over what the messages reveal (`Compressor.view`) instead of over the
-    decoded gradient.
-    """
+    """One attack, as its config says: see `InversionConfig`."""
 
     def __init__(self, config: InversionConfig, device: str = "cpu"):
         self.config = config
@@ -67,93 +72,79 @@ class GradientInversion:
         return invert([(s, self.config) for s in seen], self.device)
 
 
-def invert(jobs: Sequence[tuple[Observation, InversionConfig]], device: str = "cpu") -> list[Candidates]:
-    """Attack several observations of one model, each with its own settings, as one batch.
+def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
+    """Attack several observations of one model, each with its own settings, in as few batches as memory allows.
 
-    The settings may differ in everything but `iterations`. What a job arrives at does not depend on the others in the
-    batch. Raises ValueError for observations of different models or a threat that withholds the labels.
+    What a job arrives at does not depend on the others. Raises ValueError, before any work, for observations of
+    different models and for a job whose settings don't apply to what was seen.
     """
-    for seen, config in jobs[1:]:
+    for seen, _ in jobs[1:]:
         if not _same_model(jobs[0][0], seen):
             raise ValueError("Expected all observations to be of one model at one step.")
-        if config.iterations != jobs[0][1].iterations:
-            raise ValueError(f"Expected iterations={config.iterations} to be {jobs[0][1].iterations} in all jobs.")
-    entries = sum(w.numel() for w in jobs[0][0].weights.values())
-    room = max(1, MAX_GRADIENT_ENTRIES // entries)  # restarts at once
-    batches: list[list[tuple[Observation, InversionConfig]]] = [[]]
-    for job in jobs:
-        if batches[-1] and sum(config.restarts for _, config in [*batches[-1], job]) > room:
-            batches.append([])
-        batches[-1].append(job)
-    return [candidates for batch in batches for candidates in _invert_batch(batch, device)]
+    found: dict[int, list[Candidates]] = {}
+    programs: dict[tuple[object, ...], list[Piece]] = {}
+    for i, (seen, config) in enumerate(jobs):
+        if config.method == "analytic":
+            image, residual = solve_first_layer(seen, config, device)
+            found[i] = [Candidates(image[None], torch.tensor([residual]).nan_to_num(torch.inf))]
+        else:
+            piece = _prepare(i, seen, config, device)
+            programs.setdefault(piece.program, []).append(piece)
+    for pieces in programs.values():
+        for batch in _batches(pieces):
+            for piece, result in zip(batch, search(batch, device), strict=True):
+                found.setdefault(piece.job, []).append(Candidates(*result))
+    return [_join(found[i]) for i in range(len(jobs))]
 
 
-def _invert_batch(jobs: Sequence[tuple[Observation, InversionConfig]], device: str) -> list[Candidates]:
-    first, iterations = jobs[0][0], jobs[0][1].iterations
-    restarts = [config.restarts for _, config in jobs]
-    matcher = GradientMatcher(first.build_model().to(device))
-    views = [_view(seen, config, device) for seen, config in jobs]
-    labels = _each([_labels(seen) for seen, _ in jobs], restarts).to(device)
-    tv, step_size, signed = (
-        torch.tensor([v for v, n in zip(values, restarts, strict=True) for _ in range(n)], device=device)
-        for values in zip(*((c.tv, c.step_size, c.signed) for _, c in jobs), strict=True)
+def _prepare(job: int, seen: Observation, config: InversionConfig, device: str) -> Piece:
+    return Piece(
+        job=job,
+        seen=seen,
+        config=config,
+        restarts=range(config.restarts),
+        distance=matching_distance(target_view(seen, config, device), config),
+        labels=_labels(seen, config),
+        statistics=known_statistics(seen) if config.bn > 0 else None,
     )
-    mean, std = (s.to(device).view(-1, 1, 1) for s in (first.mean, first.std))
-    low, high = -mean / std, (1 - mean) / std
-    x = torch.cat([_start(seen, config) for seen, config in jobs]).to(device).clamp_(low, high).requires_grad_()
-
-    def distance(grads: Sequence[Tensor]) -> Tensor:
-        parts = zip(*(g.split(restarts) for g in grads), strict=True)
-        return torch.cat([view.distance(part) for view, part in zip(views, parts, strict=True)])
-
-    optimiser = torch.optim.Adam([x], lr=1.0)  # scaled to each candidate's own step size below
-    milestones = [iterations * k // 8 for k in (3, 5, 7)]
-    best, best_x = torch.full((len(x),), torch.inf, device=device), x.detach().clone()
-    for iteration in range(iterations + 1):
-        value, gradient = matcher(x, labels, distance)
-        prior = tv * total_variation(x)
-        with torch.no_grad():
-            value = value + prior
-            better = value < best  # never true for NaN
-            best = torch.where(better, value, best)
-            best_x = torch.where(_column(better), x, best_x)
-        if iteration == iterations:
-            break
-        gradient = gradient + torch.autograd.grad(prior.sum(), x)[0]
-        x.grad = torch.where(_column(signed), gradient.sign(), gradient)
-        before = x.detach().clone()
-        optimiser.step()
-        rate = step_size * 0.1 ** sum(iteration >= m for m in milestones)
-        with torch.no_grad():
-            x.copy_(torch.lerp(before, x, _column(rate)).clamp_(low, high))
-    images = (best_x * std + mean).clamp(0, 1).cpu().split(restarts)
-    return [Candidates(i, o) for i, o in zip(images, best.cpu().split(restarts), strict=True)]
 
 
-def _view(seen: Observation, config: InversionConfig, device: str) -> View:
-    compressor = seen.build_compressor()
-    messages = [m.to(device) for m in seen.messages]
-    if config.objective == "aware":
-        return compressor.view(messages, seen.threat.vantage, seen.victim)
-    decoded = compressor.decode(messages, seen.threat.vantage)
-    return identity_view(decoded[seen.victim] if len(decoded) > 1 else decoded[0])
+def _labels(seen: Observation, config: InversionConfig) -> Tensor | None:
+    """(batch,): granted, or recovered; None where they are to be found together with the images."""
+    if seen.labels is not None:
+        if not bool(((seen.labels >= 0) & (seen.labels < seen.classes)).all()):
+            raise ValueError(f"Expected labels={seen.labels.tolist()} in [0, {seen.classes}).")
+        return seen.labels
+    return None if config.label_recovery == "joint" else recover_labels(seen, config.label_recovery)
 
 
-def _start(seen: Observation, config: InversionConfig) -> Tensor:
-    """Normal noise, (restarts, batch, channels, height, width): one draw for each restart, in their order."""
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = (seen.threat.batch_size, *seen.image_shape)
-    return torch.stack([torch.randn(shape, generator=generator) for _ in range(config.restarts)])
+def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """The pieces in their order, in batches whose gradients fit into memory, larger pieces cut by restarts.
+
+    A piece whose restarts know of each other stays whole: with a group prior, or when the worse half is retired.
+    """
+    entries = sum(w.numel() for w in pieces[0].seen.weights.values())
+    room = max(1, MAX_GRADIENT_ENTRIES // entries)  # restarts at once
+    batches: list[list[Piece]] = [[]]
+    for piece in pieces:
+        n = len(piece.restarts)
+        size = n if piece.config.group > 0 or piece.config.halving else room
+        for part in [replace(piece, restarts=piece.restarts[i : i + size]) for i in range(0, n, size)]:
+            if batches[-1] and sum(len(p.restarts) for p in [*batches[-1], part]) > room:
+                batches.append([])
+            batches[-1].append(part)
+    return batches
 
 
-def _each(values: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Each tensor as often as its count says, stacked."""
-    return torch.stack([v for v, n in zip(values, counts, strict=True) for _ in range(n)])
-
-
-def _column(values: Tensor) -> Tensor:
-    """(candidates,) -> (candidates, 1, 1, 1, 1), to meet images."""
-    return values.view(-1, 1, 1, 1, 1)
+def _join(parts: Sequence[Candidates]) -> Candidates:
+    if len(parts) == 1:
+        return parts[0]
+    return Candidates(
+        images=torch.cat([p.images for p in parts]),
+        objective=torch.cat([p.objective for p in parts]),
+        labels=torch.cat([p.labels for p in parts if p.labels is not None]),
+        broken=torch.cat([p.broken for p in parts if p.broken is not None]),
+    )
 
 
 def _same_model(a: Observation, b: Observation) -> bool:
@@ -161,9 +152,3 @@ def _same_model(a: Observation, b: Observation) -> bool:
         return False
     first, second = ([*s.weights.values(), *s.buffers.values(), s.mean, s.std] for s in (a, b))
     return all(map(torch.equal, first, second))
-
-
-def _labels(seen: Observation) -> Tensor:
-    if seen.labels is None:
-        raise ValueError("Expected a threat with labels='known': this attack does not recover labels.")
-    return seen.labels

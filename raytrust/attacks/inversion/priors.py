@@ -1,15 +1,119 @@
-"""What an image looks like: priors on candidates."""
+"""What an image looks like: priors on candidates.
+
+All take images as the model sees them, (candidates, batch, channels, height, width), and return (candidates,), at
+least 0.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from raytrust.attacks.inversion.gradients import forget_batch_statistics
+from raytrust.capture import Observation
+
+Statistics = list[tuple[Tensor, Tensor]]  # (mean, variance) of the input of each batch norm, each (..., channels)
 
 
 def total_variation(x: Tensor) -> Tensor:
     """Mean absolute difference of vertical plus of horizontal neighbours (anisotropic TV, as in Geiping et al. 2020).
 
-    x: (candidates, batch, channels, height, width). Returns (candidates,), at least 0, and 0 for constant images.
+    0 for constant images.
     """
     rows = (x[..., 1:, :] - x[..., :-1, :]).abs()
     columns = (x[..., :, 1:] - x[..., :, :-1]).abs()
     return rows.flatten(1).mean(1) + columns.flatten(1).mean(1)
+
+
+def total_colour(x: Tensor) -> Tensor:
+    """Total variation of the differences between channels: R - G, R - B, G - B.
+
+    With `total_variation`, this is the double-opponent vectorial TV of Åström & Schnörr 2016, which wants edges at the
+    same place in all channels. 0 for images of one channel, and where channels differ by a constant.
+    """
+    pairs = list(combinations(range(x.shape[2]), 2))
+    if not pairs:
+        return x.new_zeros(len(x))
+    return total_variation(torch.stack([x[:, :, i] - x[:, :, j] for i, j in pairs], 2))
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Mean squared pixel: how far from the mean image (R_l2 of Yin et al. 2021, eq. 5, by the pixel)."""
+    return x.flatten(1).square().mean(1)
+
+
+def group_spread(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mean squared difference from the mean of the group (Yin et al. 2021, eq. 11, without registration).
+
+    counts: the sizes of the groups, in the order of the candidates. Each group's mean counts as a constant. Candidates
+    that are not finite have no part in it.
+    """
+    centres = []
+    for group in x.detach().split(list(counts)):
+        finite = group.flatten(1).isfinite().all(1).view(-1, *[1] * (x.ndim - 1))
+        total = torch.where(finite, group, torch.zeros_like(group)).sum(0, keepdim=True)
+        centres.append((total / finite.sum().clamp_min(1)).expand_as(group))
+    return (x - torch.cat(centres)).flatten(1).square().mean(1)
+
+
+class BatchNormPrior:
+    """How far the statistics at each batch norm are from given ones: the sum over layers of the L2 distances of means
+    and of variances (Yin et al. 2021, eq. 7; DeepInversion, Yin et al. 2020).
+
+    The batch norms are in the mode of the model: in training mode each candidate batch is normalised by itself.
+    Raises ValueError for a model without batch norm.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = forget_batch_statistics(copy.deepcopy(model)).requires_grad_(False)
+        self._found: list[tuple[Tensor, Tensor]] = []
+        norms = [m for m in self._model.modules() if isinstance(m, _BatchNorm)]
+        if not norms:
+            raise ValueError("Expected a model with batch norm for a prior on its statistics (bn > 0).")
+        for norm in norms:
+            norm.register_forward_pre_hook(self._record)
+
+    def statistics(self, x: Tensor) -> Statistics:
+        """Of each candidate batch, in the order in which the layers are used; variances without Bessel's correction."""
+
+        def one(batch: Tensor) -> Statistics:
+            self._found = []
+            self._model(batch)
+            return self._found
+
+        return vmap(one)(x)
+
+    def __call__(self, x: Tensor, targets: Statistics) -> Tensor:
+        """targets: each (candidates, channels)."""
+        terms = [
+            torch.linalg.vector_norm(found - target, dim=1)
+            for layer, goal in zip(self.statistics(x), targets, strict=True)
+            for found, target in zip(layer, goal, strict=True)
+        ]
+        return torch.stack(terms).sum(0)
+
+    def _record(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        variance, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        self._found.append((mean, variance))
+
+
+def known_statistics(seen: Observation) -> Statistics:
+    """The statistics that the threat lets an attacker take for those of the private batch, each (channels,).
+
+    These are the running statistics, which are buffers of the model: of the training data, not of the batch. Raises
+    ValueError where nothing was averaged yet, so that they are initial values.
+    """
+    model = seen.build_model()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if any(norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0 for norm in norms):
+        raise ValueError("Expected a model whose batch norms have seen data for a prior on their statistics (bn > 0).")
+    if any(norm.running_mean is None for norm in norms):
+        raise ValueError("Expected batch norms with running statistics for a prior on them (bn > 0).")
+    return [(norm.running_mean, norm.running_var) for norm in norms]  # type: ignore[misc]

@@ -1,0 +1,85 @@
+"""The input of a linear first layer, solved for: no optimisation, no labels.
+
+For one image x, the gradients of y = W x + b are dW = d x^T and db = d (Phong et al. 2018, section 3): every row of dW
+is a multiple of the image. What a compressor let through of dW is then linear in x, so the image is the solution of a
+least-squares problem, exact wherever the messages determine it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from raytrust.attacks.inversion.objectives import decoded_gradient, target_view
+from raytrust.capture import Observation
+from raytrust.compress import LinearView
+from raytrust.config import InversionConfig
+
+ITERATIONS = 200
+TOLERANCE = 1e-7  # of the residual, relative to its beginning
+
+
+def solve_first_layer(seen: Observation, config: InversionConfig, device: str = "cpu") -> tuple[Tensor, float]:
+    """(image (1, channels, height, width) in [0, 1], relative residual of the normal equations).
+
+    Pixels on which the messages shed no light are those of the mean image. NaN where no bias gradient was sent.
+    Raises ValueError for a batch of several images, a first layer that isn't linear with bias, and a view that isn't
+    linear.
+    """
+    if seen.threat.batch_size != 1:
+        raise ValueError(f"Expected batch_size={seen.threat.batch_size} to be 1 for method='analytic'.")
+    name = _first_layer(seen)
+    names = list(seen.weights)
+    matrix, signal = names.index(f"{name}.weight"), decoded_gradient(seen, device)[names.index(f"{name}.bias")]
+    view = target_view(seen, config, device)
+    if not isinstance(view, LinearView):
+        raise ValueError("Expected a compressor with a linear view for method='analytic'.")
+    blank = [torch.zeros(1, *w.shape, device=device) for w in seen.weights.values()]
+
+    def forward(x: Tensor) -> list[Tensor]:
+        return view.measure([torch.outer(signal, x)[None] if i == matrix else b for i, b in enumerate(blank)])
+
+    def backward(measured: list[Tensor]) -> Tensor:
+        return view.adjoint(measured)[matrix][0].T @ signal
+
+    x, residual = conjugate_gradient(lambda v: backward(forward(v)), backward([o[None] for o in view.observed]))
+    image = x.cpu().view(seen.image_shape) * seen.std.view(-1, 1, 1) + seen.mean.view(-1, 1, 1)
+    return image.clamp(0, 1)[None], residual
+
+
+def conjugate_gradient(apply: Callable[[Tensor], Tensor], right: Tensor) -> tuple[Tensor, float]:
+    """The least x with apply(x) = right, for a positive semidefinite map, and the relative norm of what is left over.
+
+    Hestenes & Stiefel 1952. NaN if `right` is zero.
+    """
+    x, residual = torch.zeros_like(right), right.clone()
+    direction, square = residual.clone(), float(residual @ residual)
+    start = square
+    for _ in range(ITERATIONS):
+        if square <= TOLERANCE**2 * start:
+            break
+        image = apply(direction)
+        step = square / float(direction @ image)
+        x += step * direction
+        residual -= step * image
+        square, last = float(residual @ residual), square
+        direction = residual + square / last * direction
+    return x, (square / start) ** 0.5 if start > 0 else float("nan")
+
+
+@torch.no_grad()
+def _first_layer(seen: Observation) -> str:
+    """The name of the layer that takes the image itself, if it is linear and has a bias."""
+    model = seen.build_model().eval()
+    image = torch.randn((1, *seen.image_shape), generator=torch.Generator().manual_seed(0))
+    used: list[tuple[str, nn.Module, Tensor]] = []
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(lambda m, inputs, name=name: used.append((name, m, inputs[0])))
+    model(image)
+    name, layer, entered = used[0]
+    if not isinstance(layer, nn.Linear) or layer.bias is None or not torch.equal(entered.flatten(), image.flatten()):
+        raise ValueError("Expected a model whose first layer is linear, with bias, on the flat image.")
+    return name

@@ -1,0 +1,100 @@
+"""The labels of a private batch, from the gradient of the classifier that its messages decode to.
+
+All methods rest on one identity: for the mean cross-entropy of B images, the gradient of the bias of class c is
+
+    b_c = mean_n p_nc - count_c / B,
+
+with p_nc the probability that the model gives to class c for image n; that of row c of the weights is the same mean
+with each image's term multiplied by its features, which are at least 0 after a ReLU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raytrust.attacks.inversion.objectives import decoded_gradient
+from raytrust.capture import Observation
+
+NOISE_IMAGES = 64
+ROUNDING = 1e-4  # of B b_c, in labels
+
+
+def recover_labels(seen: Observation, method: str) -> Tensor:
+    """The labels (batch_size,) in increasing order: which image has which is not in the gradient.
+
+    "idlg": the class whose weights have the least gradient sum; one image (Zhao et al. 2020, eq. 6).
+    "bias_sign": the classes of negative bias gradient, which are in the batch for sure if the gradient is exact, least
+        first, and again from the first if places are left (after Yin et al. 2021, sec. 3.2, for distinct labels).
+    "counts": how often each class occurs, by the identity above with the mean probabilities that the model gives to
+        noise (in the manner of LLG, Wainakh et al. 2022). If the gradient is exact, no class gets less than it must.
+
+    Raises ValueError for a model without a final linear layer of one output a class, and for "idlg" on a batch.
+    """
+    weight, bias = classifier_gradient(seen)
+    batch = seen.threat.batch_size
+    if method == "idlg":
+        if batch != 1:
+            raise ValueError(f"Expected batch_size={batch} to be 1 for label_recovery='idlg'.")
+        return weight.sum(1).argmin()[None]
+    probabilities, feature_sum = _on_noise(seen)
+    slopes = _bias_gradient(weight, bias, feature_sum)
+    if method == "bias_sign":
+        order = slopes.argsort(stable=True)
+        present = order[: max(1, int((slopes < 0).sum()))]
+        return present.repeat(batch)[:batch].sort().values
+    at_least = torch.ceil(-batch * slopes - ROUNDING)  # as no probability is below 0
+    expected = torch.maximum(batch * (probabilities - slopes), at_least)
+    counts = torch.zeros_like(expected)
+    present = slopes.argsort(stable=True)[: int((slopes * batch < -ROUNDING).sum())][:batch]
+    counts[present] = 1  # first, as a sign survives more than a magnitude does
+    for _ in range(batch - len(present)):  # each place left goes to the class that is furthest below its due
+        counts[(expected - counts).argmax()] += 1
+    return torch.repeat_interleave(torch.arange(len(counts)), counts.long())
+
+
+def classifier_gradient(seen: Observation) -> tuple[Tensor, Tensor | None]:
+    """(classes, features) and (classes,), or None without a bias: the decoded gradient of the last linear layer."""
+    name, layer = _classifier(seen.build_model(), seen.classes)
+    by_name = dict(zip(seen.weights, decoded_gradient(seen), strict=True))
+    return by_name[f"{name}.weight"].cpu(), None if layer.bias is None else by_name[f"{name}.bias"].cpu()
+
+
+def _classifier(model: nn.Module, classes: int) -> tuple[str, nn.Linear]:
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not layers or layers[-1][1].out_features != classes:
+        raise ValueError(f"Expected a model that ends in a linear layer of classes={classes} outputs.")
+    return layers[-1]
+
+
+def _bias_gradient(weight: Tensor, bias: Tensor | None, feature_sum: float) -> Tensor:
+    """b_c, (classes,): as it was sent, else from the weights' rows, whose sums are b_c times the sum of features.
+
+    An entry that is exactly 0 was not sent. The sum of features is fitted to the classes where both were sent, and
+    taken from noise images where there is none.
+    """
+    rows = weight.sum(1)
+    if bias is None:
+        return rows / feature_sum
+    both = (bias != 0) & (rows != 0)
+    fitted = float((rows * bias)[both].sum() / bias[both].square().sum()) if bool(both.any()) else feature_sum
+    return torch.where(bias != 0, bias, rows / fitted)
+
+
+@torch.no_grad()
+def _on_noise(seen: Observation) -> tuple[Tensor, float]:
+    """What the model makes of noise images: mean probabilities (classes,), and the sum of the classifier's inputs.
+
+    Half of them are white and half smooth noise: an untrained model gives all images much the same probabilities, a
+    trained one takes white noise for very few classes.
+    """
+    model = seen.build_model()
+    features: list[Tensor] = []
+    _classifier(model, seen.classes)[1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    generator = torch.Generator().manual_seed(0)
+    channels, *size = seen.image_shape
+    white = torch.randn((NOISE_IMAGES // 2, *seen.image_shape), generator=generator)
+    coarse = torch.randn((NOISE_IMAGES // 2, channels, 4, 4), generator=generator)
+    logits = model(torch.cat([white, F.interpolate(coarse, size, mode="bilinear")]))
+    return logits.softmax(1).mean(0), max(float(features[0].flatten(1).sum(1).mean()), torch.finfo(torch.float32).tiny)

@@ -1,0 +1,62 @@
+"""What a candidate's gradient is compared with, and by which distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from raytrust.attacks.inversion.gradients import Distance
+from raytrust.capture import Observation
+from raytrust.compress import LinearView, View, identity_view
+from raytrust.config import InversionConfig
+
+
+def decoded_gradient(seen: Observation, device: str = "cpu") -> list[Tensor]:
+    """What the messages decode to, one tensor a parameter: the victim's gradient where the vantage tells workers apart,
+    else the mean.
+    """
+    messages = [m.to(device) for m in seen.messages]
+    decoded = seen.build_compressor().decode(messages, seen.threat.vantage)
+    return decoded[seen.victim] if len(decoded) > 1 else decoded[0]
+
+
+def target_view(seen: Observation, config: InversionConfig, device: str = "cpu") -> View:
+    """What the attacker compares with: the decoded gradient ("naive"), or what the messages reveal ("aware").
+
+    Raises ValueError for messages that are not finite.
+    """
+    payloads = [x for m in seen.messages for x in (*m.sent, *m.received) if not x.is_meta and x.is_floating_point()]
+    if not all(bool(x.isfinite().all()) for x in payloads):
+        raise ValueError("Expected finite messages, got NaN or infinity in them.")
+    if config.objective == "naive":
+        return identity_view(decoded_gradient(seen, device))
+    messages = [m.to(device) for m in seen.messages]
+    return seen.build_compressor().view(messages, seen.threat.vantage, seen.victim)
+
+
+def matching_distance(view: View, config: InversionConfig) -> Distance:
+    """The distance that the config asks for: (candidates, *shape) a parameter -> (candidates,).
+
+    Raises ValueError for L2 and L1 on a view that is not linear.
+    """
+    if config.matching == "cosine":
+        return view.distance
+    if not isinstance(view, LinearView):
+        raise ValueError(f"Expected matching={config.matching!r} to be 'cosine': what was sent is no linear view.")
+    return partial(relative_distance, view, 2 if config.matching == "l2" else 1)
+
+
+def relative_distance(view: LinearView, power: int, grads: Sequence[Tensor]) -> Tensor:
+    """sum |measured - observed|^power / sum |observed|^power, (candidates,), at least 0 and 0 at the true gradient.
+
+    power 2 is the distance of Zhu et al. 2019 (Algorithm 1), power 1 the L1 distance, both but for a factor that makes
+    the weights of priors comparable between models. An observation that is zero throughout is not divided by.
+    """
+    measured = view.measure(grads)
+    pairs = list(zip(measured, view.observed, strict=True))
+    apart = torch.stack([(m - o).flatten(1).abs().pow(power).sum(1) for m, o in pairs]).sum(0)
+    size = torch.stack([o.abs().pow(power).sum() for o in view.observed]).sum()
+    return apart / torch.where(size > 0, size, torch.ones_like(size))

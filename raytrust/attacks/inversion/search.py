@@ -1,0 +1,268 @@
+"""Gradient inversion by optimisation: the loop that moves all candidates of a batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raytrust.attacks.inversion.gradients import (
+    Distance,
+    GradientMatcher,
+    forget_batch_statistics,
+    per_candidate_gradients,
+)
+from raytrust.attacks.inversion.optimisers import build_optimiser, signs, step_sizes
+from raytrust.attacks.inversion.priors import (
+    BatchNormPrior,
+    Statistics,
+    group_spread,
+    mean_square,
+    total_colour,
+    total_variation,
+)
+from raytrust.capture import Observation
+from raytrust.config import InversionConfig
+
+PRIORS = ("tv", "colour", "l2", "group", "bn")
+Found = tuple[Tensor, Tensor, Tensor, Tensor]  # images, objective, labels, broken: see `engine.Candidates`
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some restarts of one job. labels: (batch,), None if they are optimised. statistics: for the batch-norm prior."""
+
+    job: int
+    seen: Observation
+    config: InversionConfig
+    restarts: range
+    distance: Distance
+    labels: Tensor | None
+    statistics: Statistics | None
+
+    @property
+    def program(self) -> tuple[object, ...]:
+        """What all pieces of a batch have in common."""
+        return self.config.iterations, self.config.optimiser, self.labels is None
+
+
+def search(pieces: Sequence[Piece], device: str) -> list[Found]:
+    """Run the restarts of all pieces, which share a program, to their end."""
+    batch = _Batch(pieces, device)
+    iterations = pieces[0].config.iterations
+    eighths = {iterations * k // 8: k for k in range(1, 8)} if iterations >= 8 else {}
+    for iteration in range(iterations):
+        batch.step(iteration)
+        if iteration + 1 in eighths:  # seldom, as it waits for the device
+            batch.retire(halve=eighths[iteration + 1] in (1, 2, 4))
+            if len(batch.z) == 0:
+                break
+    else:
+        batch.look()
+    return batch.found()
+
+
+class _Batch:
+    """Candidates as rows of z: the pixels as the model sees them, then the logits of soft labels if there are any.
+
+    Everything per candidate is in the order of `rows`, its number in the batch; what was found is by that number.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], device: str):
+        self.pieces = pieces
+        self.first = first = pieces[0].seen
+        counts = [len(p.restarts) for p in pieces]
+        self.owner = torch.arange(len(pieces)).repeat_interleave(torch.tensor(counts))
+        self.rows = torch.arange(len(self.owner), device=device)
+        self.counts = counts
+        model = first.build_model().to(device)
+        self.gradients: _Joint | GradientMatcher
+        self.gradients = _Joint(model) if pieces[0].labels is None else GradientMatcher(model)
+        self.settings = _Settings.of(pieces, self.owner.to(device), device)
+        if "bn" in self.settings.weights:
+            self.bn_prior = BatchNormPrior(model)
+        self.mean, self.std = (s.to(device).view(-1, 1, 1) for s in (first.mean, first.std))
+        starts = [_start(p) for p in pieces]
+        self.pixels = starts[0].shape[1]
+        z = torch.cat(starts)
+        if pieces[0].labels is None:
+            z = torch.cat([z, torch.cat([_soft_labels(p) for p in pieces])], 1)
+        self.low, self.high = self._box(z.shape[1])
+        self.z = z.to(device).clamp_(self.low, self.high)
+        self.optimiser = build_optimiser(pieces[0].config, self.z)
+        self.best = torch.full((len(self.z),), torch.inf, device=device)
+        self.best_z = self.z.clone()
+        self.broken = torch.zeros(len(self.z), dtype=torch.bool, device=device)
+
+    def step(self, iteration: int) -> None:
+        gradient = self.look()
+        s = self.settings
+        pixels = signs(gradient[:, : self.pixels], s.hard, s.soft, iteration / len(s.rates))
+        gradient = torch.cat([pixels, gradient[:, self.pixels :]], 1)
+        moved = self.z + s.rates[iteration, :, None] * self.optimiser.direction(self.z, gradient)
+        self.z = moved.clamp(self.low, self.high)
+
+    def look(self) -> Tensor:
+        """Evaluate the objective, keep what is better than the best so far, and return its derivative (n, d)."""
+        x = self.images(self.z[:, : self.pixels]).requires_grad_()
+        value, gradient = self.gradients(x, self._labels(), self._distance)
+        if isinstance(gradient, tuple):
+            gradient = torch.cat([g.flatten(1) for g in gradient], 1)
+        prior = self._prior(x)
+        (slope,) = torch.autograd.grad(prior.sum(), x)
+        gradient = gradient.flatten(1).clone()
+        gradient[:, : self.pixels] += slope.flatten(1)
+        value = value + prior.detach()
+        best, rows = self.best[self.rows], self.rows
+        better = (value < best) & ~self.broken[rows]  # never true for NaN
+        self.best[rows] = torch.where(better, value, best)
+        self.best_z[rows] = torch.where(better[:, None], self.z, self.best_z[rows])
+        self.broken[rows] |= ~(value.isfinite() & gradient.isfinite().all(1))
+        return gradient
+
+    def retire(self, halve: bool) -> None:
+        """Drop the restarts that broke and, where it is asked for, the worse half of what each piece has left."""
+        keep = ~self.broken[self.rows].cpu()
+        best = self.best[self.rows].cpu()
+        for i, piece in enumerate(self.pieces):
+            mine = (keep & (self.owner == i)).nonzero().flatten()
+            if halve and piece.config.halving:
+                order = best[mine].argsort(stable=True)
+                keep[mine[order[(len(mine) + 1) // 2 :]]] = False
+        if bool(keep.all()):
+            return
+        self.owner = self.owner[keep]
+        self.counts = torch.bincount(self.owner, minlength=len(self.pieces)).tolist()
+        rows = keep.to(self.z.device)
+        self.z, self.rows = self.z[rows], self.rows[rows]
+        self.settings = self.settings.keep(rows)
+        self.optimiser.keep(rows)
+
+    def found(self) -> list[Found]:
+        images = (self.images(self.best_z[:, : self.pixels]) * self.std + self.mean).clamp(0, 1)
+        counts = [len(p.restarts) for p in self.pieces]
+        if self.pieces[0].labels is None:
+            labels = self._soft(self.best_z).argmax(-1)
+        else:
+            labels = torch.stack([p.labels for p in self.pieces for _ in p.restarts if p.labels is not None])
+        results = (images, self.best, labels, self.broken)
+        return list(zip(*(r.cpu().split(counts) for r in results), strict=True))
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """(n, pixels) -> (n, batch, channels, height, width)."""
+        return pixels.unflatten(1, (-1, *self.first.image_shape))
+
+    def _soft(self, z: Tensor) -> Tensor:
+        return z[:, self.pixels :].unflatten(1, (-1, self.first.classes))
+
+    def _labels(self) -> Tensor:
+        return self._soft(self.z) if self.pieces[0].labels is None else self.settings.labels
+
+    def _distance(self, grads: Sequence[Tensor]) -> Tensor:
+        parts = zip(*(g.split(self.counts) for g in grads), strict=True)
+        return torch.cat([p.distance(part) for p, part, n in zip(self.pieces, parts, self.counts, strict=True) if n])
+
+    def _prior(self, x: Tensor) -> Tensor:
+        terms: dict[str, Callable[[], Tensor]] = {
+            "tv": lambda: total_variation(x),
+            "colour": lambda: total_colour(x),
+            "l2": lambda: mean_square(x),
+            "group": lambda: group_spread(x, self.counts),
+            "bn": lambda: self.bn_prior(x, self.settings.statistics),
+        }
+        prior = 0 * x.flatten(1).sum(1)  # depends on x even without a prior
+        for name, weight in self.settings.weights.items():
+            prior = prior + weight * terms[name]()
+        return prior
+
+    def _box(self, d: int) -> tuple[Tensor, Tensor]:
+        """The ends of valid pixels, (d,); soft labels have none."""
+        ends = []
+        for valid, free in ((0, -torch.inf), (1, torch.inf)):
+            image = ((valid - self.mean) / self.std).expand(self.first.image_shape).flatten()
+            ends.append(image.new_full((d,), free))
+            ends[-1][: self.pixels] = image.repeat(self.first.threat.batch_size)
+        return ends[0], ends[1]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the configs say, for each candidate."""
+
+    weights: dict[str, Tensor]  # of the priors that some candidate uses, (n,)
+    hard: Tensor  # (n, 1)
+    soft: Tensor  # (n, 1)
+    rates: Tensor  # (iterations, n)
+    labels: Tensor  # (n, batch), empty if they are optimised
+    statistics: Statistics  # each (n, channels), empty without a prior on them
+
+    @staticmethod
+    def of(pieces: Sequence[Piece], owner: Tensor, device: str) -> _Settings:
+        configs = [p.config for p in pieces]
+
+        def each(values: list[Any]) -> Tensor:
+            return torch.tensor(values, device=device)[owner]
+
+        weights = {name: [getattr(c, name) for c in configs] for name in PRIORS}
+        known = [p.statistics for p in pieces if p.statistics is not None]
+        layers = [  # a piece without this prior, whose weight is 0, takes any
+            [(p.statistics or known[0])[i] for p in pieces] for i in range(len(known[0]) if known else 0)
+        ]
+        labels = torch.stack([torch.empty(0) if p.labels is None else p.labels for p in pieces])
+        return _Settings(
+            weights={name: each(values) for name, values in weights.items() if any(values)},
+            hard=each([c.signed == "hard" for c in configs])[:, None],
+            soft=each([c.signed == "soft" for c in configs])[:, None],
+            rates=torch.stack([step_sizes(c) for c in configs], 1).to(device)[:, owner],
+            labels=labels.to(device)[owner],
+            statistics=[
+                (
+                    torch.stack([m for m, _ in layer]).to(device)[owner],
+                    torch.stack([v for _, v in layer]).to(device)[owner],
+                )
+                for layer in layers
+            ],
+        )
+
+    def keep(self, rows: Tensor) -> _Settings:
+        return _Settings(
+            weights={name: weight[rows] for name, weight in self.weights.items()},
+            hard=self.hard[rows],
+            soft=self.soft[rows],
+            rates=self.rates[:, rows],
+            labels=self.labels[rows],
+            statistics=[(mean[rows], variance[rows]) for mean, variance in self.statistics],
+        )
+
+
+class _Joint:
+    """Like `GradientMatcher` for soft labels: also returns the derivative by their logits. By plain autograd."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = forget_batch_statistics(model).requires_grad_(False)
+
+    def __call__(self, x: Tensor, logits: Tensor, distance: Distance) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
+        values = distance(per_candidate_gradients(self._model, x, logits.softmax(-1)))
+        dx, dlogits = torch.autograd.grad(values.sum(), (x, logits))
+        return values.detach(), (dx, dlogits)
+
+
+def _start(piece: Piece) -> Tensor:
+    """Normal noise, (restarts, pixels): one draw for each restart of the job, in their order."""
+    shape = (piece.seen.threat.batch_size, *piece.seen.image_shape)
+    return _draws(piece, shape, piece.config.seed)
+
+
+def _soft_labels(piece: Piece) -> Tensor:
+    """Logits from normal noise (Zhu et al. 2019), (restarts, batch * classes), by a seed apart from the images'."""
+    return _draws(piece, (piece.seen.threat.batch_size, piece.seen.classes), piece.config.seed + 2**31)
+
+
+def _draws(piece: Piece, shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randn(shape, generator=generator).flatten() for _ in range(piece.restarts.stop)]
+    return torch.stack(draws[piece.restarts.start :])
