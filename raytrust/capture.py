@@ -157,7 +157,10 @@ def load_capture(directory: Path, step: int, index: int) -> Capture:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under its name only when the block ends without an error."""
+    """A binary file that appears under its name only when the block ends without an error.
+
+    Its mode is 0600: captures hold gradients and images that are private.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

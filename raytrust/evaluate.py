@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from raytrust.attacks.inversion import Candidates, invert
 from raytrust.capture import Capture
 from raytrust.config import InversionConfig
-from raytrust.metrics import psnr, ssim
+from raytrust.metrics import mse, psnr, ssim_table
+
+DISTRACTORS = 99  # identification is among these and the true image
 
 
 @dataclass(frozen=True)
 class InversionResult:
-    """What an inversion attack reached on n private batches, image by image in the order of the captures.
+    """What an inversion attack reached on n private images, image by image in the order of the captures.
 
-    ssim, psnr (dB): of the restart that the attacker picked by its own objective. oracle_ssim: of the restart that the
-    truth would have picked, an upper bound that no attacker has. objective: of the picked restart, one a batch.
-    reconstructions, originals: (images, channels, height, width) in [0, 1]. diverged: restarts dropped. seconds: wall.
+    ssim, psnr (dB), mse, lpips: of the restart that the attacker picked by its own objective. lpips (AlexNet, lower is
+        closer) only where the package `lpips` and the weights it needs are installed, see `perceptual_distance`.
+    oracle_ssim: the greatest over all restarts, for each image by itself: an upper bound that no attacker has.
+    label_accuracy: one a batch, how many of its labels were recovered, as multisets; None where they were granted or
+        the attack needs none.
+    identified_mse, identified_ssim: whether the reconstruction is nearer to its true image than to each of the
+        `candidates` - 1 other images; ties are lost. Guessing reaches 1 / candidates.
+    mean_image_ssim, other_image_ssim: floors, from other images of the data set: SSIM of their mean to the private
+        image, and the mean of their SSIM to it, which is what a random other image can expect.
+    objective: of the picked restart, one a batch. diverged: restarts that broke off. seconds: wall.
+    reconstructions, originals: (images, channels, height, width) in [0, 1].
     """
 
     attack: InversionConfig
     ssim: list[float]
     psnr: list[float]
+    mse: list[float]
+    lpips: list[float] | None
     oracle_ssim: list[float]
+    label_accuracy: list[float] | None
+    identified_mse: list[bool] | None
+    identified_ssim: list[bool] | None
+    candidates: int
+    mean_image_ssim: list[float] | None
+    other_image_ssim: list[float] | None
     objective: list[float]
     diverged: int
     seconds: float
@@ -37,47 +60,116 @@ class InversionResult:
     originals: Tensor
 
 
-def evaluate_inversion(captures: Sequence[Capture], attack: InversionConfig, device: str = "cpu") -> InversionResult:
+@dataclass(frozen=True)
+class InversionFailure:
+    """An attack that has no result: it can't be made on these captures, or all restarts of a batch diverged."""
+
+    attack: InversionConfig
+    error: ValueError | FloatingPointError
+
+
+def evaluate_inversion(
+    captures: Sequence[Capture], attack: InversionConfig, device: str = "cpu", references: Tensor | None = None
+) -> InversionResult:
     """Run the attack on what was seen, and compare with the truth.
 
     Images of one batch have no order that an attacker could know: they are matched to the truth by the assignment of
-    greatest total SSIM. Raises FloatingPointError if all restarts of a batch diverged.
+    greatest total SSIM. references: other images of the data set, (n, channels, height, width) in [0, 1], for the
+    floors and for identification, for which the first 99 serve; the attack does not get them. Raises FloatingPointError
+    if all restarts of a batch diverged, ValueError if the attack can't be made.
     """
-    (result,) = evaluate_inversions(captures, [attack], device)
+    (result,) = evaluate_inversions(captures, [attack], device, references)
+    if isinstance(result, InversionFailure):
+        raise result.error
     return result
 
 
 def evaluate_inversions(
-    captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str = "cpu"
-) -> list[InversionResult]:
-    """`evaluate_inversion` for attacks of equal `iterations`, run as one batch; each bears its share of the time."""
+    captures: Sequence[Capture],
+    attacks: Sequence[InversionConfig],
+    device: str = "cpu",
+    references: Tensor | None = None,
+) -> list[InversionResult | InversionFailure]:
+    """`evaluate_inversion` for several attacks, run together; each bears its share of the time, by restarts and
+    iterations. An attack that fails does so alone.
+    """
     started = time.perf_counter()
-    candidates = invert([(c.seen, attack) for attack in attacks for c in captures], device)
+    found = _run(captures, attacks, device)
     seconds = time.perf_counter() - started
+    shares = np.array([a.restarts * a.iterations for a in attacks], dtype=float)
+    originals = torch.cat([c.truth.images for c in captures])
+    floors = None if references is None else _Floors(originals.numpy(), references[:DISTRACTORS].numpy())
+    results: list[InversionResult | InversionFailure] = []
+    for attack, candidates, share in zip(attacks, found, shares / shares.sum(), strict=True):
+        try:
+            if isinstance(candidates, ValueError):
+                raise candidates
+            results.append(_compare(captures, attack, candidates, floors, seconds * float(share)))
+        except (ValueError, FloatingPointError) as error:
+            results.append(InversionFailure(attack, error))
+    return results
+
+
+def _run(
+    captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str
+) -> list[Sequence[Candidates] | ValueError]:
+    """What each attack arrived at, one a capture, or why it can't be made; together, or else one by one."""
     n = len(captures)
-    parts = [candidates[i * n : (i + 1) * n] for i in range(len(attacks))]
-    return [
-        _compare(captures, attack, part, seconds / len(attacks)) for attack, part in zip(attacks, parts, strict=True)
-    ]
+    try:
+        candidates = invert([(c.seen, attack) for attack in attacks for c in captures], device)
+    except ValueError as error:
+        return [error] if len(attacks) == 1 else [r for a in attacks for r in _run(captures, [a], device)]
+    return [candidates[i * n : (i + 1) * n] for i in range(len(attacks))]
+
+
+class _Floors:
+    """What is known of the private images without any attack. originals: (n, ...), references: (m, ...), float."""
+
+    def __init__(self, originals: NDArray[np.float32], references: NDArray[np.float32]):
+        self.references = references
+        self.mean_image = ssim_table(originals, references.mean(0, keepdims=True))[:, 0].tolist()
+        self.other_image = ssim_table(originals, references).mean(1).tolist()
+
+    def identified(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
+        """By SSIM: truth holds that of each reconstruction with its original."""
+        rivals = ssim_table(reconstructions, self.references).max(1)
+        return [t > rival for t, rival in zip(truth, rivals.tolist(), strict=True)]
+
+    def identified_by_mse(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
+        rivals = [min(mse(image, r) for r in self.references) for image in reconstructions]
+        return [t < rival for t, rival in zip(truth, rivals, strict=True)]
 
 
 def _compare(
-    captures: Sequence[Capture], attack: InversionConfig, candidates: Sequence[Candidates], seconds: float
+    captures: Sequence[Capture],
+    attack: InversionConfig,
+    candidates: Sequence[Candidates],
+    floors: _Floors | None,
+    seconds: float,
 ) -> InversionResult:
-    matched, oracle = [], []
+    picked = [_match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
+    oracle: list[float] = []
     for capture, found in zip(captures, candidates, strict=True):
-        finite = found.images[found.objective.isfinite()]
-        picked = found.images[found.pick()]
-        matched.append(_match(picked, capture.truth.images))
-        every = [_match(images, capture.truth.images) for images in finite]
-        oracle.append(max(every, key=lambda m: float(np.mean(m[1]))))
+        every = [_match(images, capture.truth.images)[1] for images in found.images[found.objective.isfinite()]]
+        oracle += np.max(every, axis=0).tolist()
     originals = torch.cat([c.truth.images for c in captures])
-    reconstructions = torch.cat([images for images, _ in matched])
+    reconstructions = torch.cat([images for images, _ in picked])
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(reconstructions, originals, strict=True)]
+    ssim, errors = [s for _, values in picked for s in values], [mse(a, b) for a, b in pairs]
+    lpips = perceptual_distance()
     return InversionResult(
         attack=attack,
-        ssim=[s for _, values in matched for s in values],
-        psnr=[psnr(a.numpy(), b.numpy()) for a, b in zip(reconstructions, originals, strict=True)],
-        oracle_ssim=[s for _, values in oracle for s in values],
+        ssim=ssim,
+        psnr=[psnr(a, b) for a, b in pairs],
+        mse=errors,
+        lpips=None if lpips is None else lpips(reconstructions, originals),
+        oracle_ssim=oracle,
+        label_accuracy=_label_accuracy(captures, candidates),
+        identified_mse=None if floors is None else floors.identified_by_mse(reconstructions.numpy(), errors),
+        identified_ssim=None if floors is None else floors.identified(reconstructions.numpy(), ssim),
+        candidates=1 if floors is None else 1 + len(floors.references),
+        mean_image_ssim=None if floors is None else floors.mean_image,
+        other_image_ssim=None if floors is None else floors.other_image,
         objective=[float(c.objective.min()) for c in candidates],
         diverged=sum(c.diverged for c in candidates),
         seconds=seconds,
@@ -88,7 +180,36 @@ def _compare(
 
 def _match(images: Tensor, truth: Tensor) -> tuple[Tensor, list[float]]:
     """The images in the truth's order, and their SSIM."""
-    table = np.array([[ssim(a.numpy(), b.numpy()) for b in truth] for a in images])
+    table = ssim_table(images.numpy(), truth.numpy())
     rows, columns = linear_sum_assignment(table, maximize=True)
     order = rows[np.argsort(columns)]
     return images[torch.from_numpy(order)], [float(table[i, j]) for j, i in enumerate(order)]
+
+
+def _label_accuracy(captures: Sequence[Capture], candidates: Sequence[Candidates]) -> list[float] | None:
+    shares = []
+    for capture, found in zip(captures, candidates, strict=True):
+        if capture.seen.labels is not None or found.labels is None:
+            return None
+        recovered, true = (Counter(x.tolist()) for x in (found.labels[found.pick()], capture.truth.labels))
+        shares.append((recovered & true).total() / true.total())
+    return shares
+
+
+def perceptual_distance() -> Callable[[Tensor, Tensor], list[float]] | None:
+    """LPIPS (Zhang et al. 2018) with AlexNet, of images in [0, 1]: (n, channels, height, width) twice -> n values.
+
+    None unless the package `lpips` is installed and torchvision's AlexNet weights, which it builds on, are in torch's
+    cache: nothing is downloaded. Images of one channel are repeated to three.
+    """
+    weights = Path(torch.hub.get_dir()) / "checkpoints"
+    if find_spec("lpips") is None or not list(weights.glob("alexnet-*.pth")):
+        return None
+    network = import_module("lpips").LPIPS(net="alex", verbose=False).eval()
+
+    def distance(a: Tensor, b: Tensor) -> list[float]:
+        with torch.no_grad():
+            pair = [x.expand(-1, 3, -1, -1) for x in (a, b)]
+            return network(*pair, normalize=True).flatten().tolist()
+
+    return distance

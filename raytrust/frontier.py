@@ -19,10 +19,14 @@ from raytrust.config import (
     from_dict,
     to_dict,
 )
-from raytrust.metrics import mean_interval, proportion_interval
+from raytrust.metrics import bootstrap_interval, paired_difference, proportion_interval
 from raytrust.store import Store
 
 Row = dict[str, Any]
+
+# Figures of the strongest attack that are averaged over images, None where they weren't measured.
+_MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy")
+_PAIRED = ("aware_gain", "aware_gain_interval", "aware_gain_p")
 
 
 def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
@@ -36,7 +40,8 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     worst = _best(figures)
     reason = store.failure(train)
     if reason is None and (training is None or worst is None):
-        reason = "not finished"
+        failures = [*store.attack_failures(train, "evaluation"), *store.attack_failures(train, "tuning")]
+        reason = f"no attack has a result: {failures[0]}" if failures else "not finished"
     base = {
         "name": defence.name,
         **compressor_columns(defence, training),
@@ -54,15 +59,15 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     if reason is not None or training is None or worst is None:
         empty = ("accuracy", "accuracy_interval", "n_test", "leakage_ssim", "leakage_interval", "ssim_std", "psnr")
         more = ("n_images", "naive_ssim", "aware_ssim", "oracle_ssim", "attack")
-        return base | dict.fromkeys((*empty, *more))
+        return base | dict.fromkeys((*empty, *more, *_MEANS, *_PAIRED))
     ssim = worst["ssim"]
-    interval = mean_interval(ssim)
+    interval = bootstrap_interval(ssim)
     return base | {
         "accuracy": training["correct"] / training["n_test"],
         "accuracy_interval": list(proportion_interval(training["correct"], training["n_test"])),
         "n_test": training["n_test"],
         "leakage_ssim": float(np.mean(ssim)),
-        "leakage_interval": interval and [max(-1.0, interval[0]), min(1.0, interval[1])],
+        "leakage_interval": interval and list(interval),
         "ssim_std": float(np.std(ssim, ddof=1)) if len(ssim) > 1 else 0.0,
         "psnr": float(np.mean(worst["psnr"])),
         "n_images": len(ssim),
@@ -70,18 +75,30 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         "aware_ssim": _mean_ssim(by_objective["aware"]),
         "oracle_ssim": float(np.mean(worst["oracle_ssim"])),
         "attack": worst["attack"],
+        **{name: None if worst[name] is None else float(np.mean(worst[name])) for name in _MEANS},
+        **_paired(by_objective["naive"], by_objective["aware"]),
     }
+
+
+def _paired(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:
+    """How much the best aware attack gains over the best naive one, image by image."""
+    if naive is None or aware is None or naive is aware:
+        return dict.fromkeys(_PAIRED)
+    found = paired_difference(aware["ssim"], naive["ssim"])
+    interval = found.interval and list(found.interval)
+    return dict(zip(_PAIRED, (found.difference, interval, found.p_value), strict=True))
 
 
 def finalists(store: Store, sweep: SweepConfig, defence: Defence) -> tuple[TrainConfig, list[InversionConfig]]:
     """The attacks to run on the evaluation images: on the tuning images the best naive one and the best aware one.
 
-    An objective that was not tried takes the settings of the best attack.
+    An objective that was not tried takes the settings of the best attack. Empty if no attack has a result.
     """
     train = replace(sweep.train, defence=defence)
     tried = store.attacks(train, "tuning")
     winner = _best(tried)
-    assert winner is not None
+    if winner is None:
+        return train, []
     attacks = [
         from_dict(InversionConfig, {**(_best(tried, objective) or winner)["attack"], "objective": objective})
         for objective in ("naive", "aware")

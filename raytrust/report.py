@@ -7,6 +7,7 @@ are. Keys that raytrust reads:
 - ``accuracy`` in [0, 1], ``accuracy_interval`` [low, high], ``n_test``;
 - ``leakage_ssim`` (mean SSIM under the strongest attack), ``leakage_interval`` or None, ``n_images``;
 - ``naive_ssim``, ``aware_ssim``: the best attack that ignores the compressor, and the best that knows it;
+- ``mean_image_ssim``, ``other_image_ssim``: floors, what the mean of the data set and a random other image reach;
 - ``bytes_per_step``, ``compression_ratio``; ``attack`` (the winner's settings), ``attacks_tried``, ``seeds``.
 
 ``pareto`` isn't read but computed anew, so that it can't be stale.
@@ -35,7 +36,9 @@ from raytrust import metrics
 Row = dict[str, Any]
 
 _REQUIRED = ("accuracy", "leakage_ssim")
-_MEASURED = (*_REQUIRED, "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr")  # None in a failed row
+_ATTACKED = ("naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "mse", "lpips", "label_accuracy")
+_COMPARED = ("identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "aware_gain", "aware_gain_p")
+_MEASURED = (*_REQUIRED, *_ATTACKED, *_COMPARED)  # None in a failed row
 _TABLE_WIDTH = 120
 
 
@@ -243,8 +246,12 @@ def provenance(finished: Sequence[Row]) -> str:
     tests, images, tried = (_span(row.get(key) for row in finished) for key in ("n_test", "n_images", "attacks_tried"))
     seeds = _span(len(row["seeds"]) if row.get("seeds") else None for row in finished)
     missing = any(row.get("leakage_interval") is None for row in finished)
+    floors = {(row.get("mean_image_ssim"), row.get("other_image_ssim")) for row in finished}
+    floor = ""
+    if len(floors) == 1 and None not in (pair := floors.pop()):  # the same images for all, so the same floors
+        floor = f" The mean image reaches {pair[0]:.2f}, a random other image {pair[1]:.2f}."
     return (
         f"Accuracy: test images, n = {tests}; training seeds: {seeds}. Leakage: mean SSIM (1 = exact copy) to the "
-        f"private images, n = {images}, under the strongest of {tried} attacks. 95 % intervals: Wilson, Student-t"
-        f"{' (none where n = 1)' if missing else ''}."
+        f"private images, n = {images}, under the strongest of {tried} attacks.{floor} 95 % intervals: Wilson, "
+        f"bootstrap over images{' (none where n = 1)' if missing else ''}."
     )

@@ -5,9 +5,12 @@
     DIR/captures/<run>/step-000000/...         captures (see raytrust.capture)
     DIR/captures/<run>/training.json           written when training has finished
     DIR/captures/<run>/attacks/<attack>-<split>.json, .pt     an attack's figures and its reconstructions
+    DIR/captures/<run>/attacks/<attack>-<split>.failed.json   why an attack has none, until it is tried again
+    DIR/references.pt                          other images of the data set, for floors and identification
     DIR/failures/<run>.json                    why a defence failed, until it is tried again
 
 Every file is written whole or not at all, so whatever is there is finished: resuming a sweep is reading this store.
+Files can be read by their owner alone (mode 0600), as captures and reconstructions hold private data.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from raytrust.capture import Capture, atomic_write, load_capture
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, digest, from_dict, to_dict
-from raytrust.evaluate import InversionResult, evaluate_inversions
+from raytrust.evaluate import InversionFailure, InversionResult, evaluate_inversions
 
 Split: TypeAlias = Literal["tuning", "evaluation"]
 
@@ -79,22 +82,50 @@ class Store:
     def run_attacks(
         self, train: TrainConfig, attacks: Sequence[InversionConfig], split: Split, device: str
     ) -> list[dict[str, Any]]:
-        """The figures of these attacks: from the store, or by running those that are not in it, and storing them.
+        """The figures of these attacks, each once: from the store, or by running what is not in it, and storing it.
 
-        Attacks on one step with equal iterations run as one batch.
+        Attacks on one step with equal iterations run as one batch. Those that fail have no figures; why, is stored.
         """
         batches: dict[tuple[int, int], list[InversionConfig]] = {}
+        attacks = list(dict.fromkeys(attacks))
         for attack in attacks:
-            if self.attack(train, attack, split) is None:
+            if self.attack(train, attack, split) is None and self.attack_failure(train, attack, split) is None:
                 batches.setdefault((attack.capture_step, attack.iterations), []).append(attack)
         for (step, _), batch in batches.items():
-            for result in evaluate_inversions(self.captures(train, step, split), batch, device):
+            captures = self.captures(train, step, split)
+            for result in evaluate_inversions(captures, batch, device, self.references()):
                 path = self._attack_path(train, result.attack, split)
+                if isinstance(result, InversionFailure):
+                    content = {"attack": to_dict(result.attack), "split": split, "reason": str(result.error)}
+                    write_json(path.with_suffix(".failed.json"), content)
+                    continue
                 with atomic_write(path.with_suffix(".pt")) as file:
                     torch.save({"reconstructions": result.reconstructions, "originals": result.originals}, file)
                 write_json(path.with_suffix(".json"), _figures(result, split))  # last: it says that it is finished
         figures = [self.attack(train, attack, split) for attack in attacks]
         return [f for f in figures if f is not None]
+
+    def attack_failure(self, train: TrainConfig, attack: InversionConfig, split: Split) -> str | None:
+        """Why this attack has no figures, if it was tried in vain."""
+        found = read_json(self._attack_path(train, attack, split).with_suffix(".failed.json"))
+        return found and found["reason"]
+
+    def attack_failures(self, train: TrainConfig, split: Split) -> list[str]:
+        """Why attacks on this run have no figures, in the order of their ids."""
+        paths = sorted((self.run_directory(train) / "attacks").glob(f"*-{split}.failed.json"))
+        return [found["reason"] for path in paths if (found := read_json(path)) is not None]
+
+    def keep_references(self, images: Tensor) -> None:
+        """Other images than the private ones, uint8 (n, channels, height, width); those already kept stay."""
+        path = self.root / "references.pt"
+        if not path.exists():
+            with atomic_write(path) as file:
+                torch.save(images.clone(), file)
+
+    def references(self) -> Tensor | None:
+        """What was kept, in [0, 1]."""
+        path = self.root / "references.pt"
+        return torch.load(path, weights_only=True).float() / 255 if path.exists() else None
 
     def reconstructions(self, train: TrainConfig, attack: InversionConfig, split: Split) -> tuple[Tensor, Tensor]:
         """(reconstructions, originals), each (images, channels, height, width) in [0, 1], of a finished attack."""
@@ -109,9 +140,10 @@ class Store:
         return found and found["reason"]
 
     def clear_failures(self) -> None:
-        """Forget failures, so that the defences are tried again."""
-        for path in (self.root / "failures").glob("*.json"):
-            path.unlink()
+        """Forget failures, so that the defences and the attacks are tried again."""
+        for pattern in ("failures/*.json", "captures/*/attacks/*.failed.json"):
+            for path in self.root.glob(pattern):
+                path.unlink()
 
     def defences(self, base: TrainConfig) -> list[Defence]:
         """The defences of all runs of this sweep that were begun, in the order in which they were begun."""
@@ -156,20 +188,17 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file, None if there is no such file; ValueError if it is damaged."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # a stray file may lie where a folder would be
         return None
     except ValueError as error:
         raise ValueError(f"Expected {path} to be JSON, but it can't be read: {error}.") from error
 
 
 def _figures(result: InversionResult, split: Split) -> dict[str, Any]:
+    names = [f.name for f in fields(result) if f.name not in ("attack", "reconstructions", "originals")]
     return {
         "attack": to_dict(result.attack),
         "split": split,
-        "ssim": result.ssim,
+        **{name: getattr(result, name) for name in names},
         "psnr": [min(p, 100.0) for p in result.psnr],  # dB; a perfect copy has no finite value
-        "oracle_ssim": result.oracle_ssim,
-        "objective": result.objective,
-        "diverged": result.diverged,
-        "seconds": result.seconds,
     }

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raytrust.cluster.phases import defence_objectives, evaluate_attacks, search_attacks, search_defences
 from raytrust.cluster.runtime import Listener, cluster
 from raytrust.config import SweepConfig
 from raytrust.data import Dataset
+from raytrust.evaluate import DISTRACTORS
 from raytrust.figures import frontier_figure, reconstructions_figure
 from raytrust.frontier import Row, audited_defences, drawing, finalists, row, trained_defences
 from raytrust.progress import Progress
@@ -44,6 +47,8 @@ def run_sweep(
     """
     progress = Progress(_totals(sweep, store), parallel=cpus, evaluation_cost=_evaluation_cost(sweep))
     store.clear_failures()
+    others = torch.linspace(0, len(data.test_images) - 1, min(DISTRACTORS, len(data.test_images))).long()
+    store.keep_references(data.test_images[others])  # none is private: private images are training images
     progress.say(
         f"{sweep.name}: {sweep.trials} defences on {data.name} ({len(data.train_labels)} training images), "
         f"{sweep.train.model.name} of width {sweep.train.model.width}, {sweep.train.workers} workers"

@@ -69,7 +69,9 @@ class SweepLog:
             reconstructions_figure(originals, [(finished["name"], images, ssim)], figure)
             directory = self._store.run_directory(train) / f"step-{finished['attack']['capture_step']:06d}"
             self._tracker.log_capture(key, directory)
+            floors = ("mse", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "aware_gain")
             metrics = {n: finished[n] for n in (*names, "attacks_tried", "n_images")}
+            metrics |= {n: finished[n] for n in (*floors, "label_accuracy") if finished[n] is not None}
             tags = {"pareto": finished["pareto"], **{f"attack.{k}": v for k, v in finished["attack"].items()}}
             self._tracker.evaluated(key, metrics, tags, [figure])
         done = sum(r["status"] == "finished" for r in rows)

@@ -189,3 +189,84 @@ def test_pareto_limits():
             metrics.pareto(points, maximise)
     with pytest.raises(ValueError, match="NaN"):
         metrics.pareto([[math.nan, 1.0]], [True, True])
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 7), (3, 8, 11), (3, 32, 32)])
+def test_the_ssim_table_is_the_pinned_call_for_each_pair(shape):
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, *shape)), rng.random((4, *shape)).astype(np.float32)
+    b[1] = 0.7 * a[2] + 0.3 * b[1]
+    b[2] = 0.5  # constant
+    b[3] = a[0]
+    table = metrics.ssim_table(a, b)
+    np.testing.assert_allclose(table, [[metrics.ssim(x, y) for y in b] for x in a], atol=1e-9)
+
+
+def test_the_ssim_table_refuses_bad_images():
+    good = np.full((2, 1, 8, 8), 0.5)
+    for bad in (good[:, :, :6], good[0], good + 0.6, good * np.nan, np.full((2, 3, 8, 8), 0.5)):
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match="Expected"):
+                metrics.ssim_table(*pair)
+
+
+def test_the_bootstrap_interval_covers_the_mean():
+    """As often as it says, for values that are far from normal; with the plain percentiles it would be 0.88."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        low, high = metrics.bootstrap_interval(rng.random(8) ** 2)
+        covered += low <= 1 / 3 <= high
+    assert 0.91 < covered / 400 < 0.98
+
+
+def test_the_bootstrap_interval_is_wider_than_the_plain_one():
+    values = np.random.default_rng(1).random(6)
+    low, high = metrics.bootstrap_interval(values)
+    plain = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    assert values.min() <= low < plain.low < plain.high < high <= values.max()
+    t = metrics.mean_interval(values)
+    assert high - low == pytest.approx(t[1] - t[0], rel=0.15)
+    assert metrics.bootstrap_interval(values) == (low, high)  # by a fixed seed
+    narrow = metrics.bootstrap_interval(values, confidence=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_limits_and_refusals():
+    assert metrics.bootstrap_interval([0.3]) is None
+    assert metrics.bootstrap_interval([0.3] * 5) == (0.3, 0.3)
+    for bad in ([], [math.nan, 1.0], [[1.0, 2.0]]):
+        with pytest.raises(ValueError, match="Expected at least one finite value"):
+            metrics.bootstrap_interval(bad)
+    with pytest.raises(ValueError, match="Expected confidence=1"):
+        metrics.bootstrap_interval([1.0, 2.0], confidence=1.0)
+
+
+@pytest.mark.parametrize("n", [1, 4, 9, 14])
+def test_the_sign_flip_test_is_exact(n):
+    rng = np.random.default_rng(n)
+    a, b = rng.random(n) + 0.1, rng.random(n)
+    found = metrics.paired_difference(a, b)
+    assert found.difference == pytest.approx(np.mean(a - b))
+    assert found.interval == metrics.bootstrap_interval(a - b)
+    sums = [abs(np.dot(signs, a - b)) for signs in itertools.product((1, -1), repeat=n)]
+    assert found.p_value == pytest.approx(np.mean(np.array(sums) >= abs((a - b).sum()) - 1e-12))
+    assert found.p_value >= 2 ** (1 - n)
+
+
+def test_the_sign_flip_test_of_many_pairs_is_nearly_exact():
+    rng = np.random.default_rng(0)
+    for shift in (0.05, 0.12, 0.0):
+        a, b = rng.random(40) + shift, rng.random(40)
+        exact = stats.permutation_test(
+            (a, b), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", n_resamples=20000, rng=1
+        )
+        assert metrics.paired_difference(a, b).p_value == pytest.approx(exact.pvalue, abs=0.02)
+
+
+def test_paired_differences():
+    assert metrics.paired_difference([0.5] * 10, [0.1] * 10).p_value == 2 / 2**10  # all signs alike
+    nothing = metrics.paired_difference([0.5, 0.2], [0.5, 0.2])
+    assert (nothing.difference, nothing.interval, nothing.p_value) == (0.0, (0.0, 0.0), 1.0)
+    with pytest.raises(ValueError, match="Expected pairs, got 2 and 3 values"):
+        metrics.paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])

@@ -43,7 +43,9 @@ def test_rows_may_be_none_at_all(tmp_path):
     assert report.load_rows(tmp_path / "rows.json") == []
 
 
-MEASURED = ["accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr"]
+MEASURED = ["accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "mse"]
+MEASURED += ["lpips", "label_accuracy", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim"]
+MEASURED += ["aware_gain", "aware_gain_p"]
 BAD_ROWS = {
     **{f"failed with {key}": failed() | {key: 0.0} for key in MEASURED},
     "finished without accuracy": finished(accuracy=0.9) | {"accuracy": None},
@@ -231,3 +233,12 @@ def test_bytes_are_in_decimal_units(count, text):
 )
 def test_settings_are_short(value, text):
     assert report._short(value) == text
+
+
+def test_the_caption_gives_the_floors_where_they_are_known():
+    floors = {"mean_image_ssim": 0.031, "other_image_ssim": 0.014}
+    text = "The mean image reaches 0.03, a random other image 0.01."
+    assert text in report.provenance([finished() | floors, finished() | floors])
+    for rows in ([finished()], [finished() | floors, finished()]):
+        assert "mean image" not in report.provenance(rows)
+    assert "bootstrap over images" in report.provenance([finished()])

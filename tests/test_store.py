@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from toys import synthetic
 
 from raytrust import store as module
@@ -27,7 +28,7 @@ from raytrust.config import (
     TrainConfig,
     to_dict,
 )
-from raytrust.evaluate import InversionResult, evaluate_inversion, evaluate_inversions
+from raytrust.evaluate import InversionFailure, InversionResult, evaluate_inversion, evaluate_inversions
 from raytrust.store import Store, open_store, read_json, write_json
 from raytrust.train import train
 
@@ -118,9 +119,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What is run: on which captures, and which attacks as one batch."""
     found: Calls = []
 
-    def counted(captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str) -> list[InversionResult]:
+    def counted(
+        captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str, references: Tensor | None
+    ) -> list[InversionResult | InversionFailure]:
         found.append(([c.index for c in captures], list(attacks)))
-        return evaluate_inversions(captures, attacks, device)
+        return evaluate_inversions(captures, attacks, device, references)
 
     monkeypatch.setattr(module, "evaluate_inversions", counted)
     return found
@@ -190,13 +193,62 @@ def test_a_perfect_copy_can_be_stored(store: Store, monkeypatch: pytest.MonkeyPa
     """Its PSNR is infinite, which JSON has no word for."""
     trained(store)
 
-    def perfect(captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str) -> list[InversionResult]:
-        images = torch.cat([c.truth.images for c in captures])
-        return [InversionResult(a, [1.0], [float("inf")], [1.0], [0.0], 0, 0.1, images, images) for a in attacks]
+    def perfect(
+        captures: Sequence[Capture], attacks: Sequence[InversionConfig], *_: Any
+    ) -> list[InversionResult | InversionFailure]:
+        return [replace(evaluate_inversion(captures, a), psnr=[float("inf")]) for a in attacks]
 
     monkeypatch.setattr(module, "evaluate_inversions", perfect)
     assert store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")[0]["psnr"] == [100.0]
     assert store.attack(TRAIN, ATTACK, "tuning") is not None
+
+
+IMPOSSIBLE = replace(ATTACK, method="analytic")  # a ConvNet has no linear first layer
+
+
+def test_an_attack_that_fails_is_stored_as_failed_and_never_as_a_number(store: Store, calls: Calls) -> None:
+    trained(store)
+    found = store.run_attacks(TRAIN, [IMPOSSIBLE, ATTACK], "tuning", "cpu")
+    assert [f["attack"] for f in found] == [to_dict(ATTACK)]
+    assert store.attacks(TRAIN, "tuning") == found
+    reason = "Expected a model whose first layer is linear, with bias, on the flat image."
+    assert store.attack_failure(TRAIN, IMPOSSIBLE, "tuning") == reason
+    assert store.attack_failures(TRAIN, "tuning") == [reason]
+    assert store.attack_failure(TRAIN, ATTACK, "tuning") is None
+    assert store.attack(TRAIN, IMPOSSIBLE, "tuning") is None
+    assert store.attack_failures(TRAIN, "evaluation") == []
+    assert store.run_attacks(TRAIN, [IMPOSSIBLE], "tuning", "cpu") == []  # not tried again
+    assert len(calls) == 1
+    store.clear_failures()
+    assert store.attack_failures(TRAIN, "tuning") == []
+    store.run_attacks(TRAIN, [IMPOSSIBLE, ATTACK], "tuning", "cpu")
+    assert calls[1:] == [([0], [IMPOSSIBLE])]
+
+
+def test_an_attack_that_is_listed_twice_runs_once(store: Store, calls: Calls) -> None:
+    trained(store)
+    other = replace(ATTACK, seed=2)
+    found = store.run_attacks(TRAIN, [ATTACK, other, ATTACK], "tuning", "cpu")
+    assert calls == [([0], [ATTACK, other])]
+    assert [f["attack"]["seed"] for f in found] == [0, 2]
+
+
+def test_references_reach_the_evaluation(store: Store) -> None:
+    trained(store)
+    (without,) = store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")
+    assert store.references() is None
+    assert without["mean_image_ssim"] is without["identified_ssim"] is None
+    images = synthetic(vivid=True).test_images
+    store.keep_references(images)
+    store.keep_references(images[:3])  # those already kept stay
+    kept = store.references()
+    assert kept is not None
+    assert torch.equal(kept, images.float() / 255)
+    (figures,) = store.run_attacks(TRAIN, [replace(ATTACK, seed=1)], "tuning", "cpu")
+    assert figures["candidates"] == len(images) + 1
+    assert set(figures["identified_mse"] + figures["identified_ssim"]) <= {True, False}
+    assert -1 <= figures["mean_image_ssim"][0] <= 1
+    assert figures["label_accuracy"] is figures["lpips"] is None
 
 
 def test_defences_come_in_the_order_in_which_they_were_begun(store: Store) -> None:
@@ -217,6 +269,7 @@ def test_defences_are_those_of_this_sweep(store: Store) -> None:
     store.begin(replace(with_defence(DEFENCES[2]), seed=1))
     Store(store.root, "other data").begin(with_defence(DEFENCES[3]))
     (store.root / "captures" / "stray").mkdir()
+    (store.root / "captures" / "file").touch()
     assert store.defences(TRAIN) == [DEFENCES[1]]
 
 
@@ -259,6 +312,11 @@ def test_a_sweep_may_go_on_with_more_trials(tmp_path: Path) -> None:
     store = open_store(tmp_path, sweep, "data", {"source": "digits"})
     assert open_store(tmp_path, replace(sweep, trials=9), "data", {"source": "mnist"}) == store
     assert read_json(tmp_path / "sweep.json")["options"] == {"source": "digits"}  # of the beginning
+
+
+def test_a_file_where_a_folder_would_be_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "stray").touch()
+    assert read_json(tmp_path / "stray" / "config.json") is None
 
 
 def test_json_files(tmp_path: Path) -> None:

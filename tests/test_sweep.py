@@ -61,6 +61,16 @@ COLUMNS: dict[str, type | tuple[type, ...]] = {
     "aware_ssim": float,
     "oracle_ssim": float,
     "attack": dict,
+    "mse": float,
+    "lpips": (float, type(None)),
+    "identified_mse": float,
+    "identified_ssim": float,
+    "mean_image_ssim": float,
+    "other_image_ssim": float,
+    "label_accuracy": type(None),  # labels were granted
+    "aware_gain": (float, type(None)),
+    "aware_gain_interval": (list, type(None)),
+    "aware_gain_p": (float, type(None)),
     "pareto": bool,
 }
 MEASURED = ("accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "attack")

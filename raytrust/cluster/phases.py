@@ -102,9 +102,10 @@ def evaluate_attacks(
     task = _remote_attack(device)
     waiting = {}
     for train, attacks in jobs:
-        if any(store.attack(train, attack, "evaluation") is None for attack in attacks):
+        split: Split = "evaluation"
+        if any(not (store.attack(train, a, split) or store.attack_failure(train, a, split)) for a in attacks):
             listener.started("evaluation", store.run_id(train), train.defence.name)
-            waiting[task.remote(store, train, attacks, "evaluation", device)] = train
+            waiting[task.remote(store, train, attacks, split, device)] = train
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=0.5)
         listener.tick()
@@ -121,12 +122,13 @@ def evaluate_attacks(
 def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> dict[str, float] | None:
     """What the outer search minimises and maximises, for a defence that is trained and met the portfolio; else None.
 
-    leakage: the greatest mean SSIM on the tuning images over the portfolio.
+    leakage: the greatest mean SSIM on the tuning images over the portfolio, but for attacks that failed.
     """
     train = replace(sweep.train, defence=defence)
     training = store.training(train)
-    attacks = [store.attack(train, attack, "tuning") for attack in sweep.portfolio_against(defence)]
-    if training is None or any(a is None for a in attacks):
+    portfolio = sweep.portfolio_against(defence)
+    attacks = [store.attack(train, a, "tuning") for a in portfolio if not store.attack_failure(train, a, "tuning")]
+    if training is None or not attacks or any(a is None for a in attacks):
         return None
     return {
         "leakage": max(float(np.mean(a["ssim"])) for a in attacks if a is not None),
@@ -169,7 +171,8 @@ def _defence_trial(parameters: dict[str, Any], sweep: dict[str, Any], data: list
     attacks = config.portfolio_against(defence)
     figures = ray.get(task.remote(store, train, attacks, "tuning", device))
     objectives = defence_objectives(store, config, defence)
-    assert objectives is not None
+    if objectives is None:
+        raise FloatingPointError(f"No attack has a result: {store.attack_failure(train, attacks[0], 'tuning')}")
     tune.report(
         {
             **objectives,
@@ -189,7 +192,10 @@ def _attack_trial(
     train = from_dict(TrainConfig, runs[parameters["run"]])
     settings = {**base, **{k: v for k, v in parameters.items() if k != "run"}}
     attack = from_dict(InversionConfig, settings).against(train.defence)
-    (figures,) = _attack_task(store, train, [attack], "tuning", cluster_device())
+    found = _attack_task(store, train, [attack], "tuning", cluster_device())
+    if not found:
+        raise FloatingPointError(store.attack_failure(train, attack, "tuning"))
+    (figures,) = found
     tune.report(
         {
             "ssim": float(np.mean(figures["ssim"])),
