@@ -416,12 +416,13 @@ def test_a_pass_is_reduced_when_its_last_bucket_is_full() -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     hook = ddp_comm_hook(build(Defence(DenseConfig()), model), tap)
     first, last = Bucket(0, parameters[4:]), Bucket(1, parameters[:4])
-    hook(model, first)  # of a pass that then fails
+    of_a_failed_pass = hook(model, Bucket(0, parameters[4:]))
     waiting = hook(model, first)
     assert not waiting.done()
     assert tap.sent_bytes == 0
     assert hook(model, last).wait() is last.vector
     assert waiting.wait() is first.vector
+    assert not of_a_failed_pass.done()
     assert tap.sent_bytes == 4 * sum(p.numel() for p in parameters)
     assert first.vector.unique().tolist() == [1.0]
     assert last.vector.unique().tolist() == [2.0]
