@@ -25,7 +25,7 @@ from raytrust.compress import Compressor, build
 from raytrust.config import Defence, ModelConfig, Threat, from_dict, to_dict
 from raytrust.models import build_model
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Observation:
     threat's vantage shows them. labels: (batch_size,) if the threat grants them, else None. image_shape: (channels,
     height, width). mean, std: (channels,), the public normalisation: the model saw (image - mean) / std of an image in
     [0, 1]. compressor_state: the public state before this reduction. victim: the rank whose batch it is.
-    residual: whether the messages hold the residual of earlier steps besides the gradient.
+    residual: whether the messages hold the residual of earlier steps besides the gradient. buffers_after: the buffers
+    as the private batch left them, if the threat grants its statistics, else None.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Observation:
     victim: int
     world_size: int
     residual: bool
+    buffers_after: dict[str, Tensor] | None = None
 
     def build_model(self) -> nn.Module:
         """The model under attack, with its weights and buffers, in the mode that the threat says."""
@@ -121,6 +123,7 @@ def save_capture(directory: Path, capture: Capture) -> None:
         "victim": seen.victim,
         "world_size": seen.world_size,
         "residual": seen.residual,
+        "buffers_after": seen.buffers_after,
     }
     _save(folder / f"truth-{capture.index:03d}.pt", {"images": capture.truth.images, "labels": capture.truth.labels})
     _save(folder / f"seen-{capture.index:03d}.pt", body)
@@ -151,6 +154,7 @@ def load_capture(directory: Path, step: int, index: int) -> Capture:
         victim=body["victim"],
         world_size=body["world_size"],
         residual=body["residual"],
+        buffers_after=body["buffers_after"],
     )
     return Capture(index, seen, Truth(truth["images"], truth["labels"]))
 

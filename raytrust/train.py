@@ -187,9 +187,11 @@ def _captures(
         mine = indices[index % len(indices)]  # in a last, short round some workers only keep the others company
         images, labels = _fetch(data.train_images, data.train_labels, mine, data, device)
         tap = Tap(channel)
-        copy.deepcopy(compressor).reduce(_private_gradient(model, images, labels, config), tap)
+        gradient, after = _private_gradient(model, images, labels, config)
+        copy.deepcopy(compressor).reduce(gradient, tap)
         if index >= len(indices):
             continue
+        granted = config.threat.batch_statistics == "known" and config.threat.batch_norm == "train"
         seen = Observation(
             step=step,
             weights=weights,
@@ -207,18 +209,24 @@ def _captures(
             victim=channel.rank,
             world_size=channel.world_size,
             residual=isinstance(compressor, ErrorFeedback) and step > 0,
+            buffers_after=after if granted else None,
         )
         yield Capture(index, seen, Truth(data.train_images[mine].float() / 255, data.train_labels[mine]))
 
 
-def _private_gradient(model: nn.Module, images: Tensor, labels: Tensor, config: TrainConfig) -> Sequence[Tensor]:
-    """The gradient of the mean loss over the private batch, in the threat's batch-norm mode; buffers stay unchanged."""
+def _private_gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, config: TrainConfig
+) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    """The gradient of the mean loss over the private batch, in the threat's batch-norm mode, and the buffers that a
+    worker would have afterwards; those of the model stay unchanged.
+    """
     before = {name: b.clone() for name, b in model.named_buffers()}
     model.train(config.threat.batch_norm == "train")
     grads = torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
+    after = _state(model)[1]
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])
-    return grads
+    return grads, after
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -321,6 +321,15 @@ def test_files_hold_no_more_than_they_show(tmp_path: Path) -> None:
     assert again.messages[0].sent_bytes == 16
 
 
+def test_the_buffers_that_the_batch_left_behind_survive(data: Dataset, tmp_path: Path) -> None:
+    threat = Threat(batch_norm="train", batch_size=2, batch_statistics="known")
+    capture = captured(data, DenseConfig(), threat, "resnet18")[0]
+    assert capture.seen.buffers_after is not None
+    assert not torch.equal(capture.seen.buffers_after["bn1.running_mean"], capture.seen.buffers["bn1.running_mean"])
+    save_capture(tmp_path, capture)
+    assert_equal(load_capture(tmp_path, 0, capture.index).seen, capture.seen)
+
+
 def test_a_hidden_payload_of_any_type_survives(capture: Capture, tmp_path: Path) -> None:
     hidden = Message(
         "all_gather",

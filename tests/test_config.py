@@ -155,7 +155,8 @@ def test_an_integer_will_do_for_a_float() -> None:
         (
             TrainConfig,
             {"threat": {"batchsize": 3}},
-            "Expected the keys of threat to be among vantage, batch_size, batch_norm, labels, got 'batchsize'.",
+            "Expected the keys of threat to be among vantage, batch_size, batch_norm, labels, batch_statistics, "
+            "got 'batchsize'.",
         ),
         (
             Defence,
@@ -390,6 +391,7 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
         (Threat, "vantage"): ("link", "peer"),
         (Threat, "batch_norm"): ("eval", "train"),
         (Threat, "labels"): ("known", "unknown"),
+        (Threat, "batch_statistics"): ("unknown", "known"),
         (InversionConfig, "objective"): ("naive", "aware"),
         (InversionConfig, "signed"): ("none", "hard", "soft"),
         (InversionConfig, "method"): ("optimise", "analytic"),

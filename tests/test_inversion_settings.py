@@ -147,10 +147,30 @@ def test_what_is_known_of_batch_statistics() -> None:
     assert torch.equal(mean, trained.buffers["bn1.running_mean"])
     assert torch.equal(variance, trained.buffers["bn1.running_var"])
     attack = replace(SHORT, bn=0.1)
-    with pytest.raises(ValueError, match=r"^Expected a model whose batch norms have seen data for a prior"):
+    with pytest.raises(ValueError, match="Expected batch norms that have seen data for a prior on their statistics"):
         invert([(untrained, attack)])
     with pytest.raises(ValueError, match=r"^Expected a model with batch norm for a prior on its statistics"):
         invert([(seen()[0], attack)])
+
+
+def test_statistics_of_the_private_batch_only_where_the_threat_grants_them() -> None:
+    granted, withheld, evaluation = (
+        captures(threat=threat, model="resnet18")[1]
+        for threat in (
+            Threat(batch_size=3, batch_norm="train", batch_statistics="known"),
+            Threat(batch_size=3, batch_norm="train"),
+            Threat(batch_size=3, batch_statistics="known"),
+        )
+    )
+    assert withheld.seen.buffers_after is evaluation.seen.buffers_after is None
+    for capture in (withheld, evaluation):  # of an untrained model nothing else is known
+        with pytest.raises(ValueError, match="Expected batch norms that have seen data"):
+            known_statistics(capture.seen)
+    x = (granted.truth.images - granted.seen.mean.view(-1, 1, 1)) / granted.seen.std.view(-1, 1, 1)
+    expected = BatchNormPrior(granted.seen.build_model()).statistics(x[None])
+    for found, true in zip(known_statistics(granted.seen), expected, strict=True):
+        for a, b in zip(found, true, strict=True):
+            torch.testing.assert_close(a, b[0], rtol=1e-3, atol=1e-4)
 
 
 def test_priors_pull_where_they_should() -> None:

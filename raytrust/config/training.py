@@ -36,12 +36,15 @@ class Threat:
     batch_norm: the mode in which the private gradient is taken: "eval" uses the running statistics, which the attacker
         knows as buffers of the model; "train" uses the statistics of the private batch itself.
     labels: "known" grants the private labels to the attacker; "unknown" does not.
+    batch_statistics: "known" grants the batch-norm buffers as the private batch left them, as a server that collects
+        them has it, and with them the statistics of that batch; without effect in mode "eval".
     """
 
     vantage: Literal["link", "peer"] = "link"
     batch_size: int = 1
     batch_norm: Literal["eval", "train"] = "eval"
     labels: Literal["known", "unknown"] = "known"
+    batch_statistics: Literal["unknown", "known"] = "unknown"
 
     def __post_init__(self) -> None:
         expect_choices(self)

@@ -104,16 +104,33 @@ class BatchNormPrior:
         self._found.append((mean, variance))
 
 
+@torch.no_grad()
 def known_statistics(seen: Observation) -> Statistics:
     """The statistics that the threat lets an attacker take for those of the private batch, each (channels,).
 
-    These are the running statistics, which are buffers of the model: of the training data, not of the batch. Raises
-    ValueError where nothing was averaged yet, so that they are initial values.
+    Where it grants the buffers that the private batch left behind, its own statistics, as running = (1 - momentum)
+    before + momentum batch; else the running statistics, which are of the training data and not of the batch. Raises
+    ValueError where these are but initial values.
     """
     model = seen.build_model()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    if any(norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0 for norm in norms):
-        raise ValueError("Expected a model whose batch norms have seen data for a prior on their statistics (bn > 0).")
-    if any(norm.running_mean is None for norm in norms):
-        raise ValueError("Expected batch norms with running statistics for a prior on them (bn > 0).")
-    return [(norm.running_mean, norm.running_var) for norm in norms]  # type: ignore[misc]
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    if any(m.running_mean is None or m.momentum is None for m in norms.values()):
+        raise ValueError("Expected batch norms with running statistics and momentum for a prior on them (bn > 0).")
+    if seen.buffers_after is None:
+        if any(int(seen.buffers[f"{name}.num_batches_tracked"]) == 0 for name in norms):
+            raise ValueError("Expected batch norms that have seen data for a prior on their statistics (bn > 0).")
+        return [(seen.buffers[f"{name}.running_mean"], seen.buffers[f"{name}.running_var"]) for name in norms]
+    counts: dict[str, int] = {}  # values a channel that each variance is of
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda m, x, name=name: counts.update({name: x[0].numel() // x[0].shape[1]}))
+    model(torch.zeros(seen.threat.batch_size, *seen.image_shape))
+    found = []
+    for name, norm in norms.items():
+        assert norm.momentum is not None
+        mean, variance = (
+            (seen.buffers_after[key] - (1 - norm.momentum) * seen.buffers[key]) / norm.momentum
+            for key in (f"{name}.running_mean", f"{name}.running_var")
+        )
+        n = counts[name]
+        found.append((mean, variance * (n - 1) / n))  # running variances have Bessel's correction
+    return found
