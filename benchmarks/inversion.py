@@ -1,0 +1,159 @@
+"""How fast is an iteration of gradient matching, beside the textbook double-backward loop?
+
+    OMP_NUM_THREADS=1 python benchmarks/inversion.py
+    python benchmarks/inversion.py --restarts 16 --dtype bfloat16 --json inversion.json
+    python benchmarks/inversion.py --device cuda --restarts 1 16 64
+
+An iteration of one restart is the distance of its gradient from the observed one, and the derivative by the image: full
+ResNet-18 (CIFAR stem, evaluation mode) on 32x32 images. The textbook loop takes one restart at a time, in float32, with
+torch.autograd.grad(create_graph=True). Both are timed in turns in the same run: the median time, and the median of the
+ratios of neighbours. On the CPU: process time of one thread; on a GPU: wall-clock time between synchronisations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raytrust.attacks.inversion import GradientMatcher
+from raytrust.attacks.inversion.memory import keep_freed_memory
+from raytrust.channel import LocalChannel, Tap
+from raytrust.compress import View, build
+from raytrust.compress.views import identity_view
+from raytrust.config import CompressorConfig, Defence, ModelConfig, PowerSGDConfig, TopKConfig
+from raytrust.models import build_model
+
+AWARE: dict[str, CompressorConfig] = {
+    "aware powersgd-4": PowerSGDConfig(rank=4),
+    "aware topk-4": TopKConfig(equal_to_rank=4, equal_by="values"),  # as many values as PowerSGD of rank 4
+}
+OBJECTIVES = ("naive", *AWARE)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def views(model: nn.Module, device: str) -> dict[str, View]:
+    """What one private image's gradient reveals under each objective: all of it, or what a compressor let through."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(1, 3, 32, 32, generator=generator).to(device)
+    loss = F.cross_entropy(model(image), torch.tensor([3], device=device))
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    found: dict[str, View] = {"naive": identity_view(grads)}
+    for name, config in AWARE.items():
+        tap = Tap(LocalChannel())
+        shapes = [g.shape for g in grads]
+        build(Defence(config), shapes).reduce([g.cpu() for g in grads], tap)
+        found[name] = build(Defence(config), shapes).view([m.to(device) for m in tap.messages], "link")
+    return found
+
+
+def textbook(model: nn.Module, x: Tensor, label: Tensor, view: View) -> tuple[Tensor, Tensor]:
+    """Distance and derivative for one restart: x (1, channels, height, width), label (1,)."""
+    x = x.detach().requires_grad_()
+    loss = F.cross_entropy(model(x), label)
+    grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    value = view.distance([g[None] for g in grads])
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(objective: str, restarts: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The matcher with this many restarts, in turns with one restart of the textbook loop."""
+    model = build_model(ModelConfig(width=options.width), 3, 10, seed=0).eval().to(options.device)
+    view = views(model, options.device)[objective]
+    matcher = GradientMatcher(model, dtype=DTYPES[dtype])
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(restarts, 1, 3, 32, 32, generator=generator).to(options.device)
+    labels = torch.full((restarts, 1), 3, device=options.device)
+
+    value, _ = textbook(model, x[0], labels[0], view)  # both warm up
+    found, _ = matcher(x, labels, view.distance)
+    if abs(float(found[0] - value)) > 0.02:
+        raise SystemExit(f"The matcher's distance {float(found[0])} is not the textbook's {float(value)}.")
+    times = [
+        (
+            seconds(lambda: textbook(model, x[0], labels[0], view), options.device),
+            seconds(lambda: matcher(x, labels, view.distance), options.device) / restarts,
+        )
+        for _ in range(options.repeats)
+    ]
+    return {
+        "objective": objective,
+        "restarts": restarts,
+        "dtype": dtype,
+        "device": options.device,
+        "ms_per_restart": 1e3 * statistics.median(ours for _, ours in times),
+        "ratio_to_textbook": statistics.median(theirs / ours for theirs, ours in times),
+    }
+
+
+def checked(options: argparse.Namespace) -> argparse.Namespace:
+    for name in ("width", "repeats", "restarts"):
+        given = getattr(options, name)
+        for value in [given] if isinstance(given, str) else given:
+            if not (value.isdecimal() and int(value) > 0):
+                raise ValueError(f"Expected {name}={value} to be a whole number of at least 1.")
+    options.width, options.repeats = int(options.width), int(options.repeats)
+    options.restarts = [int(count) for count in options.restarts]
+    for name, known in (("objective", OBJECTIVES), ("dtype", tuple(DTYPES)), ("device", ("cpu", "cuda"))):
+        chosen = getattr(options, name)
+        for value in [chosen] if isinstance(chosen, str) else chosen:
+            if value not in known:
+                raise ValueError(f"Expected {name}={value} in {known}.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("Expected device=cuda to be available here.")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ValueError(f"Expected json={options.json} in a directory that exists.")
+    return options
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", nargs="+", default=OBJECTIVES)
+    parser.add_argument("--restarts", nargs="+", default=("1", "4", "16", "64"))
+    parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--width", default="64")
+    parser.add_argument("--repeats", default="3")
+    parser.add_argument("--json", type=Path)
+    try:
+        options = checked(parser.parse_args())
+    except ValueError as error:
+        sys.exit(str(error))
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    print(f"{'objective':<18}{'restarts':>9}{'dtype':>10}{'ms/restart':>12}{'restarts/s':>12}{'x textbook':>12}")
+    rows = []
+    for objective in options.objective:
+        for dtype in options.dtype:
+            for restarts in options.restarts:
+                row = measure(objective, restarts, dtype, options)
+                rows.append(row)
+                ms, ratio = row["ms_per_restart"], row["ratio_to_textbook"]
+                print(f"{objective:<18}{restarts:>9}{dtype:>10}{ms:>12.1f}{1e3 / ms:>12.1f}{ratio:>12.2f}", flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
