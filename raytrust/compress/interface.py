@@ -141,7 +141,7 @@ class Layout:
         # One pass: a sum is finite only if all its terms are. The converse fails where it overflows.
         sums = torch.stack([g.detach().sum(dtype=torch.float32) for g in grads])
         for i in (~sums.isfinite()).nonzero().flatten().tolist():
-            bad = grads[i].detach()[~grads[i].isfinite()]
+            bad = grads[i].detach()[~grads[i].float().isfinite()]
             if bad.numel():
                 raise ValueError(
                     f"Expected the gradient of {self.names[i]} to be finite, got {bad[0].item()} in {bad.numel()} of "

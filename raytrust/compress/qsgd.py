@@ -77,7 +77,7 @@ class QSGD(Counting):
         norms = _norms(rows, self._config.norm)
         y = self._scratch("levels", rows.numel(), x)
         dice(y)
-        inverse = s / norms.clamp_min(torch.finfo(torch.float32).tiny)
+        inverse = s / norms.clamp_min(s * torch.finfo(torch.float32).tiny)  # finite for a bucket of zeros, too
         torch.addcmul(y.view_as(rows), rows, inverse[:, None], out=y.view_as(rows)).add_(s)
         codes = self._scratch("codes", rows.numel(), x, torch.uint8)
         # Dropping the fraction rounds down, as nothing is negative. numpy converts three times faster than torch.
@@ -92,7 +92,7 @@ class QSGD(Counting):
         unpack_codes(packed[_bytes(part.start, bits) : _bytes(part.stop, bits)], bits, codes[:n])
         scale = norms[part.start // bucket : -(-part.stop // bucket), None] / self.levels
         rows = codes.view(-1, bucket)
-        return torch.addcmul(scale * -self.levels, rows, scale, out=rows).view(-1)[:n]
+        return rows.sub_(self.levels).mul_(scale).view(-1)[:n]  # level 0 is exactly zero
 
     def _decode(self, message: Sequence[Tensor], out: Tensor) -> list[Tensor]:
         for part in self._chunks():

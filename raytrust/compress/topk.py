@@ -60,11 +60,13 @@ def _k(config: TopKConfig, layout: Layout) -> int:
 
 
 def _share_out(k: int, sizes: Sequence[int]) -> list[int]:
-    """k in proportion to the sizes, by largest remainder; at least 1 each, so the sum may exceed a k that is tiny."""
+    """k in proportion to the sizes, by largest remainder; at least 1 to each that has entries, even if k is smaller."""
     shares = [k * size / max(1, sum(sizes)) for size in sizes]
     ks = [min(size, max(1, int(share))) for size, share in zip(sizes, shares, strict=True)]
     by_remainder = sorted(range(len(sizes)), key=lambda i: int(shares[i]) - shares[i])
     for i in by_remainder:
         if sum(ks) < k and ks[i] < sizes[i]:
             ks[i] += 1
+    while sum(ks) > k and max(ks) > 1:  # what the small ones took beyond their share
+        ks[ks.index(max(ks))] -= 1
     return ks

@@ -42,8 +42,8 @@ class LinearView:
         A candidate or an observation that is zero throughout is at distance 1.
         """
         measured = self.measure(grads)
-        inner = total(m.flatten(1) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
-        squared = total(m.flatten(1).square().sum(1) for m in measured)
+        inner = total(_rows(m) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
+        squared = total(_rows(m).square().sum(1) for m in measured)
         norm = torch.sqrt(total(o.square().sum() for o in self.observed))
         tiny = torch.finfo(squared.dtype).tiny
         return 1 - inner / (squared.clamp_min(tiny).sqrt() * norm.clamp_min(tiny**0.5))
@@ -52,6 +52,11 @@ class LinearView:
 def identity_view(observed: Sequence[Tensor]) -> LinearView:
     """The view of a whole gradient. Of a decoded one, it is the view of an attacker who ignores the compressor."""
     return LinearView(observed, measure=list, adjoint=list)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(batch, *shape) -> (batch, entries), for any shape: without entries, or a scalar's."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
@@ -76,7 +81,7 @@ class SparseView(LinearView):
         bound: Tensor | None = None,
     ):
         def measure(grads: Sequence[Tensor]) -> list[Tensor]:
-            return [g.flatten(1)[:, p] for g, p in zip(grads, positions, strict=True)]
+            return [_rows(g)[:, p] for g, p in zip(grads, positions, strict=True)]
 
         def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
             return [
@@ -102,8 +107,8 @@ class SignView:
     def distance(self, grads: Sequence[Tensor]) -> Tensor:
         """The share of the candidate's L1 norm that lies outside the orthant, in [0, 1], 1/2 for a candidate of zeros;
         plus, where scales are known, the relative squared error of the tensors' L1 norms. Zero at the true gradient."""
-        sums = [g.flatten(1).abs().sum(1) for g in grads]
-        inside = total(g.flatten(1) @ s.flatten() for g, s in zip(grads, self.signs, strict=True))
+        sums = [_rows(g).abs().sum(1) for g in grads]
+        inside = total(_rows(g) @ s.flatten() for g, s in zip(grads, self.signs, strict=True))
         outside = (1 - inside / total(sums).clamp_min(torch.finfo(inside.dtype).tiny)) / 2
         if self.scales is None:
             return outside
@@ -123,7 +128,7 @@ class IntervalView:
     def distance(self, grads: Sequence[Tensor]) -> Tensor:
         """The squared distance to the box, relative to its centre's squared norm; zero at the true gradient."""
         beyond = total(
-            ((g - m).abs() - r).clamp_min(0).flatten(1).square().sum(1)
+            _rows(((g - m).abs() - r).clamp_min(0)).square().sum(1)
             for g, m, r in zip(grads, self.middle, self.radius, strict=True)
         )
         norm = total(m.square().sum() for m in self.middle)
@@ -150,18 +155,15 @@ class VertexView:
         """
         d = sum(s.numel() for s in self.shapes)
         tiny = torch.finfo(torch.float32).tiny
-        length = total(g.flatten(1).square().sum(1) for g in grads).clamp_min(tiny).sqrt()
-        mass = total(g.flatten(1).abs().sum(1) for g in grads) / length / d**0.5
+        length = total(_rows(g).square().sum(1) for g in grads).clamp_min(tiny).sqrt()
+        mass = total(_rows(g).abs().sum(1) for g in grads) / length / d**0.5
         even = (1 - mass).clamp_min(1e-6) / (2 * d)
         starts = torch.tensor([0, *[s.numel() for s in self.shapes]], device=self.indices.device).cumsum(0)
         order = self.indices.argsort()
         indices, signs = self.indices[order], self.signs[order]
         cuts = torch.searchsorted(indices, starts).tolist()
         chosen = torch.cat(
-            [
-                g.flatten(1)[:, indices[a:b] - s]
-                for g, a, b, s in zip(grads, cuts, cuts[1:], starts.tolist(), strict=False)
-            ],
+            [_rows(g)[:, indices[a:b] - s] for g, a, b, s in zip(grads, cuts, cuts[1:], starts.tolist(), strict=False)],
             dim=1,
         )
         along = (chosen * signs).clamp_min(0) / length[:, None] / d**0.5
@@ -193,7 +195,7 @@ class SpectralView:
                 weights.append(square.sum())
         for i, vector in self.vectors.items():
             square = vector.square().sum()
-            terms.append((1 - _cosine(grads[i].flatten(1), vector.flatten())) * square)
+            terms.append((1 - _cosine(_rows(grads[i]), vector.flatten())) * square)
             weights.append(square)
         return total(terms) / total(weights).clamp_min(torch.finfo(torch.float32).tiny)
 
