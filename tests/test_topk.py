@@ -90,3 +90,60 @@ def test_at_full_level_nothing_is_lost() -> None:
     mean, own = TopK(TopKConfig(level=1.0), Layout([g.shape for g in grads])).reduce(grads, LocalChannel())
     assert all(map(torch.equal, mean, grads))
     assert all(map(torch.equal, own, grads))
+
+
+def per_layer(grads: Sequence[Tensor], level: float) -> list[Tensor]:
+    config = TopKConfig(level=level, scope="layer")
+    return TopK(config, Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).own
+
+
+def test_per_layer_the_choice_is_within_each() -> None:
+    grads = [torch.tensor([1.0, -2.0, 0.5, 0.1]), torch.tensor([[30.0, -40.0]])]
+    assert [o.tolist() for o in per_layer(grads, 0.5)] == [[1, -2, 0, 0], [[0, -40]]]
+
+
+def test_per_layer_no_layer_waits_for_ever() -> None:
+    """However small it is beside the others, or its entries beside theirs."""
+    grads = [torch.full((1000,), 100.0), torch.tensor([1e-3]), torch.full((2, 3), 1e-6)]
+    own = per_layer(grads, 0.01)
+    assert [int((o != 0).sum()) for o in own] == [8, 1, 1]
+    whole = TopK(TopKConfig(level=0.01), Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).own
+    assert [int((o != 0).sum()) for o in whole] == [10, 0, 0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.floats(0, 1, exclude_min=True))
+def test_per_layer_as_many_are_sent_in_all(sizes: list[int], level: float) -> None:
+    """k in all, in proportion to the sizes to within one, and at least one from each layer that has entries."""
+    layout = Layout([torch.Size((size,)) for size in sizes])
+    grads = [1.0 + torch.rand(size, generator=torch.Generator().manual_seed(0)) for size in sizes]
+    compressor = TopK(TopKConfig(level=level, scope="layer"), layout)
+    counts = [int((o != 0).sum()) for o in compressor.reduce(grads, LocalChannel()).own]
+    layers = sum(size > 0 for size in sizes)
+    k = round(level * sum(sizes))
+    assert sum(counts) == compressor.k == min(sum(sizes), max(k, layers))
+    for count, size in zip(counts, sizes, strict=True):
+        assert (count >= 1) == (size > 0)
+        assert count <= 1 + max(1, level * size)
+
+
+@settings(deadline=None)
+@given(st.lists(numbers, min_size=6, max_size=40), st.floats(0.2, 1))
+def test_per_layer_the_contraction_holds_for_each(values: list[float], level: float) -> None:
+    x = torch.tensor(values)
+    grads = list(x.split([2, 1, len(x) - 3]))
+    compressor = TopK(TopKConfig(level=level, scope="layer"), Layout([g.shape for g in grads]))
+    tap = Tap(LocalChannel())
+    own, view = compressor.reduce(grads, tap).own, compressor.view(tap.messages, "link")
+    for g, o, positions in zip(grads, own, view.positions, strict=True):
+        left, right = (float(e.double().square().sum()) for e in (g - o, g))
+        assert left <= (1 - len(positions) / len(g)) * right * (1 + 1e-12)
+
+
+def test_many_ties_are_not_cut_off_by_position_before_larger_ones() -> None:
+    """A sampled threshold lets too many pass here; those that are dropped are the smallest, not the last."""
+    x = torch.ones(200_000)
+    x[-1500:] = -2.0
+    own = TopK(TopKConfig(level=0.01), Layout([x.shape])).reduce([x], LocalChannel()).own[0]
+    assert int((own == -2).sum()) == 1500
+    assert int((own == 1).sum()) == 500

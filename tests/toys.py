@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raytrust.channel import Message
+from raytrust.channel import LocalChannel, Message
+from raytrust.compress import build
 from raytrust.config import (
     AtomoConfig,
     CompressorConfig,
@@ -169,6 +171,34 @@ def mean_over_workers(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 def batch(*candidates: Sequence[Tensor]) -> list[Tensor]:
     """Gradients as a view takes them: one tensor a parameter, (batch, *shape)."""
     return [torch.stack(parts) for parts in zip(*candidates, strict=True)]
+
+
+def draws(config: CompressorConfig, grads: Sequence[Tensor], count: int, seed: int = 0) -> Tensor:
+    """What the messages of `count` steps decode to, of the same gradients each time: float64 (count, entries)."""
+    compressor = build(Defence(config), [g.shape for g in grads], seed)
+    own = (compressor.reduce(grads, LocalChannel()).own for _ in range(count))
+    return torch.stack([torch.cat([o.flatten() for o in parts]).double() for parts in own])
+
+
+def assert_unbiased(samples: Tensor, expected: Tensor) -> None:
+    """A z-test of every coordinate at once: with Bonferroni's bound an unbiased method fails one seed in 10,000.
+
+    samples: (count, entries). What does not vary must be as expected to rounding.
+    """
+    count, entries = samples.shape
+    deviation = samples.std(0)
+    error = (samples.mean(0) - expected).abs()
+    rounding = 1e-5 * expected.abs().max()
+    bound = statistics.NormalDist().inv_cdf(1 - 1e-4 / (2 * entries))
+    assert deviation.max() > rounding, "nothing was random"
+    excess = error - bound * deviation / count**0.5 - rounding
+    assert excess.max() <= 0, f"biased in entry {int(excess.argmax())}"
+
+
+def relative_variance(samples: Tensor, expected: Tensor) -> tuple[float, float]:
+    """E||own - x||^2 / ||x||^2 as estimated, and its standard error."""
+    errors = (samples - expected).square().sum(1) / expected.square().sum()
+    return float(errors.mean()), float(errors.std() / len(errors) ** 0.5)
 
 
 def synthetic(
