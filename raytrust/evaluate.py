@@ -37,7 +37,8 @@ class InversionResult:
         `candidates` - 1 other images; ties are lost. Guessing reaches 1 / candidates.
     mean_image_ssim, other_image_ssim: floors, from other images of the data set: SSIM of their mean to the private
         image, and the mean of their SSIM to it, which is what a random other image can expect.
-    objective: of the picked restart, one a batch. diverged: restarts that broke off. seconds: wall.
+    objective, matching: of the picked restart, one a batch; matching is without priors, None where there is none.
+    diverged: restarts that broke off. seconds: wall.
     reconstructions, originals: (images, channels, height, width) in [0, 1].
     """
 
@@ -54,6 +55,7 @@ class InversionResult:
     mean_image_ssim: list[float] | None
     other_image_ssim: list[float] | None
     objective: list[float]
+    matching: list[float] | None
     diverged: int
     seconds: float
     reconstructions: Tensor
@@ -157,6 +159,7 @@ def _compare(
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(reconstructions, originals, strict=True)]
     ssim, errors = [s for _, values in picked for s in values], [mse(a, b) for a, b in pairs]
     lpips = perceptual_distance()
+    matching = [None if c.matching is None else c.matching[c.pick()] for c in candidates]
     return InversionResult(
         attack=attack,
         ssim=ssim,
@@ -171,11 +174,24 @@ def _compare(
         mean_image_ssim=None if floors is None else floors.mean_image,
         other_image_ssim=None if floors is None else floors.other_image,
         objective=[float(c.objective.min()) for c in candidates],
+        matching=None if any(m is None for m in matching) else [float(m) for m in matching if m is not None],
         diverged=sum(c.diverged for c in candidates),
         seconds=seconds,
         reconstructions=reconstructions,
         originals=originals,
     )
+
+
+def pick_among(results: Sequence[InversionResult]) -> list[int]:
+    """For each batch, which of these attacks an attacker who made them all would hand in: the index of that of least
+    matching distance, as it can observe no other difference between its settings.
+
+    Raises ValueError if their distances can't be compared: of different objectives or kinds of matching, or of none.
+    """
+    kinds = {(r.attack.objective, r.attack.matching, r.matching is None) for r in results}
+    if len(kinds) != 1 or next(iter(kinds))[2]:
+        raise ValueError("Expected results of one objective and one matching distance.")
+    return np.argmin([r.matching for r in results if r.matching is not None], axis=0).tolist()
 
 
 def _match(images: Tensor, truth: Tensor) -> tuple[Tensor, list[float]]:

@@ -24,6 +24,7 @@ from raytrust.evaluate import (
     evaluate_inversion,
     evaluate_inversions,
     perceptual_distance,
+    pick_among,
 )
 from raytrust.metrics import mse, psnr, ssim
 from raytrust.train import train
@@ -310,3 +311,29 @@ def test_lpips_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert distance is not None
     assert distance(torch.zeros(2, 1, 8, 8), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8)) == [0.0, 1.0]
     assert len(evaluate_inversion(captures(1), ATTACK).lpips or []) == 3
+
+
+def test_the_attacker_picks_among_settings_by_the_matching_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    private = captures(2)
+    attacks = [ATTACK, replace(ATTACK, tv=0.5), replace(ATTACK, tv=0.0)]
+    distances = [[0.3, 0.1, 0.2], [0.2, 0.2, 0.3], [0.4, 0.3, 0.1]]
+    claim(
+        monkeypatch,
+        [
+            replace(
+                restarts(noise(c.truth.images), c.truth.images, objective=[9.0, 1.0]),
+                matching=torch.tensor([0.0, d]),  # of the pick it is the second
+            )
+            for row in distances
+            for c, d in zip(private, row, strict=True)
+        ],
+    )
+    results = [r for r in evaluate_inversions(private, attacks) if isinstance(r, InversionResult)]
+    assert [r.matching for r in results] == [pytest.approx(row) for row in distances]
+    assert pick_among(results) == [1, 0, 2]
+    for change in ({"objective": "aware"}, {"matching": "l2"}):
+        other = replace(results[0], attack=replace(ATTACK, **change))
+        with pytest.raises(ValueError, match="Expected results of one objective and one matching distance"):
+            pick_among([results[0], other])
+    with pytest.raises(ValueError, match="Expected results of one objective"):
+        pick_among([replace(results[0], matching=None)])

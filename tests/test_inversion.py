@@ -218,6 +218,9 @@ def test_the_objective_is_that_of_the_images(
         assert found.images.shape == (2, 2, 3, 8, 8)
         for images, value in zip(found.images, found.objective.tolist(), strict=True):
             assert value == pytest.approx(recompute(observation, attack, images), abs=1e-4)
+        assert found.matching is not None
+        for images, value in zip(found.images, found.matching.tolist(), strict=True):
+            assert value == pytest.approx(recompute(observation, replace(attack, tv=0.0), images), abs=1e-4)
 
 
 def test_a_peer_attacks_what_the_collective_returned() -> None:

@@ -31,13 +31,15 @@ class Candidates:
     images: (restarts, batch, channels, height, width) in [0, 1], each restart's best. objective: (restarts,), matching
     distance + weighted priors at these images, inf for a restart that never had a finite one. labels: (restarts,
     batch), with which it was computed, granted or recovered; None for an attack that needs none. broken: (restarts,),
-    whether the restart met a value or a slope that isn't finite; what was its best before is kept.
+    whether the restart met a value or a slope that isn't finite; what was its best before is kept. matching:
+    (restarts,), the distance alone, without priors, which can be compared between settings of one objective.
     """
 
     images: Tensor
     objective: Tensor
     labels: Tensor | None = None
     broken: Tensor | None = None
+    matching: Tensor | None = None
 
     @property
     def diverged(self) -> int:
@@ -144,6 +146,7 @@ def _join(parts: Sequence[Candidates]) -> Candidates:
         objective=torch.cat([p.objective for p in parts]),
         labels=torch.cat([p.labels for p in parts if p.labels is not None]),
         broken=torch.cat([p.broken for p in parts if p.broken is not None]),
+        matching=torch.cat([p.matching for p in parts if p.matching is not None]),
     )
 
 

@@ -28,7 +28,7 @@ from raytrust.capture import Observation
 from raytrust.config import InversionConfig
 
 PRIORS = ("tv", "colour", "l2", "group", "bn")
-Found = tuple[Tensor, Tensor, Tensor, Tensor]  # images, objective, labels, broken: see `engine.Candidates`
+Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of `engine.Candidates`, in their order
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class _Batch:
         self.z = z.to(device).clamp_(self.low, self.high)
         self.optimiser = build_optimiser(pieces[0].config, self.z)
         self.best = torch.full((len(self.z),), torch.inf, device=device)
-        self.best_z = self.z.clone()
+        self.best_z, self.matching = self.z.clone(), self.best.clone()
         self.broken = torch.zeros(len(self.z), dtype=torch.bool, device=device)
 
     def step(self, iteration: int) -> None:
@@ -115,11 +115,12 @@ class _Batch:
         (slope,) = torch.autograd.grad(prior.sum(), x)
         gradient = gradient.flatten(1).clone()
         gradient[:, : self.pixels] += slope.flatten(1)
-        value = value + prior.detach()
+        matching, value = value, value + prior.detach()
         best, rows = self.best[self.rows], self.rows
         better = (value < best) & ~self.broken[rows]  # never true for NaN
         self.best[rows] = torch.where(better, value, best)
         self.best_z[rows] = torch.where(better[:, None], self.z, self.best_z[rows])
+        self.matching[rows] = torch.where(better, matching, self.matching[rows])
         self.broken[rows] |= ~(value.isfinite() & gradient.isfinite().all(1))
         return gradient
 
@@ -148,7 +149,7 @@ class _Batch:
             labels = self._soft(self.best_z).argmax(-1)
         else:
             labels = torch.stack([p.labels for p in self.pieces for _ in p.restarts if p.labels is not None])
-        results = (images, self.best, labels, self.broken)
+        results = (images, self.best, labels, self.broken, self.matching)
         return list(zip(*(r.cpu().split(counts) for r in results), strict=True))
 
     def images(self, pixels: Tensor) -> Tensor:
