@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raytrust.attacks.membership.likelihood import RULES, leave_one_out, vulnerability
+from raytrust.attacks.membership.likelihood import LIRA_ONLINE, RULES, leave_one_out, vulnerability
 from raytrust.attacks.membership.scores import AttackModel
 from raytrust.attacks.membership.signals import SIGNALS, signals
-from raytrust.audit import auc, balanced_accuracy, best_thresholds, decide, pooled_audit, yeom_thresholds
+from raytrust.audit import Roc, auc, balanced_accuracy, best_thresholds, decide, pooled_audit, roc, yeom_thresholds
 from raytrust.audit.report import mean_estimate
 from raytrust.audit.thresholds import ORIGINS, Origin
 from raytrust.config import Arm, Defence, DPSGDConfig, MembershipConfig, to_dict
@@ -55,6 +55,7 @@ def row(store: ShadowStore, config: MembershipConfig, arm: Arm, pool: Pool, test
         "grid": grid(scores, pool),
         "messages": message_figures(shadows),
         "property": property_figures(store, config, arm),
+        "curves": curves(scores[LIRA_ONLINE.name], pool, shadows),
     }
     if isinstance(arm, DPSGDConfig):
         least = min(len(pool.rows(i, config.copies)) for i in range(config.models))
@@ -162,16 +163,50 @@ def message_figures(shadows: Sequence[Shadow]) -> list[Row]:
     ]
 
 
+def curves(scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> Row:
+    """Mean TPR at each of a range of FPRs: of `scores` over models, of the last step's messages over all of them.
+
+    Keys: fpr; final and messages, the TPRs; least, the smallest FPR that one model's or one message's others resolve.
+    """
+    plain = pool.kinds == PLAIN
+    fpr = np.geomspace(1e-3, 1, 61)
+    final = [roc(s[plain], k[plain]) for s, k in zip(scores, pool.keep, strict=True)]
+    found: Row = {"fpr": fpr.tolist(), "final": _mean_tpr(final, fpr), "messages": None, "least": {}}
+    found["least"]["final"] = float(1 / (~pool.keep[:, plain]).sum(axis=1).min())
+    tables = [_rows_of(s, int(s.steps[-1]), int(b), HELD_OUT) for s in shadows if len(s.steps) for b in _batches(s)]
+    tables = [t for t in tables if len(np.unique(t[:, 2])) == 2]
+    if tables:
+        drawn = [roc(t[:, COLUMNS["gradient difference"]], t[:, 2] == MEMBER) for t in tables]
+        found["messages"] = _mean_tpr(drawn, fpr)
+        found["least"]["messages"] = float(1 / min((t[:, 2] == HELD_OUT).sum() for t in tables))
+    return found
+
+
+def _mean_tpr(drawn: Sequence[Roc], fpr: Array) -> list[float]:
+    """The greatest TPR at an FPR of at most each of `fpr`, mean over the curves."""
+    found = [curve.tpr[np.searchsorted(curve.fpr, fpr * (1 + 1e-9), side="right") - 1] for curve in drawn]
+    return np.asarray(np.mean(found, axis=0)).tolist()
+
+
 def message_auc(shadow: Shadow, step: int, control: int, column: int) -> float:
     """AUC of a column of `Shadow.messages` for members against one kind of control, mean over the step's batches."""
     areas = []
-    for batch in np.unique(shadow.messages[:, 1]):
-        rows = shadow.messages[(shadow.messages[:, 0] == step) & (shadow.messages[:, 1] == batch)]
-        rows = rows[np.isin(rows[:, 2], (MEMBER, control))]
+    for batch in _batches(shadow):
+        rows = _rows_of(shadow, step, batch, control)
         member = rows[:, 2] == MEMBER
         if member.any() and not member.all():  # a batch may consist of canaries, which are left out
             areas.append(auc(rows[:, column], member))
     return float(np.mean(areas))
+
+
+def _batches(shadow: Shadow) -> list[int]:
+    return [int(b) for b in np.unique(shadow.messages[:, 1])]
+
+
+def _rows_of(shadow: Shadow, step: int, batch: int, control: int) -> Array:
+    """The rows of one message: members of its batch, and controls of one kind."""
+    table = shadow.messages
+    return table[(table[:, 0] == step) & (table[:, 1] == batch) & np.isin(table[:, 2], (MEMBER, control))]
 
 
 def matched_fit(uncompressed: Sequence[Shadow], shadows: Sequence[Shadow], pool: Pool) -> Row:

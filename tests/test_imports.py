@@ -16,7 +16,13 @@ HOMES = {  # the only place that may import it
     "mlflow": "raytrust.tracking",
     "torch.distributed": "raytrust.channel",
 }
-EDGES = ("raytrust.cluster", "raytrust.tracking", "raytrust.sweep", "raytrust.sweep_log")  # all else is the core
+EDGES = (
+    "raytrust.cluster",
+    "raytrust.tracking",
+    "raytrust.sweep",
+    "raytrust.sweep_log",
+    "raytrust.membership",
+)  # rest: core
 
 # What a module or package of the core may import of raytrust, besides itself.
 LAYERS: dict[str, set[str]] = {
@@ -30,6 +36,10 @@ LAYERS: dict[str, set[str]] = {
     "capture": {"channel", "compress", "config", "models"},
     "dp": {"config", "data", "models", "train"},
     "shadows": {"attacks", "capture", "channel", "config", "data", "dp", "models", "store", "train"},
+    "membership_rows": {"attacks", "audit", "config", "dp", "shadows"},
+    "membership_paper": {"audit"},
+    "membership_figures": {"report"},
+    "membership_page": {"membership_figures", "membership_paper", "report"},
     "train": {"capture", "channel", "compress", "config", "data", "models"},
     "attacks": {"capture", "channel", "compress", "config", "models"},
     "evaluate": {"attacks", "capture", "config", "metrics"},

@@ -163,6 +163,16 @@ def test_leave_one_out_finds_members_and_only_by_the_model_attacked(rule: Rule) 
     assert not np.allclose(leave_one_out(other, keep, rule, population)[0], scores[0])
 
 
+def test_points_and_population_are_measured_alike() -> None:
+    """Also where all probabilities are small, as with many classes or little training, ranks are no ties."""
+    generator = np.random.default_rng(0)
+    log_p, keep = generator.normal(-4, 0.5, (6, 200)), generator.random((6, 200)) < 0.5
+    for rule in (RMIA_ONLINE, RMIA_OFFLINE):
+        scores = leave_one_out(log_p, keep, rule, generator.normal(-4, 0.5, (6, 400)))
+        assert 0.35 < scores.mean() < 0.65
+        assert len(np.unique(scores[0])) > 100
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda r: r.name)
 def test_shadows_alone_tell_nothing(rule: Rule) -> None:
     """Signals that no membership shifts give an area of one half, although the shadows' members are known."""

@@ -123,8 +123,9 @@ def leave_one_out(signal: Array, keep: Mask, rule: Rule, population: Array | Non
         scores[i, ~usable] = np.median(scores[i, usable])
         if rule.family == "empirical" and population is not None:
             never = np.zeros(population[others].shape, dtype=bool)
-            # No shadow was trained on a population point, so that its ratio is the offline one, whoever asks.
-            out = Rule(rule.name, "empirical", online=False, offline_slope=rule.offline_slope)
+            # No shadow was trained on a population point. An online attacker estimates nothing: for it the slope is 1.
+            slope = 1.0 if rule.online else rule.offline_slope
+            out = Rule(rule.name, "empirical", online=False, offline_slope=slope)
             reference = log_ratio(population[i], population[others], never, out)
             scores[i] = rank_in_population(scores[i], reference, rule.gamma)
     return scores
