@@ -98,6 +98,41 @@ def message_table(rows: Sequence[Row]) -> Table:
     return found
 
 
+def reference_table(rows: Sequence[Row]) -> Table:
+    """Beside each compressor, the DP-SGD whose accuracy is nearest, and the epsilon that its own account claims."""
+    references = [r for r in _finished(rows) if "privacy" in r]
+    found = [["defence", "accuracy %", "final: LiRA online", "DP-SGD", "accuracy %", "final: LiRA online"]]
+    found[0] += ["mislabelled", "DP-SGD, mislabelled", "accounted epsilon"]
+    for row in _finished(rows):
+        if not references or "privacy" in row:
+            continue
+        nearest = min(references, key=lambda r: abs(r["accuracy"]["value"] - row["accuracy"]["value"]))
+        pair = [(_percent(r["accuracy"]), r["final"]["LiRA online"]) for r in (row, nearest)]
+        found.append(
+            [
+                row["name"],
+                pair[0][0],
+                _number(pair[0][1]["auc"]),
+                nearest["name"],
+                pair[1][0],
+                _number(pair[1][1]["auc"]),
+                *(_number(report["slices"]["mislabelled"]) for _, report in pair),
+                f"{nearest['privacy']['epsilon']:.3g} at delta {nearest['privacy']['delta']:g}",
+            ]
+        )
+    return found if len(found) > 1 else []
+
+
+def class_table(rows: Sequence[Row], attack: str = "LiRA online", most: int = 20) -> Table:
+    """AUC by class, one line a defence; left out where there are more than `most` classes."""
+    finished = _finished(rows)
+    classes = [name for name in finished[0]["final"][attack]["slices"] if name.startswith("class ")] if finished else []
+    if not 0 < len(classes) <= most:
+        return []
+    lines = [[r["name"], *(_number(r["final"][attack]["slices"][c]) for c in classes)] for r in finished]
+    return [["defence", *classes], *lines]
+
+
 def property_table(rows: Sequence[Row]) -> Table:
     found = [["defence", "attacker compresses its own batches", "attacker ignores the compressor"]]
     measured = [r for r in _finished(rows) if r["property"] is not None]
@@ -153,6 +188,9 @@ def membership_page(rows: Sequence[Row], setting: str, figures: Sequence[Path]) 
          "defence ends with."),
         ("Attacks on final models", attack_table(rows), "Epsilon: mean over models of the bound that one run refutes, "
          "all points, the number of guesses fixed beforehand. Not resolvable: fewer than 10 / FPR non-members."),
+        ("DP-SGD of the nearest accuracy", reference_table(rows), "AUC on final models, all plain points and "
+         "mislabelled ones. The account is DP-SGD's own, an upper bound."),
+        ("By class: LiRA online on final models", class_table(rows), "AUC."),
         ("Attacks on messages", message_table(rows), "AUC by step. Against other training points, which the model has "
          "seen as often, only the message can tell; the loss at that step is what the model alone says."),
         ("Property inference from messages", property_table(rows), "Does a batch hold an image of class 0, in a model "

@@ -16,7 +16,7 @@ from toys import synthetic
 from raytrust.audit import auc
 from raytrust.config import CaptureConfig, Defence, MembershipConfig, ModelConfig, Threat, TopKConfig, TrainConfig
 from raytrust.membership_figures import message_figure, roc_figure, side_by_side, side_by_side_figure
-from raytrust.membership_page import membership_page, membership_table
+from raytrust.membership_page import class_table, membership_page, membership_table, reference_table
 from raytrust.membership_paper import TABLE_2, floors, nearest_cells
 from raytrust.membership_rows import final_loss, final_scores, matched_fit, row
 from raytrust.shadows import HELD_OUT, MEMBER, PLAIN, Shadow, ShadowStore, draw_pool, open_shadows
@@ -169,6 +169,27 @@ def test_the_page_needs_nothing_else(rows: list[dict[str, Any]], tmp_path: Path)
     text = membership_table(rows)
     assert "Top-K level 1 + EF" in text
     assert f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]" in text
+
+
+def test_the_reference_is_the_dp_sgd_of_nearest_accuracy(rows: list[dict[str, Any]]) -> None:
+    assert reference_table(rows) == []
+    accuracy = rows[1]["accuracy"]["value"]
+    base = {**rows[1], "privacy": {"epsilon": 3.14159, "delta": 1e-5}}
+    near, far = (
+        {**base, "name": name, "accuracy": {**rows[1]["accuracy"], "value": accuracy + off}}
+        for name, off in (("DP near", 0.01), ("DP far", -0.3))
+    )
+    header, *lines = reference_table([*rows, far, near])
+    assert [line[0] for line in lines] == [r["name"] for r in rows]
+    assert lines[1][header.index("DP-SGD")] == "DP near"
+    assert lines[1][-1] == "3.14 at delta 1e-05"
+
+
+def test_classes_stand_in_a_table_of_their_own(rows: list[dict[str, Any]]) -> None:
+    header, first, _ = class_table(rows)
+    assert header == ["defence", "class 0", "class 1", "class 2", "class 3"]
+    assert first[2].startswith(f"{rows[0]['final']['LiRA online']['slices']['class 1']['value']:.2f} [")
+    assert class_table(rows, most=3) == []
 
 
 def test_curves_end_where_they_are_resolved(rows: list[dict[str, Any]]) -> None:
