@@ -3,7 +3,8 @@
 A capture is one private batch at one step of training. Files lie under one directory a training run, in a step's
 directory: `model.pt` (weights, buffers and public compressor state, shared by the step's batches), `seen-000.pt` (the
 messages and what the threat grants) and `truth-000.pt` (images and labels, apart, so that the seen half can be handed
-to an attacker as it is). All are written whole or not at all, and loaded without unpickling code.
+to an attacker as it is). All are written whole or not at all, readable by their owner alone, and loaded without
+unpickling code.
 """
 
 from __future__ import annotations
@@ -100,7 +101,6 @@ def save_capture(directory: Path, capture: Capture) -> None:
     """Write the capture under `directory`; the model's file is written once a step."""
     seen = capture.seen
     folder = directory / f"step-{seen.step:06d}"
-    folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model.pt"
     if not model.exists():
         _save(
@@ -159,13 +159,19 @@ def load_capture(directory: Path, step: int, index: int) -> Capture:
     return Capture(index, seen, Truth(truth["images"], truth["labels"]))
 
 
+def make_private(directory: Path) -> None:
+    """Make the directory; what is new of it and of its parents is the owner's alone."""
+    for folder in reversed([p for p in (directory, *directory.parents) if not p.exists()]):
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under its name only when the block ends without an error.
 
-    Its mode is 0600: captures hold gradients and images that are private.
+    Its mode is 0600, that of new directories 0700: captures hold gradients and images that are private.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -16,6 +16,7 @@ from raytrust.data import Dataset
 from raytrust.evaluate import DISTRACTORS
 from raytrust.figures import frontier_figure, reconstructions_figure
 from raytrust.frontier import Row, audited_defences, drawing, finalists, row, trained_defences
+from raytrust.lock import exclusive
 from raytrust.progress import Progress
 from raytrust.report import frontier_table, mark_pareto, write_rows
 from raytrust.store import Store
@@ -43,8 +44,16 @@ def run_sweep(
 ) -> list[Row]:
     """Run what is not finished yet, write the frontier, and return its rows.
 
-    A defence that fails is a row with its reason. KeyboardInterrupt passes through; what was finished is stored.
+    A defence that fails is a row with its reason. KeyboardInterrupt passes through; what was finished is stored. Raises
+    ValueError if another sweep runs in the store's directory, or if the cluster or the tracking store can't be used.
     """
+    with exclusive(store.root):
+        return _run_alone(sweep, spaces, data, store, address, cpus, tracking_uri or default_uri(store.root))
+
+
+def _run_alone(
+    sweep: SweepConfig, spaces: Spaces, data: Dataset, store: Store, address: str | None, cpus: int, tracking_uri: str
+) -> list[Row]:
     progress = Progress(_totals(sweep, store), parallel=cpus, evaluation_cost=_evaluation_cost(sweep))
     store.clear_failures()
     others = torch.linspace(0, len(data.test_images) - 1, min(DISTRACTORS, len(data.test_images))).long()
@@ -55,7 +64,7 @@ def run_sweep(
     )
     with cluster(address, cpus, slots=2):  # while one defence is attacked, the next one's workers start
         progress.say("Ray is up; opening the MLflow store")
-        log = SweepLog(sweep, store, data, tracking_uri or default_uri(store.root), cpus)
+        log = SweepLog(sweep, store, data, tracking_uri, cpus, progress.say)
         with log.open_run():
             listener = _Both(progress, log)
             started = time.perf_counter()

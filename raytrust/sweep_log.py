@@ -1,10 +1,17 @@
-"""What a sweep writes to MLflow, as it happens."""
+"""What a sweep writes to MLflow, as it happens.
+
+While the tracking store is away, what is to be sent waits, in order, and the sweep goes on; what could not be sent by
+the end is sent by the next resumption, since all of it comes from the sweep's own store.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +20,25 @@ from raytrust.data import Dataset
 from raytrust.figures import reconstructions_figure
 from raytrust.frontier import Row, audited_defences, compressor_columns, drawing, train_of, trained_defences
 from raytrust.store import Store
-from raytrust.tracking import Tracker
+from raytrust.tracking import UNREACHABLE, Tracker
+
+PAUSE = 5.0  # seconds between two tries to reach a tracking store that is away
+PATIENCE = 120.0  # seconds to wait for it when everything else is done
 
 
 class SweepLog:
     """A listener that writes what happens to MLflow."""
 
-    def __init__(self, sweep: SweepConfig, store: Store, data: Dataset, uri: str, cpus: int):
+    def __init__(
+        self, sweep: SweepConfig, store: Store, data: Dataset, uri: str, cpus: int, say: Callable[[str], None]
+    ):
         self._sweep, self._store, self._data = sweep, store, data
         self._tracker = Tracker(uri, store.root, experiment=f"raytrust {data.name}")
         self._cpus, self._busy = cpus, 0.0
+        self._say = say
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._away_until: float | None = None  # when to try again
+        self._trains: dict[str, TrainConfig] = {}
 
     @contextmanager
     def open_run(self) -> Iterator[None]:
@@ -34,14 +50,16 @@ class SweepLog:
             self._catch_up()
             yield
         except BaseException as error:
-            self._tracker.end_sweep("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            self._send(lambda: self._tracker.end_sweep(status))
             raise
 
     def started(self, phase: str, key: str, what: str) -> None:
         pass
 
     def tick(self) -> None:
-        pass
+        if self._away_until is not None and time.monotonic() >= self._away_until:
+            self._flush()
 
     def finished(self, phase: str, key: str, result: dict[str, Any]) -> None:
         train = self._train(key)
@@ -50,16 +68,27 @@ class SweepLog:
         else:
             self._busy += result.get("train_seconds", 0.0) + result["attack_seconds"] / self._cpus
         if phase == "defences":
-            self._trained(key, train)
+            self._send(lambda: self._trained(key, train))
         elif phase == "attacks":
-            self._attacked(key, result["figures"])
+            figures = result["figures"]
+            self._send(lambda: self._attacked(key, figures))
 
     def failed(self, phase: str, key: str, reason: str) -> None:
         train = self._train(key)
         if phase != "attacks":  # one failed attack fails no defence
-            self._tracker.failed(key, train.defence.name, self._parameters(train), reason)
+            self._send(lambda: self._tracker.failed(key, train.defence.name, self._parameters(train), reason))
 
     def finish(self, rows: list[Row], artifacts: list[Path], wall: float) -> None:
+        """Log the frontier and end the run; waits for a tracking store that is away, though not for ever."""
+        self._send(lambda: self._finish(rows, artifacts, wall))
+        until = time.monotonic() + PATIENCE
+        while self._waiting and time.monotonic() < until:
+            time.sleep(PAUSE)
+            self._flush()
+        if self._waiting:
+            self._say("MLflow lacks the end of this sweep; --resume sends it")
+
+    def _finish(self, rows: list[Row], artifacts: list[Path], wall: float) -> None:
         names = ("accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr")
         for finished in (r for r in rows if r["status"] == "finished"):
             train = train_of(self._store, self._sweep, finished)
@@ -83,11 +112,33 @@ class SweepLog:
         """Seconds a defence that the phases took beyond training and attacks, had these kept all CPUs busy."""
         return max(0.0, wall - self._busy) / trials
 
+    def _send(self, action: Callable[[], None]) -> None:
+        self._waiting.append(action)
+        if self._away_until is None:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what waits, in order, as far as the tracking store can be reached."""
+        while self._waiting:
+            try:
+                self._tracker.expect_server()
+                self._waiting[0]()
+            except UNREACHABLE as error:
+                if self._away_until is None:
+                    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                    self._say(f"MLflow can't be reached, what is to be logged waits: {reason}")
+                self._away_until = time.monotonic() + PAUSE
+                return
+            self._waiting.popleft()
+        if self._away_until is not None:
+            self._say("MLflow is back and has everything")
+            self._away_until = None
+
     def _catch_up(self) -> None:
         """Log what an interrupted sweep had finished but not logged."""
         for defence in trained_defences(self._sweep, self._store, audited_defences(self._sweep, self._store)):
             train = replace(self._sweep.train, defence=defence)
-            self._trained(self._store.run_id(train), train)
+            self._send(partial(self._trained, self._store.run_id(train), train))
 
     def _trained(self, key: str, train: TrainConfig) -> None:
         training = self._store.training(train)
@@ -101,8 +152,11 @@ class SweepLog:
         self._tracker.attacked(key, digest(attack), attack.name, figures)
 
     def _train(self, key: str) -> TrainConfig:
-        configs = (replace(self._sweep.train, defence=d) for d in audited_defences(self._sweep, self._store))
-        return next(train for train in configs if self._store.run_id(train) == key)
+        if key not in self._trains:
+            for defence in audited_defences(self._sweep, self._store):
+                train = replace(self._sweep.train, defence=defence)
+                self._trains[self._store.run_id(train)] = train
+        return self._trains[key]
 
     def _parameters(self, train: TrainConfig) -> dict[str, Any]:
         columns = compressor_columns(train.defence, None)

@@ -1,12 +1,13 @@
 """The sweep in MLflow. The only module that imports mlflow.
 
 One run for the sweep, below it one for each defence, below that one for each attack of the search. All is logged by
-the driver, from the store. DIR/mlflow.json says what is logged already, so a resumed sweep goes on in its own runs.
+the driver, from the store. DIR/mlflow.jsonl says what is logged already, so a resumed sweep goes on in its own runs.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import socket
@@ -21,12 +22,18 @@ from urllib.parse import urlsplit
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# A server that is away must not hold up a sweep: what could not be sent is sent later.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
-from raytrust.store import read_json, write_json
+from raytrust.capture import atomic_write, make_private
+
+UNREACHABLE = (MlflowException, OSError)  # what a tracking store that is away, full or read-only raises
 
 PARENT = "sweep"
 FAILURE = "raytrust.failure"
@@ -47,10 +54,11 @@ class Tracker:
 
     def __init__(self, uri: str, root: Path, experiment: str):
         self._root = root.resolve()
-        self._ledger_path = self._root / "mlflow.json"
-        self._runs: dict[str, str] = read_json(self._ledger_path) or {}
+        self._uri = uri
+        self._ledger = _Ledger(self._root / "mlflow.jsonl")
+        self._runs = self._ledger.read()
         try:
-            _expect_server(uri)
+            self.expect_server()
             self._client = MlflowClient(tracking_uri=uri)
             self._experiment = self._experiment_id(experiment, uri)
         except Exception as error:  # of MLflow, of a database's driver or of the network: nearly anything
@@ -58,6 +66,10 @@ class Tracker:
             raise ValueError(
                 f"Expected tracking_uri={uri!r} to be an MLflow store that can be used: {reason}"
             ) from error
+
+    def expect_server(self) -> None:
+        """Raises OSError if nothing listens at an http address; MLflow would go on trying for a while."""
+        _expect_server(self._uri)
 
     def begin_sweep(self, name: str, parameters: dict[str, Any], tags: dict[str, Any]) -> str:
         """Begin or reopen the parent run; returns its id."""
@@ -156,15 +168,17 @@ class Tracker:
         if (run := self._runs.get(key)) is not None:
             try:
                 return self._client.get_run(run)
-            except MlflowException:  # the store is another one than before
-                del self._runs[key]
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                del self._runs[key]  # the store is another one than before
         if parent is not None:
             tags = {**tags, "mlflow.parentRunId": parent, "raytrust.sweep": self._runs[PARENT]}
         created = self._client.create_run(
             self._experiment, run_name=name, tags={k: str(v) for k, v in tags.items() if v is not None}
         )
         self._runs[key] = created.info.run_id
-        write_json(self._ledger_path, self._runs)
+        self._ledger.append(key, created.info.run_id)
         return created
 
     def _log(self, run: str, parameters: dict[str, Any] | None = None, metrics: dict[str, float] | None = None) -> None:
@@ -174,6 +188,32 @@ class Tracker:
             params=[Param(k, str(v)) for k, v in (parameters or {}).items() if v is not None],
             metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if v is not None],
         )
+
+
+class _Ledger:
+    """Which run is whose, a line each: what it costs to add one does not depend on how many there are."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def read(self) -> dict[str, str]:
+        """The runs by key, the last line of a key counts. A line that was cut off is forgotten."""
+        text = self._path.read_text() if self._path.exists() else ""
+        whole, _, cut = text.rpartition("\n")
+        if cut:
+            with atomic_write(self._path) as file:
+                file.write(f"{whole}\n".encode() if whole else b"")
+        try:
+            return {line["key"]: line["run"] for line in map(json.loads, whole.splitlines())}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Expected {self._path} to hold a key and a run a line: {error!r}.") from error
+
+    def append(self, key: str, run: str) -> None:
+        make_private(self._path.parent)
+        with os.fdopen(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
+            file.write(json.dumps({"key": key, "run": run}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def versions() -> dict[str, str | None]:

@@ -249,4 +249,5 @@ def _command() -> str:
 
 
 if __name__ == "__main__":
+    os.umask(0o077)  # what a sweep writes shows private images
     sys.exit(main())

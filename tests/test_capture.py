@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import stat
 from collections.abc import Iterator
@@ -276,6 +277,19 @@ def test_a_write_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert stat.S_ISREG(path.stat().st_mode)
+
+
+def test_what_is_private_is_the_owner_s_alone(capture: Capture, tmp_path: Path) -> None:
+    """Whatever the umask: a cluster's workers bring their own."""
+    before = os.umask(0)
+    try:
+        save_capture(tmp_path / "results" / "captures" / "run", capture)
+    finally:
+        os.umask(before)
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "results").rglob("*")}
+    assert len(found) == 6  # three files in three directories
+    assert found == {path: 0o700 if path.is_dir() else 0o600 for path in found}
+    assert stat.S_IMODE((tmp_path / "results").stat().st_mode) == 0o700
 
 
 def test_a_capture_that_cannot_be_saved_leaves_no_file(

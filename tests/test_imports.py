@@ -28,6 +28,7 @@ EDGES = (
 LAYERS: dict[str, set[str]] = {
     "config": set(),
     "metrics": set(),
+    "lock": set(),
     "audit": {"metrics"},
     "data": set(),
     "channel": set(),

@@ -19,7 +19,7 @@ from PIL import Image
 from sweep_fixtures import TINY, Logged, Sweep, save_images
 
 from raytrust import frontier
-from raytrust.cluster.phases import one_line
+from raytrust.cluster.failures import one_line
 from raytrust.compress.powersgd import floats_sent
 from raytrust.config import Defence, InversionConfig, ModelConfig, PowerSGDConfig, SweepConfig, from_dict
 from raytrust.models import build_model

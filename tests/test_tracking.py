@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +13,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from raytrust import tracking
-from raytrust.store import read_json
 from raytrust.tracking import Tracker, default_uri, versions
 
 PARAMETERS = {"rank": 2, "level": None, "error_feedback": False}
@@ -135,7 +137,8 @@ def test_what_is_logged_twice_is_there_once(tracker: Tracker, client: MlflowClie
     history = client.get_metric_history(found["PowerSGD run"].info.run_id, "wire_bytes")
     assert [m.value for m in history] == [100, 200, 300]
     assert len(client.get_metric_history(found["aware tv=0.1"].info.run_id, "tuning_ssim")) == 1
-    assert set(read_json(tmp_path / "mlflow.json").values()) == {r.info.run_id for r in found.values()}
+    lines = [json.loads(line) for line in (tmp_path / "mlflow.jsonl").read_text().splitlines()]
+    assert {line["run"] for line in lines} == {r.info.run_id for r in found.values()}
 
 
 def test_a_sweep_goes_on_in_its_own_runs(tracker: Tracker, client: MlflowClient, uri: str, tmp_path: Path) -> None:
@@ -243,7 +246,7 @@ def test_another_store_begins_anew(tracker: Tracker, client: MlflowClient, uri: 
     train(tracker)
     for run in runs(client, tmp_path).values():  # as in a store that doesn't have them
         client.delete_run(run.info.run_id)
-    ledger = tmp_path / "mlflow.json"
+    ledger = tmp_path / "mlflow.jsonl"
     ledger.write_text(
         ledger.read_text().replace(tracker._runs["run"], "0" * 32).replace(tracker._runs["sweep"], "1" * 32)
     )
@@ -253,6 +256,43 @@ def test_another_store_begins_anew(tracker: Tracker, client: MlflowClient, uri: 
     found = runs(client, tmp_path)
     assert set(found) == {"sweep", "PowerSGD run"}
     assert found["PowerSGD run"].data.tags["mlflow.parentRunId"] == found["sweep"].info.run_id
+
+
+def test_a_line_of_the_ledger_that_was_cut_off_is_forgotten(
+    tracker: Tracker, client: MlflowClient, uri: str, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "mlflow.jsonl"
+    train(tracker, "a")
+    whole = ledger.read_text()
+    for cut in ("", '{"key": "b", "ru'):
+        ledger.write_text(whole + cut)
+        again = open_tracker(uri, tmp_path)
+        assert set(again._runs) == {"sweep", "a"}
+        assert ledger.read_text() == whole
+    train(again, "b")
+    assert [json.loads(line)["key"] for line in ledger.read_text().splitlines()] == ["sweep", "a", "b"]
+    assert stat.S_IMODE(ledger.stat().st_mode) == 0o600
+    ledger.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"\AExpected [^\n]+ to hold a key and a run a line"):
+        open_tracker(uri, tmp_path)
+
+
+def test_a_store_that_is_away_is_not_another_store(
+    tracker: Tracker, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each outage would begin the sweep's runs anew."""
+    train(tracker)
+
+    def away(*_: Any, **__: Any) -> None:
+        raise MlflowException("API request failed: Max retries exceeded")
+
+    with monkeypatch.context() as context:
+        context.setattr(MlflowClient, "get_run", away)
+        with pytest.raises(MlflowException):
+            train(tracker)
+    train(tracker)
+    attack(tracker)
+    assert set(runs(client, tmp_path)) == {"sweep", "PowerSGD run", "aware tv=0.1"}
 
 
 def test_a_long_training_is_logged_in_full(tracker: Tracker, client: MlflowClient, tmp_path: Path) -> None:
@@ -308,7 +348,7 @@ def test_a_store_that_cannot_be_used_is_refused_in_a_line(
         Tracker(uri, tmp_path, "experiment")
     assert repr(uri) in str(info.value)
     assert time.monotonic() - started < 10
-    assert not (tmp_path / "mlflow.json").exists()
+    assert not (tmp_path / "mlflow.jsonl").exists()
 
 
 # Where the code comes from

@@ -9,21 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray import cloudpickle, tune
+from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytrust.cluster.runtime import SLOT, Listener, cluster_device
+from raytrust.cluster.failures import RETRIES, last_error, one_line, report
+from raytrust.cluster.runtime import SLOT, Listener, capacity, cluster_device
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
 from raytrust.data import Dataset
 from raytrust.store import Split, Store
+
+OBJECTIVES = ("leakage", "accuracy", "bytes_per_step")
 
 
 def search_defences(sweep: SweepConfig, space: dict[str, Any], data: Dataset, store: Store, listener: Listener) -> None:
@@ -53,8 +55,8 @@ def search_defences(sweep: SweepConfig, space: dict[str, Any], data: Dataset, st
     def failed(parameters: dict[str, Any], reason: str) -> None:
         store.fail(replace(sweep.train, defence=from_dict(Defence, parameters["defence"])), reason)
 
-    slots = int(ray.cluster_resources().get(SLOT, 1))
-    _tune("defences", trainable, search, remaining, slots, store, _Relay("defences", listener, key, failed))
+    relay = _Relay("defences", listener, key, failed)
+    _tune("defences", trainable, search, remaining, int(capacity(SLOT)), store, relay)
 
 
 def search_attacks(
@@ -90,7 +92,7 @@ def search_attacks(
     def key(parameters: dict[str, Any]) -> tuple[str, str]:
         return parameters["run"], runs[parameters["run"]].defence.name
 
-    concurrent = int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 1))
+    concurrent = int(capacity("GPU" if device == "cuda" else "CPU"))
     _tune("attacks", trainable, search, total, concurrent, store, _Relay("attacks", listener, key))
 
 
@@ -137,73 +139,57 @@ def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> di
     }
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong, without the way there: the last line of the innermost error, with its type unless it is ours."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
-    for failures in (getattr(error, "worker_failures", None), getattr(error, "_worker_failures", None)):
-        if failures:
-            return one_line(next(iter(failures.values())))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kind = type(error).__name__
-    if not lines:
-        return kind
-    return lines[-1] if isinstance(error, (ValueError, FloatingPointError)) else f"{kind}: {lines[-1]}"
-
-
-def _reason(trial: Any) -> str:
-    """Why a trial failed: its storage, which `trial.get_pickled_error` reads, knows only once the trial has stopped."""
-    path = trial.pickled_error_file
-    if path is None or not Path(path).exists():
-        return "the trial was lost"
-    return one_line(cloudpickle.loads(Path(path).read_bytes()))
-
-
 def _defence_trial(parameters: dict[str, Any], sweep: dict[str, Any], data: list[Any], store: Store) -> None:
     """Tune trial of the outer search. Takes no CPU of its own: its Train workers, then its attack tasks do."""
     config = from_dict(SweepConfig, sweep)
     defence = from_dict(Defence, parameters["defence"])
+    report(lambda: _audit(config, defence, data[0], store), OBJECTIVES)
+
+
+def _audit(config: SweepConfig, defence: Defence, data: ray.ObjectRef, store: Store) -> dict[str, Any]:
+    """Train with the defence, let it meet the portfolio, and return what the outer search learns from."""
     train = replace(config.train, defence=defence)
     device = cluster_device()
     started = time.perf_counter()
-    training = train_on_cluster(train, data[0], store, device)
+    training = train_on_cluster(train, data, store, device)
     task = _remote_attack(device)
     attacks = config.portfolio_against(defence)
     figures = ray.get(task.remote(store, train, attacks, "tuning", device))
     objectives = defence_objectives(store, config, defence)
     if objectives is None:
         raise FloatingPointError(f"No attack has a result: {store.attack_failure(train, attacks[0], 'tuning')}")
-    tune.report(
-        {
-            **objectives,
-            "attacks": len(figures),
-            "attack_seconds": sum(f["seconds"] for f in figures),
-            "train_seconds": training["seconds"],
-            "wall_seconds": time.perf_counter() - started,
-        }
-    )
+    return {
+        **objectives,
+        "attacks": len(figures),
+        "attack_seconds": sum(f["seconds"] for f in figures),
+        "train_seconds": training["seconds"],
+        "wall_seconds": time.perf_counter() - started,
+    }
 
 
 def _attack_trial(
     parameters: dict[str, Any], runs: dict[str, dict[str, Any]], base: dict[str, Any], store: Store
 ) -> None:
     """Tune trial of the inner search."""
-    started = time.perf_counter()
     train = from_dict(TrainConfig, runs[parameters["run"]])
     settings = {**base, **{k: v for k, v in parameters.items() if k != "run"}}
+    report(lambda: _try_attack(train, settings, store), ["ssim"])
+
+
+def _try_attack(train: TrainConfig, settings: dict[str, Any], store: Store) -> dict[str, Any]:
+    """Run one attack on the tuning images, and return what the inner search learns from."""
+    started = time.perf_counter()
     attack = from_dict(InversionConfig, settings).against(train.defence)
     found = _attack_task(store, train, [attack], "tuning", cluster_device())
     if not found:
         raise FloatingPointError(store.attack_failure(train, attack, "tuning"))
     (figures,) = found
-    tune.report(
-        {
-            "ssim": float(np.mean(figures["ssim"])),
-            "figures": figures,
-            "attack_seconds": figures["seconds"],
-            "wall_seconds": time.perf_counter() - started,
-        }
-    )
+    return {
+        "ssim": float(np.mean(figures["ssim"])),
+        "figures": figures,
+        "attack_seconds": figures["seconds"],
+        "wall_seconds": time.perf_counter() - started,
+    }
 
 
 def _remote_attack(device: str) -> Any:
@@ -234,6 +220,7 @@ def _tune(
             name=f"{name}-{time.time_ns()}",
             storage_path=str(store.root / "ray" / "tune"),
             callbacks=[relay],
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
             verbose=0,
         ),
     )
@@ -257,10 +244,15 @@ class _Relay(tune.Callback):
         self._listener.started(self._phase, *self._key(trial.config))
 
     def on_trial_complete(self, trial: Any, **_: Any) -> None:
-        self._listener.finished(self._phase, self._key(trial.config)[0], {**trial.config, **trial.last_result})
+        if (reason := trial.last_result.get("failure")) is not None:
+            self._fail(trial, reason)
+        else:
+            self._listener.finished(self._phase, self._key(trial.config)[0], {**trial.config, **trial.last_result})
 
     def on_trial_error(self, trial: Any, **_: Any) -> None:
-        reason = _reason(trial)
+        self._fail(trial, last_error(trial))
+
+    def _fail(self, trial: Any, reason: str) -> None:
         if self._failed:
             self._failed(trial.config, reason)
         self._listener.failed(self._phase, self._key(trial.config)[0], reason)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +32,8 @@ for _name, _value in ENVIRONMENT.items():
 import ray  # noqa: E402
 
 SLOT = "trial_slot"
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+MAX_CAPACITY = 10_000.0  # of a cluster that may grow without end
 
 
 class Listener(Protocol):
@@ -50,49 +56,85 @@ def cluster(address: str | None, cpus: int, slots: int = 1) -> Iterator[None]:
 
     A trial of the outer search takes no CPU, which its training workers need, but one of `slots` "trial_slot"
     resources; the node types of a cluster must offer them. Raises ValueError if a given cluster can't be used.
+
+    A new cluster asks for a token that only this process and its workers have: Ray listens on all interfaces. Ctrl-C
+    raises KeyboardInterrupt once; while Ray stops, more of them change nothing.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback interface
-        ray.init(
-            address="local",  # not one that happens to run on this machine
-            num_cpus=cpus,
-            resources={SLOT: slots},
-            include_dashboard=False,
-            object_store_memory=512 * 2**20,
-            _temp_dir=_short_temporary_directory(),
-            **quiet,
-        )
-    else:
-        _connect(address, quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with _one_interrupt():
+        if address is None:
+            _start(cpus, slots)
+        else:
+            _connect(address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def capacity(resource: str) -> float:
+    """How much of a resource the cluster has, or its autoscaler's configuration lets it grow to."""
+    grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return min(MAX_CAPACITY, max(ray.cluster_resources().get(resource, 0), grown.get(resource, 0)))
 
 
 def cluster_device() -> str:
-    """ "cuda" if the cluster has GPUs, else "cpu"."""
-    return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    """ "cuda" if the cluster has GPUs or can get them, else "cpu"."""
+    return "cuda" if capacity("GPU") >= 1 else "cpu"
 
 
-def _connect(address: str, quiet: dict[str, Any]) -> None:
+def _start(cpus: int, slots: int) -> None:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of this cluster, in no file
+    ray.init(
+        address="local",  # not one that happens to run on this machine
+        num_cpus=cpus,
+        resources={SLOT: slots},
+        include_dashboard=False,
+        object_store_memory=512 * 2**20,
+        _temp_dir=_short_temporary_directory(),
+        **QUIET,
+    )
+
+
+def _connect(address: str) -> None:
     import raytrust
 
     runtime_env = {"py_modules": [str(Path(raytrust.__file__).parent)], "env_vars": ENVIRONMENT}
     try:
         _expect_listener(address)
-        ray.init(address=address, runtime_env=runtime_env, **quiet)
+        ray.init(address=address, runtime_env=runtime_env, **QUIET)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"Expected a Ray cluster at address={address!r}, but can't connect: {reason}") from error
-    if ray.cluster_resources().get(SLOT, 0) < 1:
+    until = time.monotonic() + 10  # an autoscaler tells what it can offer some seconds after it has started
+    while capacity(SLOT) < 1 and time.monotonic() < until:
+        time.sleep(0.5)
+    if capacity(SLOT) < 1:
         ray.shutdown()
         raise ValueError(
             f"Expected the cluster at address={address!r} to offer the resource {SLOT!r}; "
             f"start its nodes with --resources='{{\"{SLOT}\": 1}}'."
         )
+
+
+@contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt once within the block: a second one would cut off the orderly end."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield  # whoever runs this has other plans for it
+        return
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _expect_listener(address: str) -> None:
@@ -110,4 +152,4 @@ def _expect_listener(address: str) -> None:
 
 def _short_temporary_directory() -> str | None:
     """Ray's default, unless the temporary directory is so long that the names of sockets in it exceed 107 bytes."""
-    return None if len(tempfile.gettempdir()) < 40 else "/tmp/ray"
+    return None if len(tempfile.gettempdir()) < 40 else "/tmp/ray"  # noqa: S108  # Ray's own

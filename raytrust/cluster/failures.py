@@ -1,0 +1,85 @@
+"""Failures of trials: which are worth another try, and what is said of the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
+RETRIES = 3  # of a trial whose machine was lost, as spot machines are
+LOST = (
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+SEVERED = ("connection closed by peer", "connection reset by peer", "remote process exited")  # a worker lost its peer
+
+
+def lost(error: BaseException) -> bool:
+    """Whether a process or a machine was lost on the way, rather than that the work itself failed."""
+    return any(
+        isinstance(e, LOST) or (isinstance(e, RuntimeError) and any(s in str(e).lower() for s in SEVERED))
+        for e in _chain(error)
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without the way there: the last line of the innermost error, with its type unless it is ours."""
+    *_, error = _first_causes(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    return lines[-1] if isinstance(error, (ValueError, FloatingPointError)) else f"{kind}: {lines[-1]}"
+
+
+def report(work: Callable[[], dict[str, Any]], metrics: Sequence[str]) -> None:
+    """Report a trial's result to Tune, or why there is none: "failure", with NaN for the metrics.
+
+    Where a machine was lost the error passes through, so that Tune tries the trial again, elsewhere if need be.
+    """
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, it fails this trial alone and stands in its row
+        if lost(error):
+            raise
+        result = {**dict.fromkeys(metrics, math.nan), "failure": one_line(error)}
+    tune.report(result)
+
+
+def last_error(trial: Any) -> str:
+    """Why a trial was lost for good: the last line that Tune wrote down for it."""
+    path = trial.error_file
+    lines = Path(path).read_text().split("\n") if path and Path(path).exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "the trial was lost")
+
+
+def _below(error: BaseException) -> list[BaseException]:
+    """What an error was caused by: one error, or one a worker."""
+    if (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        return [cause]
+    failures = getattr(error, "worker_failures", None) or getattr(error, "_worker_failures", None) or {}
+    return list(failures.values())
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it was caused by."""
+    yield error
+    for cause in _below(error):
+        yield from _chain(cause)
+
+
+def _first_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, its first cause, the first cause of that, and so on."""
+    yield error
+    if causes := _below(error):
+        yield from _first_causes(causes[0])

@@ -1,0 +1,126 @@
+"""One sweep in a directory at a time, also where several machines share it.
+
+DIR/sweep.lock names the process and the machine that hold it. The holder touches it every few seconds. It is stale, and
+taken over, if its process has ended on this machine, or if a holder elsewhere has given no sign of life for long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+NAME = "sweep.lock"
+BEAT = 10.0  # seconds between two signs of life
+SILENCE = 180.0  # seconds without one until a holder on another machine is taken for dead; file systems cache for 60
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold the directory for the time of the block. Raises ValueError if somebody else holds it."""
+    path = directory / NAME
+    identity = uuid.uuid4().hex
+    _acquire(path, identity)
+    stop = threading.Event()
+    beat = threading.Thread(target=_keep, args=(path, stop), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+        holder = _read(path)
+        if holder is not None and holder["identity"] == identity:  # nobody took it over meanwhile
+            path.unlink(missing_ok=True)
+
+
+def _acquire(path: Path, identity: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mine = path.with_name(f".{NAME}.{identity}")
+    holder = {"identity": identity, "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    mine.write_text(json.dumps(holder))
+    try:
+        for _ in range(3):
+            try:
+                os.link(mine, path)  # unlike opening it anew, atomic with its content, over NFS too
+                return
+            except FileExistsError:
+                _take_over(path, mine)
+        raise _refusal(path)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def _take_over(path: Path, mine: Path) -> None:
+    """Remove the lock if it is stale; raises ValueError if it is not."""
+    holder = _read(path)
+    if holder is None:  # released just now
+        return
+    if not _stale(path, holder, mine):
+        raise _refusal(path)
+    aside = mine.with_suffix(".aside")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:  # somebody else was faster
+        return
+    if _read(aside) != holder:  # it was a new one already: give it back
+        os.rename(aside, path)
+        raise _refusal(path)
+    aside.unlink()
+
+
+def _stale(path: Path, holder: dict[str, Any], mine: Path) -> bool:
+    if holder["host"] == socket.gethostname():
+        return _started(holder["pid"]) != holder["started"]
+    os.utime(mine)  # the clock that counts is the file system's
+    return mine.stat().st_mtime - path.stat().st_mtime > SILENCE
+
+
+def _refusal(path: Path) -> ValueError:
+    holder = _read(path) or {"pid": "unknown", "host": "unknown"}
+    return ValueError(
+        f"Expected output={str(path.parent)!r} to be free, but process {holder['pid']} on {holder['host']} runs a "
+        f"sweep in it; on another machine than that, its lock counts for {SILENCE:.0f} s after its last sign of life."
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or set(found) != {"identity", "host", "pid", "started"}:
+        raise ValueError(f"Expected {path} to be a sweep's lock; remove it if no sweep runs in this directory.")
+    return found
+
+
+def _started(pid: int) -> str | None:
+    """When the process was started, as the system counts; None if it has ended. Process ids are used again."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if stat[0] == "Z" else stat[19]
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)  # a system without /proc
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _keep(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT):
+        with suppress(OSError):  # a storage that is away for a while: the next beat may reach it
+            os.utime(path)
