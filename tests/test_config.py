@@ -397,6 +397,7 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
         (InversionConfig, "method"): ("optimise", "analytic"),
         (InversionConfig, "matching"): ("cosine", "l2", "l1"),
         (InversionConfig, "optimiser"): ("adam", "lbfgs"),
+        (InversionConfig, "precision"): ("float32", "bfloat16"),
         (InversionConfig, "schedule"): ("steps", "cosine", "constant"),
         (InversionConfig, "label_recovery"): ("counts", "bias_sign", "idlg", "joint"),
     }[kind, name]

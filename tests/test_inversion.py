@@ -266,7 +266,7 @@ def trajectory(attack: InversionConfig, force: float, monkeypatch: pytest.Monkey
         visited.append(x.detach().clone())
         return force * x.detach().flatten(1).sum(1), torch.full_like(x, force)
 
-    monkeypatch.setattr(search, "GradientMatcher", lambda model: slope)
+    monkeypatch.setattr(search, "GradientMatcher", lambda *_: slope)
     GradientInversion(attack).reconstruct(seen()[0])
     x = torch.stack(visited).double()
     inside = (x[0] < visited[0].amax((0, 1, 3, 4), keepdim=True)) & (x[-1] > x[-1].amin((0, 1, 3, 4), keepdim=True))

@@ -390,3 +390,13 @@ def test_an_attack_that_knows_no_labels_goes_on_with_those_it_recovers(compresso
         assert without.labels[0].tolist() == sorted(a.labels.tolist())
         if a.labels.tolist() == without.labels[0].tolist():
             torch.testing.assert_close(with_them.objective, without.objective, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_goes_nearly_the_same_way() -> None:
+    attack = replace(SHORT, iterations=60)
+    exact, rough = (evaluate_inversion(captures(), replace(attack, precision=p)) for p in ("float32", "bfloat16"))
+    assert rough.objective != exact.objective
+    assert np.mean(rough.ssim) == pytest.approx(np.mean(exact.ssim), abs=0.05)
+    assert np.mean(rough.objective) == pytest.approx(np.mean(exact.objective), abs=0.01)
+    together = invert([(seen()[0], attack), (seen()[0], replace(attack, precision="bfloat16"))])
+    assert together[0].objective.dtype == together[1].objective.dtype == torch.float32

@@ -32,6 +32,8 @@ class InversionConfig:
     l2, colour, bn, group: weights of further priors (`raytrust.attacks.inversion.priors`).
     label_recovery: how labels are found where the threat withholds them: by one of `attacks.inversion.labels`, or as
         soft labels that are optimised with the images ("joint", Zhu et al. 2019). Granted labels are used as they are.
+    precision: of the passes through the model; sums and distances are in float32. Soft labels and models without a
+        fast path are float32 throughout.
     halving: whether, after 1/8, 1/4 and 1/2 of the iterations, the worse half of the restarts is retired.
     """
 
@@ -54,6 +56,7 @@ class InversionConfig:
     group: float = 0.0
     label_recovery: Literal["counts", "bias_sign", "idlg", "joint"] = "counts"
     halving: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         expect_choices(self)

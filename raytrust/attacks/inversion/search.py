@@ -46,7 +46,7 @@ class Piece:
     @property
     def program(self) -> tuple[object, ...]:
         """What all pieces of a batch have in common."""
-        return self.config.iterations, self.config.optimiser, self.labels is None
+        return self.config.iterations, self.config.optimiser, self.config.precision, self.labels is None
 
 
 def search(pieces: Sequence[Piece], device: str) -> list[Found]:
@@ -80,7 +80,10 @@ class _Batch:
         self.counts = counts
         model = first.build_model().to(device)
         self.gradients: _Joint | GradientMatcher
-        self.gradients = _Joint(model) if pieces[0].labels is None else GradientMatcher(model)
+        if pieces[0].labels is None:
+            self.gradients = _Joint(model)
+        else:
+            self.gradients = GradientMatcher(model, getattr(torch, pieces[0].config.precision))
         self.settings = _Settings.of(pieces, self.owner.to(device), device)
         if "bn" in self.settings.weights:
             self.bn_prior = BatchNormPrior(model)
