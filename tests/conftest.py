@@ -47,7 +47,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def group(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes found, by rank: see `two_workers.everything`. Run once, as it takes seconds."""
-    return two_workers.run_workers(two_workers.everything, 2, tmp_path_factory.mktemp("group"))
+    return two_workers.run_workers(two_workers.everything, 2, tmp_path_factory.mktemp("group"), 240)
 
 
 @pytest.fixture(params=[1, 2], ids=["one worker", "two workers"])
