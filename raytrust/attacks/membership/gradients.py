@@ -1,9 +1,9 @@
 """Of the gradients of many points, what membership needs, without ever holding one a point: inner products and norms.
 
 Both follow layer by layer from a layer's input and the derivative of the loss by its output, so that one forward and
-one backward pass over the activations serve for all points. Inner products equal those of one forward-mode product
-(`torch.func.jvp`), which takes three convolutions a layer where this takes one more than the norms need anyway. Batch
-norms are taken in evaluation mode, as a point has no gradient of its own otherwise.
+one backward pass over the activations serve for all points. The inner products alone would be one forward-mode product
+(`torch.func.jvp`), but that takes three convolutions a layer where this takes at most one beside the norms. Batch norms
+are taken in evaluation mode, as a point has no gradient of its own otherwise.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def products_and_norms(
     if len({id(call.layer) for call in calls}) < len(calls):
         raise ValueError("Expected the model to use each layer once.")
     with torch.no_grad():
-        inner = torch.stack([c.inner_products([along[id(p)] for p in c.layer.parameters()]) for c in calls]).sum(0)
-        squared = torch.stack([call.squared_norms() for call in calls]).sum(0)
+        parts = [call.products([along[id(p)] for p in call.layer.parameters()]) for call in calls]
+    inner, squared = (torch.stack(terms).sum(0) for terms in zip(*parts, strict=True))
     return losses.detach(), inner, squared
 
 
@@ -73,54 +73,50 @@ class _Call:
     def take(self, signal: Tensor) -> None:
         self.signal = signal
 
-    def inner_products(self, direction: Sequence[Tensor]) -> Tensor:
-        """<gradient, direction> over the layer's parameters: what the layer, with the direction for its weights, would
-        add to the output, times the derivative by the output. (n,)."""
+    def products(self, direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(<gradient, direction>, |gradient|^2) over the layer's parameters, for each image: (n,), (n,)."""
         layer, signal = self.layer, self.signal
         assert signal is not None
-        weight, bias = direction[0], direction[1] if len(direction) > 1 else None
         if isinstance(layer, nn.Linear):
-            change = F.linear(self.input, weight, bias)
+            inner = (F.linear(self.input, direction[0]) * signal).sum(1)
+            squared = signal.square().sum(1) * self.input.square().sum(1)
+            bias = signal
         elif isinstance(layer, nn.Conv2d):
-            assert not isinstance(layer.padding, str)
-            change = F.conv2d(self.input, weight, bias, layer.stride, layer.padding, layer.dilation)
-        else:
-            assert isinstance(layer, nn.BatchNorm2d)
-            change = F.batch_norm(self.input, layer.running_mean, layer.running_var, weight, bias, eps=layer.eps)
-        return (change * signal).flatten(1).sum(1)
-
-    def squared_norms(self) -> Tensor:
-        """|gradient|^2 over the layer's parameters, (n,) ("ghost norms", Li et al. 2022)."""
-        layer, signal = self.layer, self.signal
-        assert signal is not None
-        if isinstance(layer, nn.Linear):
-            return signal.square().sum(1) * (self.input.square().sum(1) + (layer.bias is not None))
-        if isinstance(layer, nn.Conv2d):
-            norms = _convolution_norms(layer, self.input, signal)
+            inner, squared = _convolution(layer, self.input, signal, direction[0])
+            bias = signal.flatten(2).sum(2)
         else:
             assert isinstance(layer, nn.BatchNorm2d)
             normal = F.batch_norm(self.input, layer.running_mean, layer.running_var, eps=layer.eps)
-            norms = (signal * normal).flatten(2).sum(2).square().sum(1)
-        return norms if layer.bias is None else norms + signal.flatten(2).sum(2).square().sum(1)
+            weight = (signal * normal).flatten(2).sum(2)
+            inner, squared = weight @ direction[0], weight.square().sum(1)
+            bias = signal.flatten(2).sum(2)
+        if layer.bias is None:
+            return inner, squared
+        return inner + bias @ direction[1], squared + bias.square().sum(1)
 
 
-def _convolution_norms(layer: nn.Conv2d, x: Tensor, signal: Tensor) -> Tensor:
-    """|S C^T|^2 for the signal S (a, positions) and the columns C (b, positions) of each of n images: (n,).
+def _convolution(layer: nn.Conv2d, x: Tensor, signal: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the gradient S C^T of a kernel, where S (a, positions) is the derivative by an image's output and C
+    (b, positions) its columns: (<S C^T, direction>, |S C^T|^2), each (n,).
 
-    As <S^T S, C^T C> where that takes fewer products, else from the layer's gradient, one image at a time (Bu et al.
-    2022 mix the two alike, by memory).
+    Where that takes fewer products, the norm is <S^T S, C^T C> ("ghost norms", Li et al. 2022), and the inner product
+    is that of S with the output that the direction as a kernel would give; else both are read off the layer's gradient,
+    one image at a time (Bu et al. 2022 mix the two alike, by memory).
     """
     assert not isinstance(layer.padding, str)
-    a, b, positions = len(layer.weight), layer.weight[0].numel(), signal[0, 0].numel()
+    a, b, positions = len(direction), direction[0].numel(), signal[0, 0].numel()
     if positions * (a + b) < a * b:
+        change = F.conv2d(x, direction, None, layer.stride, layer.padding, layer.dilation)
         columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        signal = signal.flatten(2)
-        return (torch.bmm(signal.mT, signal) * torch.bmm(columns.mT, columns)).flatten(1).sum(1)
-    options = (layer.weight.shape, layer.stride, layer.padding, layer.dilation)
-    grads = (
-        conv2d_weight(one, options[0], s, *options[1:]) for one, s in zip(x.split(1), signal.split(1), strict=True)
-    )
-    return torch.stack([g.square().sum() for g in grads])
+        signal, change = signal.flatten(2), change.flatten(2)
+        gram = torch.bmm(signal.mT, signal) * torch.bmm(columns.mT, columns)
+        return (signal * change).flatten(1).sum(1), gram.flatten(1).sum(1)
+    pairs = []
+    for one, s in zip(x.split(1), signal.split(1), strict=True):
+        g = conv2d_weight(one, direction.shape, s, layer.stride, layer.padding, layer.dilation).flatten()
+        pairs.append(torch.stack([g @ direction.flatten(), g @ g]))
+    inner, squared = torch.stack(pairs, dim=1)
+    return inner, squared
 
 
 def _known(module: nn.Module) -> bool:
