@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
             flush=True,
         )
         return 130
-    except ValueError as error:  # the cluster or the tracking store can't be used
+    except (ValueError, OSError) as error:  # the cluster, the tracking store or the disk can't be used
         print(f"privacy_frontier.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print("\n" + frontier_table(rows) + "\n")

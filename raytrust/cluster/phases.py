@@ -7,7 +7,7 @@ with its reason, and the others go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -208,9 +208,7 @@ def _attack_task(
     return store.run_attacks(train, attacks, split, device)
 
 
-def _tune(
-    name: str, trainable: Any, search: Any, samples: int, concurrent: int, store: Store, relay: tune.Callback
-) -> None:
+def _tune(name: str, trainable: Any, search: Any, samples: int, concurrent: int, store: Store, relay: _Relay) -> None:
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
@@ -220,39 +218,63 @@ def _tune(
             name=f"{name}-{time.time_ns()}",
             storage_path=str(store.root / "ray" / "tune"),
             callbacks=[relay],
+            stop=relay,
             failure_config=tune.FailureConfig(max_failures=RETRIES),
             verbose=0,
         ),
     )
     tuner.fit()
+    if relay.broken is not None:
+        raise relay.broken
 
 
-class _Relay(tune.Callback):
-    """Passes what happens to Tune's trials on to a listener."""
+class _Relay(tune.Callback, tune.Stopper):
+    """Passes what happens to Tune's trials on to a listener; `broken` says why that came to an end.
+
+    Tune would take an error here for one of the trial's, and try it again.
+    """
 
     def __init__(self, phase: str, listener: Listener, key: Any, failed: Any = None):
         self._phase, self._listener, self._key, self._failed = phase, listener, key, failed
+        self.broken: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune saves its callbacks, but a sweep is resumed from the store; not every stream can be saved."""
         return {}
 
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.broken is not None
+
     def on_step_begin(self, **_: Any) -> None:
-        self._listener.tick()
+        self._pass(self._listener.tick)
 
     def on_trial_start(self, trial: Any, **_: Any) -> None:
-        self._listener.started(self._phase, *self._key(trial.config))
+        self._pass(lambda: self._listener.started(self._phase, *self._key(trial.config)))
 
     def on_trial_complete(self, trial: Any, **_: Any) -> None:
         if (reason := trial.last_result.get("failure")) is not None:
-            self._fail(trial, reason)
+            self._pass(lambda: self._fail(trial, reason))
         else:
-            self._listener.finished(self._phase, self._key(trial.config)[0], {**trial.config, **trial.last_result})
+            self._pass(lambda: self._finish(trial))
 
     def on_trial_error(self, trial: Any, **_: Any) -> None:
-        self._fail(trial, last_error(trial))
+        self._pass(lambda: self._fail(trial, last_error(trial)))
+
+    def _finish(self, trial: Any) -> None:
+        self._listener.finished(self._phase, self._key(trial.config)[0], {**trial.config, **trial.last_result})
 
     def _fail(self, trial: Any, reason: str) -> None:
         if self._failed:
             self._failed(trial.config, reason)
         self._listener.failed(self._phase, self._key(trial.config)[0], reason)
+
+    def _pass(self, action: Callable[[], None]) -> None:
+        if self.broken is not None:
+            return
+        try:
+            action()
+        except Exception as error:  # a disk that is full, say: it ends the phase, in the driver
+            self.broken = error

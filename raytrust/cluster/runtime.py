@@ -84,8 +84,7 @@ def cluster_device() -> str:
 
 
 def _start(cpus: int, slots: int) -> None:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of this cluster, in no file
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would make one and write it to a file
     ray.init(
         address="local",  # not one that happens to run on this machine
         num_cpus=cpus,
