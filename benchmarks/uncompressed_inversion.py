@@ -15,14 +15,16 @@ import torch
 
 from raytrust.capture import Capture
 from raytrust.channel import LocalChannel
-from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, TrainConfig
+from raytrust.config import CaptureConfig, Defence, InversionConfig, ModelConfig, TrainConfig
 from raytrust.data import Dataset, load
 from raytrust.evaluate import evaluate_inversion
 from raytrust.metrics import mean_interval
 from raytrust.train import train
 
 
-def captures_of_test_images(data: Dataset, images: int, config: ModelConfig) -> list[Capture]:
+def captures_of_test_images(
+    data: Dataset, images: int, config: ModelConfig, defence: Defence | None = None
+) -> list[Capture]:
     """Captures at step 0 of the first test images, in their order, normalised by their own statistics."""
     private = Dataset(
         data.name,
@@ -33,6 +35,7 @@ def captures_of_test_images(data: Dataset, images: int, config: ModelConfig) -> 
         data.classes,
     )
     run = TrainConfig(
+        defence=defence or Defence(),
         model=config,
         capture=CaptureConfig(steps=(0,), tuning=1, evaluation=images - 1),
         workers=1,

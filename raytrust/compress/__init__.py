@@ -62,7 +62,7 @@ def build(
     """A compressor in its state before the first step.
 
     parameters: the model whose gradients it is to average (those of its parameters that are trained), or their shapes.
-    seed: of what is random in the method; it is public, and all workers must give the same. names: of the parameters,
+    seed: of what is random in the method; all workers must give the same. names: of the parameters,
     where shapes are given; errors and states name them.
     """
     layout = Layout.of(parameters) if isinstance(parameters, nn.Module) else Layout(parameters, names)

@@ -23,7 +23,7 @@ class Atomo(Counting):
     The p_i are min(1, c s_i) with c such that they sum to `rank` (Wang et al. 2018, Algorithm 1: the least variance of
     all unbiased choices), so E[own] = x and E||own - x||^2 = sum s_i^2 (1 / p_i - 1). The number of triples differs
     between steps and workers: a first all-gather tells it for each matrix (int32), a second one carries the floats,
-    4 sum r (n + m + 1). The coins are each worker's own: a function of the seed, the step and the rank.
+    4 sum r (n + m + 1). The coins are each worker's own, and private: a function of the seed, the step and the rank.
     """
 
     def __init__(self, config: AtomoConfig, layout: Layout, seed: int = 0):

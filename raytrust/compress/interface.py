@@ -195,17 +195,21 @@ class Base:
 
 
 class Counting(Base):
-    """Methods whose randomness is a function of the seed, the step and, where it is private, the rank."""
+    """Methods that roll dice: a function of the seed, the step and, where they are a worker's own, its rank.
+
+    Dice of one's own are private: an attacker who could roll them again would see through the rounding. Where all
+    workers share them they are public (`RandK`).
+    """
 
     def __init__(self, layout: Layout, seed: int):
         super().__init__(layout)
         self._seed = seed
         self._step = 0
 
-    def public_state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {"seed": torch.tensor(self._seed), "step": torch.tensor(self._step)}
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._seed, self._step = int(state["seed"]), int(state["step"])
 
 

@@ -22,7 +22,7 @@ class QSGD(Counting):
 
     E[own] = x, and with the L2 norm E||own - x||^2 <= min(d / s^2, sqrt(d) / s) ||x||^2 (Alistarh et al. 2017, Lemma
     3.1); with the largest magnitude for a norm, as in the paper's experiments, it is at most d / (4 s^2) ||x||^2.
-    The dice are each worker's own: a function of the seed, the step and the rank.
+    The dice are each worker's own, and private: a function of the seed, the step and the rank.
     """
 
     def __init__(self, config: QSGDConfig, layout: Layout, seed: int = 0):

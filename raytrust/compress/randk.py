@@ -48,6 +48,12 @@ class RandK(Counting):
         values = self._values(messages, vantage)
         return sparse_view(self.layout, values, self._indices(values.device), bounded=False)
 
+    def public_state(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    def load_public_state(self, state: dict[str, Tensor]) -> None:
+        self.load_state_dict(state)
+
     def _values(self, messages: Sequence[Message], vantage: Vantage) -> Tensor:
         (message,) = messages
         (values,) = message.sent if vantage == "link" else message.received

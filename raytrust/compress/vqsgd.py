@@ -21,7 +21,7 @@ class VqSGD(Counting):
 
     Vertex sign(x_i) e_i has probability |x_i| / (n sqrt(d)) and what is left, 1 - |x|_1 / (n sqrt(d)), is shared evenly
     among all 2d (Gandikota et al. 2022, section 4.2 and equation 7). E[own] = x and E||own - x||^2 <= (d - 1) / samples
-    ||x||^2. The dice are each worker's own: a function of the seed, the step and the rank.
+    ||x||^2. The dice are each worker's own, and private: a function of the seed, the step and the rank.
     """
 
     def __init__(self, config: VqSGDConfig, layout: Layout, seed: int = 0):

@@ -202,7 +202,8 @@ class Defence:
     """What stands between the private gradient and the wire: a compressor, with or without error feedback.
 
     Refused with error feedback: DGC and Signum, which have a memory of their own, and unbiased Rand-K, whose residual
-    would grow without bound.
+    would grow without bound. So does that of other unbiased methods whose error exceeds the gradient: ATOMO, vqSGD, and
+    QSGD with the L2 norm and fewer levels than the square root of its bucket. They are for use without.
     """
 
     compressor: CompressorConfig = field(default_factory=DenseConfig)
