@@ -76,11 +76,11 @@ class Product:
         """<gradient, target> for each candidate, (n,). target: the entries of one gradient, for all candidates."""
         if not self.low_rank:
             return self.dense.flatten(1) @ target
-        weight = target.reshape(self.shape).to(self.inputs.dtype)
+        weight = _as_weight(target, self.shape, self.inputs.dtype)
         if self.geometry is None:
             image = F.linear(self.inputs, weight)
         else:
-            image = Convolve.apply(self.inputs, weight.contiguous(memory_format=torch.channels_last), self.geometry)
+            image = Convolve.apply(self.inputs, weight, self.geometry)
         return (image * self.signals).unflatten(0, (self.n, -1)).flatten(1).sum(1, dtype=self.dtype)
 
     def squared_norm(self) -> Tensor:
@@ -127,8 +127,20 @@ class Block(NamedTuple):
     positions: Tensor
 
 
-# Views ask for the same entries in every iteration.
+# Views ask for the same entries, and for products with the same target, in every iteration.
 _BLOCKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_WEIGHTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _as_weight(target: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A target (entries,) as a layer's weight, laid out and rounded once for as long as the observation lives."""
+    owner = target if target._base is None else target._base
+    kept = _WEIGHTS.setdefault(owner, {})
+    place = (target.storage_offset(), target.stride(), shape, dtype)
+    if place not in kept or kept[place][0] != target._version:
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        kept[place] = target._version, target.detach().reshape(shape).to(dtype).clone(memory_format=layout)
+    return kept[place][1]
 
 
 def _block(positions: Tensor, shape: torch.Size) -> Block:

@@ -33,8 +33,10 @@ def transposed(signal: Tensor, like: Tensor, weight: Tensor, geometry: Geometry)
     """The derivative of <convolve(like, weight), signal> by `like`, of which only the shape counts."""
     stride, padding, dilation, groups = geometry
     if like.device.type == "cpu" and groups == 1 and len(like) > 1 and signal[0, 0].numel() <= FEW:
-        slopes = signal.permute(0, 2, 3, 1) @ _rows(weight)
-        return fold(slopes.unflatten(3, (weight.shape[2:].numel(), -1)), like.shape, weight.shape[2:], geometry)
+        # As one matrix: else, of a signal that is not channels-last, matmul copies the weight for each row of positions.
+        slopes = signal.permute(0, 2, 3, 1).reshape(-1, len(weight)) @ _rows(weight)
+        slopes = slopes.view(len(signal), *signal.shape[2:], weight.shape[2:].numel(), -1)
+        return fold(slopes, like.shape, weight.shape[2:], geometry)
     return torch.ops.aten.convolution_backward(
         signal, like, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
     )[0]
