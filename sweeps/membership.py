@@ -2,7 +2,7 @@
 
     python sweeps/membership.py                                 # handwritten digits
     python sweeps/membership.py --data cifar10.npz
-    python sweeps/membership.py --defence none --defence powersgd:2:ef --dp-noise 1
+    python sweeps/membership.py --defence none --defence powersgd:2:ef --dp-sgd 1:1
     python sweeps/membership.py --preset paper --data cifar10 --address auto
 
 The tables below are the whole audit: edit them to ask another question.
@@ -41,11 +41,11 @@ def defences(*ranks: int) -> tuple[Defence, ...]:
 #                                 width      their rate       the pool    batch     either kind  Opacus is there
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(model="convnet",  width=16, steps=400, learning_rate=0.05, points=2000, batch_size=32, canaries=100,
-                  defences=defences(1, 4), dp_noise=(0.2, 1.0), models=8),
+                  defences=defences(1, 4), dp_sgd=("0.1:5", "0.2:1", "1:1"), models=8),
     "digits": dict(model="convnet", width=8, steps=200, learning_rate=0.05, points=1000, batch_size=32, canaries=50,
-                   defences=defences(1, 4), dp_noise=(0.2, 1.0), models=8),
+                   defences=defences(1, 4), dp_sgd=("0.1:5", "0.2:1", "1:1"), models=8),
     "paper": dict(model="resnet18", width=64, steps=8000, learning_rate=0.1, points=20000, batch_size=128,
-                  canaries=500, defences=defences(1, 2, 4, 30, 50), dp_noise=(), models=16),
+                  canaries=500, defences=defences(1, 2, 4, 30, 50), dp_sgd=(), models=16),
 }  # fmt: skip
 MESSAGE_BATCH = 16  # images of an attacked batch
 MESSAGES = 4  # attacked batches at each of these shares of training
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
     add("--preset", choices=list(PRESETS), help="quick: 32x32 images on a CPU (default); digits; paper: ResNet-18")
     add("--defence", action="append", metavar="NAME", help="audit this instead of the list; repeatable: powersgd:1:ef")
-    add("--dp-noise", action="append", type=float, metavar="X", help="DP-SGD with this noise multiplier; repeatable")
+    add("--dp-sgd", action="append", metavar="X:C", help="DP-SGD of noise multiplier X and clipping norm C; repeatable")
     add("--models", type=int, metavar="N", help="a defence, each attacked with the others as its shadows")
     add("--points", type=int, metavar="N", help="images of the pool, of which each model has about half")
     add("--width", type=int, metavar="N", help="of the network")
@@ -169,7 +169,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, MembershipConfig]:
     for name in ("steps", "points", "models", "cpus"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"Expected {name}={value} to be at least 1.")
-    noise = _dp_noise(options)
+    references = _dp_sgd(options)
     if options.address is None and options.cpus is not None and options.cpus > _cpus():
         raise ValueError(f"Expected cpus={options.cpus} to be at most the number of CPUs, {_cpus()}.")
     config = MembershipConfig(
@@ -188,7 +188,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, MembershipConfig]:
             seed=options.seed,
         ),
         defences=_defences(options),
-        dp_sgd=tuple(DPSGDConfig(x) for x in noise),
+        dp_sgd=references,
         models=options.models,
         points=options.points,
         mislabelled=options.canaries,
@@ -207,17 +207,23 @@ def _defences(options: argparse.Namespace) -> tuple[Defence, ...]:
     return listed
 
 
-def _dp_noise(options: argparse.Namespace) -> tuple[float, ...]:
-    """The noise multipliers. Those of the preset are left out where Opacus is missing; asked for, they are refused."""
+def _dp_sgd(options: argparse.Namespace) -> tuple[DPSGDConfig, ...]:
+    """The reference defences. Those of the preset are left out where Opacus is missing; asked for, they are refused."""
     from raytrust.dp import available
 
-    wanted = tuple(options.dp_noise)
+    wanted = []
+    for text in options.dp_sgd:
+        try:
+            noise, clip = map(float, text.split(":"))
+        except ValueError:
+            raise ValueError(f"Expected dp_sgd={text!r} to be NOISE:CLIP, two numbers.") from None
+        wanted.append(DPSGDConfig(noise, clip))
     if wanted and not available():
-        if wanted != tuple(PRESETS[options.preset]["dp_noise"]):
-            raise ValueError(f"Expected the package opacus for dp_noise={list(wanted)}: pip install raytrust[dp].")
+        if list(options.dp_sgd) != list(PRESETS[options.preset]["dp_sgd"]):
+            raise ValueError(f"Expected the package opacus for dp_sgd={options.dp_sgd}: pip install raytrust[dp].")
         print("Without DP-SGD: the package opacus is not installed (pip install raytrust[dp]).", file=sys.stderr)
         return ()
-    return wanted
+    return tuple(wanted)
 
 
 def _cpus() -> int:

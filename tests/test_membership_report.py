@@ -230,7 +230,8 @@ def test_the_nearest_cell_is_found_after_the_shift_of_all() -> None:
         (["--models", "3"], "Expected models=3 to be even and at least 4"),
         (["--points", "99999"], "Expected points=99999 to be at most 1437, the training images."),
         (["--defence", "powersgd:0"], "Expected rank=0 to be at least 1"),
-        (["--dp-noise", "-1"], "Expected noise=-1.0 to be positive and finite"),
+        (["--dp-sgd=-1:1"], "Expected noise=-1.0 to be positive and finite"),
+        (["--dp-sgd", "1"], "Expected dp_sgd='1' to be NOISE:CLIP, two numbers."),
         (["--steps", "0"], "Expected steps=0 to be at least 1"),
         (["--cpus", "9999"], "Expected cpus=9999 to be at most the number of CPUs"),
         (["--resume", "nowhere"], "Expected resume='nowhere' to hold an audit"),
@@ -244,8 +245,6 @@ def test_bad_input_is_refused_in_one_line(
     monkeypatch.syspath_prepend(REPOSITORY / "sweeps")
     import membership
 
-    if "--dp-noise" in arguments:
-        pytest.importorskip("opacus")
     with pytest.raises(SystemExit) as stop:
         membership.main(arguments)
     assert stop.value.code == 2

@@ -26,7 +26,7 @@ class DPSGDConfig:
 
     @property
     def name(self) -> str:
-        return f"DP-SGD noise {self.noise:g}"
+        return f"DP-SGD noise {self.noise:g}, clip {self.clip:g}"
 
 
 Arm: TypeAlias = Defence | DPSGDConfig
