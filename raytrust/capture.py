@@ -3,7 +3,8 @@
 A capture is one private batch at one step of training. Files lie under one directory a training run, in a step's
 directory: `model.pt` (weights, buffers and public compressor state, shared by the step's batches), `seen-000.pt` (the
 messages and what the threat grants) and `truth-000.pt` (images and labels, apart, so that the seen half can be handed
-to an attacker as it is). All are written whole or not at all, readable by their owner alone, and loaded without
+to an attacker as it is); where the threat grants a history, `history-0.pt` (the messages of the steps before, of the
+worker of that rank). All are written whole or not at all, readable by their owner alone, and loaded without
 unpickling code.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 
 from raytrust.channel import Message
 from raytrust.compress import Compressor, build
+from raytrust.compress.history import Past
 from raytrust.config import Defence, ModelConfig, Threat, from_dict, to_dict
 from raytrust.models import build_model
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,9 @@ class Observation:
     threat's vantage shows them. labels: (batch_size,) if the threat grants them, else None. image_shape: (channels,
     height, width). mean, std: (channels,), the public normalisation: the model saw (image - mean) / std of an image in
     [0, 1]. compressor_state: the public state before this reduction. victim: the rank whose batch it is.
-    residual: whether the messages hold the residual of earlier steps besides the gradient. buffers_after: the buffers
-    as the private batch left them, if the threat grants its statistics, else None.
+    residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
+    buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
+    history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
     """
 
     step: int
@@ -58,6 +61,7 @@ class Observation:
     world_size: int
     residual: bool
     buffers_after: dict[str, Tensor] | None = None
+    history: tuple[Past, ...] = ()
 
     def build_model(self) -> nn.Module:
         """The model under attack, with its weights and buffers, in the mode that the threat says."""
@@ -98,7 +102,7 @@ def seen_messages(messages: list[Message], threat: Threat) -> tuple[Message, ...
 
 
 def save_capture(directory: Path, capture: Capture) -> None:
-    """Write the capture under `directory`; the model's file is written once a step."""
+    """Write the capture under `directory`; the files of the model and of a worker's history are written once a step."""
     seen = capture.seen
     folder = directory / f"step-{seen.step:06d}"
     model = folder / "model.pt"
@@ -107,11 +111,14 @@ def save_capture(directory: Path, capture: Capture) -> None:
             model,
             {"weights": seen.weights, "buffers": seen.buffers, "compressor_state": seen.compressor_state},
         )
+    history = folder / f"history-{seen.victim}.pt"
+    if seen.history and not history.exists():
+        steps = [{"messages": _packed(p.messages), "compressor_state": p.compressor_state} for p in seen.history]
+        _save(history, {"steps": steps})
     body = {
         "step": seen.step,
-        "messages": [
-            {"op": m.op, "sent": list(map(_pack_meta, m.sent)), "received": list(m.received)} for m in seen.messages
-        ],
+        "messages": _packed(seen.messages),
+        "history": len(seen.history),
         "defence": to_dict(seen.defence),
         "model": to_dict(seen.model),
         "threat": to_dict(seen.threat),
@@ -135,14 +142,13 @@ def load_capture(directory: Path, step: int, index: int) -> Capture:
     model = _load(folder / "model.pt")
     body = _load(folder / f"seen-{index:03d}.pt")
     truth = _load(folder / f"truth-{index:03d}.pt")
+    steps = _load(folder / f"history-{body['victim']}.pt")["steps"] if body["history"] else []
     seen = Observation(
         step=body["step"],
         weights=model["weights"],
         buffers=model["buffers"],
         compressor_state=model["compressor_state"],
-        messages=tuple(
-            Message(m["op"], tuple(map(_unpack_meta, m["sent"])), tuple(m["received"])) for m in body["messages"]
-        ),
+        messages=_unpacked(body["messages"]),
         defence=from_dict(Defence, body["defence"]),
         model=from_dict(ModelConfig, body["model"]),
         threat=from_dict(Threat, body["threat"]),
@@ -155,6 +161,7 @@ def load_capture(directory: Path, step: int, index: int) -> Capture:
         world_size=body["world_size"],
         residual=body["residual"],
         buffers_after=body["buffers_after"],
+        history=tuple(Past(_unpacked(p["messages"]), p["compressor_state"]) for p in steps),
     )
     return Capture(index, seen, Truth(truth["images"], truth["labels"]))
 
@@ -202,6 +209,14 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"Expected {path} to be a capture of format {FORMAT}.")
     return content
+
+
+def _packed(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [{"op": m.op, "sent": list(map(_pack_meta, m.sent)), "received": list(m.received)} for m in messages]
+
+
+def _unpacked(messages: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
+    return tuple(Message(m["op"], tuple(map(_unpack_meta, m["sent"])), tuple(m["received"])) for m in messages)
 
 
 def _pack_meta(x: Tensor) -> Tensor | dict[str, Any]:

@@ -37,6 +37,7 @@ class InversionResult:
         `candidates` - 1 other images; ties are lost. Guessing reaches 1 / candidates.
     mean_image_ssim, other_image_ssim: floors, from other images of the data set: SSIM of their mean to the private
         image, and the mean of their SSIM to it, which is what a random other image can expect.
+    history: of how many preceding steps the attacker had the messages, too.
     objective, matching: of the picked restart, one a batch; matching is without priors, None where there is none.
     diverged: restarts that broke off. seconds: wall.
     reconstructions, originals: (images, channels, height, width) in [0, 1].
@@ -54,6 +55,7 @@ class InversionResult:
     candidates: int
     mean_image_ssim: list[float] | None
     other_image_ssim: list[float] | None
+    history: int
     objective: list[float]
     matching: list[float] | None
     diverged: int
@@ -173,6 +175,7 @@ def _compare(
         candidates=1 if floors is None else 1 + len(floors.references),
         mean_image_ssim=None if floors is None else floors.mean_image,
         other_image_ssim=None if floors is None else floors.other_image,
+        history=min(len(c.seen.history) for c in captures),
         objective=[float(c.objective.min()) for c in candidates],
         matching=None if any(m is None for m in matching) else [float(m) for m in matching if m is not None],
         diverged=sum(c.diverged for c in candidates),
@@ -186,10 +189,11 @@ def pick_among(results: Sequence[InversionResult]) -> list[int]:
     """For each batch, which of these attacks an attacker who made them all would hand in: the index of that of least
     matching distance, as it can observe no other difference between its settings.
 
-    Raises ValueError if their distances can't be compared: of different objectives or kinds of matching, or of none.
+    Raises ValueError if their distances can't be compared: of different objectives or kinds of matching, with and
+    without the residual, or of none.
     """
-    kinds = {(r.attack.objective, r.attack.matching, r.matching is None) for r in results}
-    if len(kinds) != 1 or next(iter(kinds))[2]:
+    kinds = {(r.attack.objective, r.attack.residual, r.attack.matching, r.matching is None) for r in results}
+    if len(kinds) != 1 or next(iter(kinds))[-1]:
         raise ValueError("Expected results of one objective and one matching distance.")
     return np.argmin([r.matching for r in results if r.matching is not None], axis=0).tolist()
 

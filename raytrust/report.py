@@ -200,7 +200,9 @@ def _table_lines(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
 def _attack_text(attack: Row | None) -> str:
     names = {"objective": "", "tv": "tv=", "step_size": "lr=", "restarts": "r=", "capture_step": "s="}
     values = {label: attack.get(key) for key, label in names.items()} if attack else {}
-    return " ".join(f"{label}{_short(value)}" for label, value in values.items() if value is not None) or "-"
+    texts = [f"{label}{_short(value)}" for label, value in values.items() if value is not None]
+    texts += ["avoid"] if attack and attack.get("residual") == "avoid" else []
+    return " ".join(texts) or "-"
 
 
 def _short(value: object) -> str:
@@ -250,8 +252,12 @@ def provenance(finished: Sequence[Row]) -> str:
     floor = ""
     if len(floors) == 1 and None not in (pair := floors.pop()):  # the same images for all, so the same floors
         floor = f" The mean image reaches {pair[0]:.2f}, a random other image {pair[1]:.2f}."
+    steps = sorted({(row.get("threat") or {}).get("history", 0) for row in finished})
+    history = ""
+    if steps[-1]:
+        history = f" The attacker also had the messages of up to {steps[-1]} steps before (avoid: no residual)."
     return (
         f"Accuracy: test images, n = {tests}; training seeds: {seeds}. Leakage: mean SSIM (1 = exact copy) to the "
-        f"private images, n = {images}, under the strongest of {tried} attacks.{floor} 95 % intervals: Wilson, "
-        f"bootstrap over images{' (none where n = 1)' if missing else ''}."
+        f"private images, n = {images}, under the strongest of {tried} attacks.{history}{floor} 95 % intervals: "
+        f"Wilson, bootstrap over images{' (none where n = 1)' if missing else ''}."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from raytrust.capture import Capture, Observation, Truth, seen_messages
 from raytrust.channel import Channel, Tap
 from raytrust.compress import Compressor, ErrorFeedback, build
+from raytrust.compress.dgc import DGC
+from raytrust.compress.history import Past
 from raytrust.config import TrainConfig
 from raytrust.data import Dataset
 from raytrust.models import build_model
@@ -82,17 +85,22 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: learning_rate_factor(t, config.steps))
     batches = _batches(config, len(data.train_labels), channel)
+    history: deque[Past] = deque(maxlen=config.threat.history)
     for step in range(config.steps):
         if step in config.capture.steps:
             _average_buffers(model, channel)
-            yield from _captures(config, step, model, compressor, data, channel, device)
+            yield from _captures(config, step, model, compressor, data, channel, device, tuple(history))
         images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
         model.train()
         loss = F.cross_entropy(model(images), labels)
         grads = torch.autograd.grad(loss, parameters)
         _agree_to_go_on(step, loss, grads, compressor, channel)
-        tap = Tap(channel, keep=False)
+        keep = any(step < captured <= step + config.threat.history for captured in config.capture.steps)
+        tap = Tap(channel, keep)
+        state = _public_state(compressor) if keep else {}
         reduced = compressor.reduce(grads, tap)
+        if keep:
+            history.append(Past(seen_messages([m.to("cpu") for m in tap.messages], config.threat), state))
         for parameter, mean in zip(parameters, reduced.mean, strict=True):
             parameter.grad = mean
         optimiser.step()
@@ -177,11 +185,12 @@ def _captures(
     data: Dataset,
     channel: Channel,
     device: str,
+    history: tuple[Past, ...],
 ) -> Iterator[Capture]:
     """This worker's share of the private batches, one in each round; all workers take part in all rounds."""
     indices = private_batches(config, len(data.train_labels))
     weights, buffers = _state(model)
-    state = {name: s.cpu() for name, s in compressor.public_state().items()}
+    state = _public_state(compressor)
     for first in range(0, len(indices), channel.world_size):
         index = first + channel.rank
         mine = indices[index % len(indices)]  # in a last, short round some workers only keep the others company
@@ -208,8 +217,9 @@ def _captures(
             std=data.std,
             victim=channel.rank,
             world_size=channel.world_size,
-            residual=isinstance(compressor, ErrorFeedback) and step > 0,
+            residual=isinstance(compressor, (ErrorFeedback, DGC)) and step > 0,
             buffers_after=after if granted else None,
+            history=history,
         )
         yield Capture(index, seen, Truth(data.train_images[mine].float() / 255, data.train_labels[mine]))
 
@@ -233,6 +243,10 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies of the weights and of the buffers, by name, on the CPU."""
     weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     return weights, {name: b.detach().cpu().clone() for name, b in model.named_buffers()}
+
+
+def _public_state(compressor: Compressor) -> dict[str, Tensor]:
+    return {name: s.cpu() for name, s in compressor.public_state().items()}
 
 
 def _average_buffers(model: nn.Module, channel: Channel) -> None:

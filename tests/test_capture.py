@@ -103,6 +103,37 @@ def test_what_is_loaded_is_what_was_saved(
         assert_equal(load_capture(tmp_path, capture.seen.step, capture.index), capture)
 
 
+@pytest.mark.parametrize("vantage", VANTAGES)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: c.method)
+def test_a_history_survives_and_is_written_once_a_step(
+    compressor: CompressorConfig, vantage: Literal["link", "peer"], data: Dataset, tmp_path: Path
+) -> None:
+    found = captured(data, compressor, Threat(vantage, history=3), steps=(0, 1))
+    assert [len(c.seen.history) for c in found] == [0, 0, 1, 1]
+    for capture in found[:3]:
+        save_capture(tmp_path, capture)
+    path = tmp_path / "step-000001" / "history-0.pt"
+    written = path.stat().st_mtime_ns
+    save_capture(tmp_path, found[3])
+    assert path.stat().st_mtime_ns == written
+    assert not (tmp_path / "step-000000" / "history-0.pt").exists()
+    for capture in found:
+        assert_equal(load_capture(tmp_path, capture.seen.step, capture.index), capture)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"history-0\.pt, but there is no such file\.$"):
+        load_capture(tmp_path, 1, 0)
+
+
+def test_the_history_of_each_worker_is_a_file_of_its_own(data: Dataset, tmp_path: Path) -> None:
+    first, second = captured(data, TopKConfig(level=0.1), Threat(history=1), steps=(1,))
+    other = first.seen.history[0]._replace(messages=second.seen.messages)
+    second = replace(second, seen=replace(second.seen, victim=1, world_size=2, history=(other,)))
+    for capture in (first, second):
+        save_capture(tmp_path, capture)
+    for capture in (first, second):
+        assert_equal(load_capture(tmp_path, 1, capture.index), capture)
+
+
 def test_the_files(data: Dataset, tmp_path: Path) -> None:
     """The seen half holds none of the truth, and the model is there once a step."""
     first, second = captured(data, DenseConfig(), Threat())

@@ -71,6 +71,7 @@ threats = st.builds(
     positive,
     st.sampled_from(["eval", "train"]),
     st.sampled_from(["known", "unknown"]),
+    history=st.integers(0, 9),
 )
 capture_steps = st.sets(st.integers(0, 99), min_size=1).map(lambda steps: tuple(sorted(steps)))
 trainings = st.builds(
@@ -156,7 +157,7 @@ def test_an_integer_will_do_for_a_float() -> None:
             TrainConfig,
             {"threat": {"batchsize": 3}},
             "Expected the keys of threat to be among vantage, batch_size, batch_norm, labels, batch_statistics, "
-            "got 'batchsize'.",
+            "history, got 'batchsize'.",
         ),
         (
             Defence,
@@ -254,6 +255,7 @@ NAN, INF = float("nan"), float("inf")
         (Threat, {"batch_norm": "test"}, "Expected batch_norm='test' to be one of 'eval', 'train'."),
         (Threat, {"labels": "none"}, "Expected labels='none' to be one of 'known', 'unknown'."),
         (Threat, {"batch_size": 0}, "Expected batch_size=0 to be at least 1."),
+        (Threat, {"history": -1}, "Expected history=-1 to be at least 0."),
         (CaptureConfig, {"steps": ()}, "Expected steps=() to name at least one step."),
         (CaptureConfig, {"steps": (-1, 0)}, "Expected steps=(-1, 0) to be at least 0."),
         (CaptureConfig, {"steps": (1, 0)}, "Expected steps=(1, 0) in increasing order, each once."),
@@ -278,6 +280,7 @@ NAN, INF = float("nan"), float("inf")
             "Expected capture.steps=(0, 9) to lie below steps=9, the length of training.",
         ),
         (InversionConfig, {"objective": "blind"}, "Expected objective='blind' to be one of 'naive', 'aware'."),
+        (InversionConfig, {"residual": "keep"}, "Expected residual='keep' to be one of 'ignore', 'avoid'."),
         (InversionConfig, {"tv": -1.0}, "Expected tv=-1.0 to be at least 0 and finite."),
         (InversionConfig, {"tv": NAN}, "Expected tv=nan to be at least 0 and finite."),
         (InversionConfig, {"step_size": 0.0}, "Expected step_size=0.0 to be positive and finite."),
@@ -398,6 +401,7 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
         (InversionConfig, "matching"): ("cosine", "l2", "l1"),
         (InversionConfig, "optimiser"): ("adam", "lbfgs"),
         (InversionConfig, "precision"): ("float32", "bfloat16"),
+        (InversionConfig, "residual"): ("ignore", "avoid"),
         (InversionConfig, "schedule"): ("steps", "cosine", "constant"),
         (InversionConfig, "label_recovery"): ("counts", "bias_sign", "idlg", "joint"),
     }[kind, name]
@@ -437,12 +441,18 @@ def test_an_attack_as_it_applies_to_a_defence() -> None:
     sweep = SweepConfig(portfolio=(aware, naive))
     assert sweep.portfolio_against(Defence()) == [naive]
     assert sweep.portfolio_against(Defence(PowerSGDConfig())) == [aware, naive]
+    avoid = replace(aware, residual="avoid")  # takes a residual, and an attack that knows of it
+    for defence in (Defence(PowerSGDConfig(), error_feedback=True), Defence(DGCConfig())):
+        assert avoid.against(defence) == avoid
+        assert replace(avoid, objective="naive").against(defence) == naive
+    assert avoid.against(Defence(PowerSGDConfig())) == aware
+    assert avoid.against(Defence(error_feedback=True)) == naive
 
 
 def test_the_name_of_an_attack_says_what_is_not_default() -> None:
     assert InversionConfig().name == "aware tv=0.01 lr=0.1 r=1 s=0"
-    attack = InversionConfig(matching="l2", optimiser="lbfgs", bn=0.25, label_recovery="joint")
-    assert attack.name == "aware tv=0.01 lr=0.1 r=1 s=0 l2 lbfgs bn=0.25 joint"
+    attack = InversionConfig(matching="l2", optimiser="lbfgs", bn=0.25, label_recovery="joint", residual="avoid")
+    assert attack.name == "aware tv=0.01 lr=0.1 r=1 s=0 l2 lbfgs bn=0.25 joint avoid"
 
 
 @pytest.mark.parametrize("weight", ["tv", "l2", "colour", "bn", "group"])

@@ -16,6 +16,7 @@ from raytrust import evaluate as module
 from raytrust.attacks.inversion import Candidates
 from raytrust.capture import Capture, Observation
 from raytrust.channel import LocalChannel
+from raytrust.compress.history import Past
 from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, Threat, TrainConfig
 from raytrust.evaluate import (
     InversionFailure,
@@ -253,6 +254,14 @@ def test_another_image_is_not_identified(monkeypatch: pytest.MonkeyPatch) -> Non
     assert hits == 0
 
 
+def test_a_result_says_what_history_the_attack_had() -> None:
+    private = captures(1)
+    assert evaluate_inversion(private, ATTACK).history == 0
+    past = Past(private[0].seen.messages, {})
+    longer = [replace(c, seen=replace(c.seen, history=(past,) * n)) for c, n in zip(private, (2, 3, 2), strict=True)]
+    assert evaluate_inversion(longer, ATTACK).history == 2
+
+
 def test_mse_is_of_the_pick() -> None:
     result = evaluate_inversion(captures(2), ATTACK)
     pairs = zip(result.reconstructions.numpy(), result.originals.numpy(), strict=True)
@@ -331,7 +340,7 @@ def test_the_attacker_picks_among_settings_by_the_matching_distance(monkeypatch:
     results = [r for r in evaluate_inversions(private, attacks) if isinstance(r, InversionResult)]
     assert [r.matching for r in results] == [pytest.approx(row) for row in distances]
     assert pick_among(results) == [1, 0, 2]
-    for change in ({"objective": "aware"}, {"matching": "l2"}):
+    for change in ({"objective": "aware"}, {"matching": "l2"}, {"residual": "avoid"}):
         other = replace(results[0], attack=replace(ATTACK, **change))
         with pytest.raises(ValueError, match="Expected results of one objective and one matching distance"):
             pick_among([results[0], other])

@@ -235,6 +235,15 @@ def test_settings_are_short(value, text):
     assert report._short(value) == text
 
 
+def test_the_caption_and_the_attack_say_what_history_was_used():
+    row = finished()
+    assert "steps before" not in report.provenance([row, row | {"threat": {"history": 0}}])
+    caption = report.provenance([row, row | {"threat": {"history": 2}}])
+    assert " The attacker also had the messages of up to 2 steps before (avoid: no residual)." in caption
+    assert report._attack_text({"objective": "aware", "tv": 0.1, "residual": "avoid"}) == "aware tv=0.1 avoid"
+    assert report._attack_text({"objective": "aware", "tv": 0.1, "residual": "ignore"}) == "aware tv=0.1"
+
+
 def test_the_caption_gives_the_floors_where_they_are_known():
     floors = {"mean_image_ssim": 0.031, "other_image_ssim": 0.014}
     text = "The mean image reaches 0.03, a random other image 0.01."

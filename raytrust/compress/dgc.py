@@ -55,6 +55,11 @@ class DGC(Sparse):
             level = max(level, 0.25 ** (1 + 4 * self._step // warmup))
         return min(self.layout.entries, max(1, round(level * self.layout.entries)))
 
+    @property
+    def carried(self) -> float:
+        """How much of u an entry that was sent still gets in the next step: the momentum, 0 with masking."""
+        return 0.0 if self._config.masking else self._config.momentum
+
     def public_state(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(self._step)}
 

@@ -114,6 +114,47 @@ class PowerSGD(Base):
 
         return LinearView([*ps, *qs, *vectors], measure, adjoint)
 
+    def pure_view(self, messages: Sequence[Message], vantage: Vantage, before: Sequence[Message] | None) -> LinearView:
+        """What the messages measure of the gradient alone, where error feedback added a residual E to it.
+
+        before: the messages of the previous step, if the attacker has them. E is what the projection on its P^ left
+        over, so P^^T E = 0, for each worker, as all have the same P^, and for their mean. So the part P^^T M Q of M Q
+        is the gradient's, and so is that of M^T times the new P^ whose directions lie in the span of the former one.
+        Tensors of one dimension have no residual. Raises ValueError if that leaves nothing.
+        """
+        bases, qs, vectors = self._parse(messages, vantage)
+        first, _ = self._split_first(messages[0].sent[0] if vantage == "link" else messages[0].received[0])
+        former = [] if before is None else [_orthonormal(p) for p in self._split_first(before[0].received[0])[0]]
+        pieces: list[tuple[int, Tensor, Tensor | None]] = []  # (matrix, left, right): left M right^T is measured
+        observed: list[Tensor] = []
+        for j, left in enumerate(former):
+            right, mix = _whiten(self._q[j].to(left))
+            inside = _within(bases[j], left)
+            pieces += [(j, left, right), (j, inside @ bases[j], None)]
+            observed += [left @ (mix @ first[j]).T, inside @ qs[j]]
+        kept = [k for k, o in enumerate(observed) if o.numel()]
+        pieces, observed = [pieces[k] for k in kept], [observed[k] for k in kept]
+        if not observed and not vectors:
+            raise ValueError("Expected a history of at least 1 step, to tell the gradient from the residual.")
+
+        def measure(grads: Sequence[Tensor]) -> list[Tensor]:
+            products = [
+                left @ grads[self._matrices[j]].reshape(len(grads[0]), *self._sizes[j]) for j, left, _ in pieces
+            ]
+            measured = [x if right is None else x @ right.T for x, (_, _, right) in zip(products, pieces, strict=True)]
+            return [*measured, *(grads[i] for i in self._vectors)]
+
+        def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
+            grads = [measured[0].new_zeros(len(measured[0]), *shape) for shape in self.layout.shapes]
+            for m, (j, left, right) in zip(measured, pieces, strict=False):
+                matrix = left.T @ (m if right is None else m @ right)
+                grads[self._matrices[j]] += matrix.reshape(grads[self._matrices[j]].shape)
+            for i, vector in zip(self._vectors, measured[len(pieces) :], strict=True):
+                grads[i] = vector
+            return grads
+
+        return LinearView([*observed, *vectors], measure, adjoint)
+
     def public_state(self) -> dict[str, Tensor]:
         """The Q of the coming step, (rank, m) by parameter name, which every peer computed in the step before."""
         names = [self.layout.names[i] for i in self._matrices]
@@ -192,3 +233,11 @@ def _whiten(q: Tensor) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(q, full_matrices=False)
     keep = s > s[0] * 1e-4 if s.numel() and s[0] > 0 else torch.zeros_like(s, dtype=torch.bool)
     return vh[keep], u.T[keep] / s[keep, None]
+
+
+def _within(rows: Tensor, others: Tensor) -> Tensor:
+    """(k, r): coefficients of the directions in the span of orthonormal rows (r, n) that lie in that of others, too."""
+    rows, others = rows.double(), others.double()
+    outside = rows - (rows @ others.T) @ others  # its singular values are the sines of the angles between the spans
+    u, s, _ = torch.linalg.svd(outside, full_matrices=False)
+    return u.T[s < 1e-5].float()

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from raytrust.config.compressors import Defence, DenseConfig
+from raytrust.config.compressors import Defence, DenseConfig, DGCConfig
 from raytrust.config.values import expect, expect_choices
 
 
@@ -34,6 +34,9 @@ class InversionConfig:
         soft labels that are optimised with the images ("joint", Zhu et al. 2019). Granted labels are used as they are.
     precision: of the passes through the model; sums and distances are in float32. Soft labels and models without a
         fast path are float32 throughout.
+    residual: of earlier steps, which error feedback and DGC add to what is sent. "ignore" compares all measurements
+        with the gradient; "avoid" only those that are free of it, which mostly takes `Threat.history`
+        (`raytrust.compress.history`). Without effect for "naive", and where the messages hold none.
     halving: whether, after 1/8, 1/4 and 1/2 of the iterations, the worse half of the restarts is retired.
     """
 
@@ -57,6 +60,7 @@ class InversionConfig:
     label_recovery: Literal["counts", "bias_sign", "idlg", "joint"] = "counts"
     halving: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    residual: Literal["ignore", "avoid"] = "ignore"
 
     def __post_init__(self) -> None:
         expect_choices(self)
@@ -82,8 +86,11 @@ class InversionConfig:
         return name
 
     def against(self, defence: Defence) -> InversionConfig:
-        """This attack as it applies to a defence: without a compressor the two objectives are one, called naive."""
-        return replace(self, objective="naive") if isinstance(defence.compressor, DenseConfig) else self
+        """This attack as it applies to a defence: without a compressor the two objectives are one, called naive; what
+        has no effect is set to its default."""
+        attack = replace(self, objective="naive") if isinstance(defence.compressor, DenseConfig) else self
+        remembers = defence.error_feedback or isinstance(defence.compressor, DGCConfig)
+        return attack if attack.objective == "aware" and remembers else replace(attack, residual="ignore")
 
 
 GEIPING = InversionConfig("naive")

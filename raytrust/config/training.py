@@ -38,6 +38,8 @@ class Threat:
     labels: "known" grants the private labels to the attacker; "unknown" does not.
     batch_statistics: "known" grants the batch-norm buffers as the private batch left them, as a server that collects
         them has it, and with them the statistics of that batch; without effect in mode "eval".
+    history: of how many preceding steps the attacker also holds the same worker's training messages, as the vantage
+        shows them. Under error feedback they tell parts of the gradient from the residual of earlier steps.
     """
 
     vantage: Literal["link", "peer"] = "link"
@@ -45,9 +47,11 @@ class Threat:
     batch_norm: Literal["eval", "train"] = "eval"
     labels: Literal["known", "unknown"] = "known"
     batch_statistics: Literal["unknown", "known"] = "unknown"
+    history: int = 0
 
     def __post_init__(self) -> None:
         expect_choices(self)
+        expect(self.history >= 0, "history", self.history, "to be at least 0")
         expect(self.batch_size >= 1, "batch_size", self.batch_size, "to be at least 1")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from raytrust.attacks.inversion.gradients import Distance
 from raytrust.capture import Observation
 from raytrust.compress import LinearView, View, identity_view
+from raytrust.compress.history import pure_view
 from raytrust.config import InversionConfig
 
 
@@ -24,17 +25,23 @@ def decoded_gradient(seen: Observation, device: str = "cpu") -> list[Tensor]:
 
 
 def target_view(seen: Observation, config: InversionConfig, device: str = "cpu") -> View:
-    """What the attacker compares with: the decoded gradient ("naive"), or what the messages reveal ("aware").
+    """What the attacker compares with: the decoded gradient ("naive"), or what the messages reveal ("aware"), of the
+    gradient alone if the config wants to avoid the residual.
 
-    Raises ValueError for messages that are not finite.
+    Raises ValueError for messages that are not finite, and where the attacker can't tell gradient and residual apart.
     """
-    payloads = [x for m in seen.messages for x in (*m.sent, *m.received) if not x.is_meta and x.is_floating_point()]
+    messages = [*seen.messages, *(m for past in seen.history for m in past.messages)]
+    payloads = [x for m in messages for x in (*m.sent, *m.received) if not x.is_meta and x.is_floating_point()]
     if not all(bool(x.isfinite().all()) for x in payloads):
         raise ValueError("Expected finite messages, got NaN or infinity in them.")
     if config.objective == "naive":
         return identity_view(decoded_gradient(seen, device))
     messages = [m.to(device) for m in seen.messages]
-    return seen.build_compressor().view(messages, seen.threat.vantage, seen.victim)
+    compressor = seen.build_compressor()
+    if config.residual == "avoid" and seen.residual:
+        history = [past.to(device) for past in seen.history]
+        return pure_view(compressor, messages, seen.threat.vantage, seen.victim, history)
+    return compressor.view(messages, seen.threat.vantage, seen.victim)
 
 
 def matching_distance(view: View, config: InversionConfig) -> Distance:
