@@ -26,14 +26,18 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if not (x.device.type == "cpu" and groups == 1 and len(x) > 1 and _positions(x, weight, geometry) <= FEW):
         return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
     windows = unfold(x, weight.shape[2:], geometry)
-    return (windows.flatten(3) @ _rows(weight).T).permute(0, 3, 1, 2)
+    shape = (len(x), len(weight), *windows.shape[1:3])
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    # Into the output: a view of the product could not be overwritten by a ReLU in place.
+    torch.mm(windows.flatten(0, 2).flatten(1), _rows(weight).T, out=y.permute(0, 2, 3, 1).view(-1, len(weight)))
+    return y
 
 
 def transposed(signal: Tensor, like: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """The derivative of <convolve(like, weight), signal> by `like`, of which only the shape counts."""
     stride, padding, dilation, groups = geometry
     if like.device.type == "cpu" and groups == 1 and len(like) > 1 and signal[0, 0].numel() <= FEW:
-        # As one matrix: else, of a signal that is not channels-last, matmul copies the weight for each row of positions.
+        # As one matrix: else, of a signal that is not channels-last, matmul copies the weight for each row.
         slopes = signal.permute(0, 2, 3, 1).reshape(-1, len(weight)) @ _rows(weight)
         slopes = slopes.view(len(signal), *signal.shape[2:], weight.shape[2:].numel(), -1)
         return fold(slopes, like.shape, weight.shape[2:], geometry)
