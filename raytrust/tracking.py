@@ -28,7 +28,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, Run
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from raytrust.capture import atomic_write, make_private
@@ -87,10 +87,10 @@ class Tracker:
         for path in artifacts:
             self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, status)
-        for child in self._client.search_runs(
-            [self._experiment], f"attributes.status = 'RUNNING' and tags.`raytrust.sweep` = '{run}'"
-        ):
-            self._client.set_terminated(child.info.run_id, "FAILED" if status == "FINISHED" else status)
+        still_open = f"attributes.status = 'RUNNING' and tags.`raytrust.sweep` = '{run}'"
+        while children := self._client.search_runs([self._experiment], still_open):  # a page of them
+            for child in children:
+                self._client.set_terminated(child.info.run_id, "FAILED" if status == "FINISHED" else status)
 
     def trained(self, key: str, name: str, parameters: dict[str, Any], training: dict[str, Any]) -> None:
         """A defence has been trained: its parameters, loss and wire bytes step by step, accuracy."""
@@ -129,9 +129,7 @@ class Tracker:
     def evaluated(self, key: str, metrics: dict[str, float], tags: dict[str, Any], artifacts: Iterable[Path]) -> None:
         """A defence has its place on the frontier: the figures of its row, and the reconstructions."""
         run = self._runs[key]
-        self._log(run, metrics=metrics)
-        for name, value in tags.items():
-            self._client.set_tag(run, name, value)
+        self._log(run, metrics=metrics, tags=tags)
         if FAILURE in self._client.get_run(run).data.tags:  # of an earlier try
             self._client.delete_tag(run, FAILURE)
         for path in artifacts:
@@ -181,12 +179,19 @@ class Tracker:
         self._ledger.append(key, created.info.run_id)
         return created
 
-    def _log(self, run: str, parameters: dict[str, Any] | None = None, metrics: dict[str, float] | None = None) -> None:
+    def _log(
+        self,
+        run: str,
+        parameters: dict[str, Any] | None = None,
+        metrics: dict[str, float] | None = None,
+        tags: dict[str, Any] | None = None,
+    ) -> None:
         now = int(time.time() * 1000)
         self._client.log_batch(
             run,
             params=[Param(k, str(v)) for k, v in (parameters or {}).items() if v is not None],
             metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items() if v is not None],
+            tags=[RunTag(k, str(v)) for k, v in (tags or {}).items()],
         )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,7 +59,8 @@ class Sweep:
             cwd=self.folder,
             stdout=self._files[0],
             stderr=self._files[1],
-            env=os.environ | {"RAYTRUST_TEST": self.mark},
+            # A busy machine would starve Ray's workers, which are nicer than others by default.
+            env=os.environ | {"RAYTRUST_TEST": self.mark, "RAY_worker_niceness": "0"},
             start_new_session=True,
             # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -100,6 +103,25 @@ class Sweep:
                 found.append(int(entry.name))
         return found
 
+    def named(self, title: str) -> list[int]:
+        """The processes below the run that bear this title, which Ray writes where the environment was."""
+        parents = {}
+        titled = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if not entry.name.isdigit():
+                    continue
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if title in (entry / "cmdline").read_text():
+                    titled.append(int(entry.name))
+            except OSError:
+                continue
+
+        def below(pid: int) -> bool:
+            return pid == self.process.pid or (pid in parents and below(parents[pid]))
+
+        return [pid for pid in titled if below(pid)]
+
     def left_over(self, seconds: float) -> list[int]:
         """The processes that still live after this time."""
         until = time.monotonic() + seconds
@@ -121,16 +143,59 @@ class Sweep:
         return Path(self._files[which].name).read_text()
 
 
+@dataclass
+class MlflowServer:
+    """`mlflow server` on a port of its own, in a session of its own."""
+
+    folder: Path
+    backend: str
+
+    def __post_init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        options = ("--workers", "1", "--host", "127.0.0.1", "--port", str(self.port))
+        places = ("--backend-store-uri", self.backend, "--artifacts-destination", str(self.folder / "artifacts"))
+        self._log = (self.folder / "mlflow-server.log").open("a")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *options, *places],
+            cwd=self.folder,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            start_new_session=True,
+        )
+        until = time.monotonic() + PATIENCE
+        while not self.answers():
+            if self._process.poll() is not None or time.monotonic() > until:
+                raise AssertionError((self.folder / "mlflow-server.log").read_text())
+            time.sleep(0.2)
+
+    def answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+
 class Logged:
     """What MLflow holds of one sweep: the parent run, its defences by name, and the attacks on each of these."""
 
-    def __init__(self, uri: str, root: Path):
+    def __init__(self, uri: str, root: Path, sweep: str = "privacy_frontier"):
         from mlflow import MlflowClient
 
         self.client = MlflowClient(tracking_uri=uri)
         experiments = [e.experiment_id for e in self.client.search_experiments()]
         runs = self.client.search_runs(experiments, max_results=1000)
-        self.parents = [r for r in runs if r.info.run_name == f"privacy_frontier {root.name}"]
+        self.parents = [r for r in runs if r.info.run_name == f"{sweep} {root.name}"]
         self.parent = self.parents[0]
         sweeps = {r.info.run_id for r in self.parents}
         self.below = [r for r in runs if r.data.tags.get("raytrust.sweep") in sweeps]

@@ -7,6 +7,7 @@ with its reason, and the others go on.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,14 +18,16 @@ import torch
 from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.cluster.failures import RETRIES, last_error, one_line, report
 from raytrust.cluster.runtime import SLOT, Listener, capacity, cluster_device
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
 from raytrust.data import Dataset
-from raytrust.store import Split, Store
+from raytrust.store import Split, Store, read_json
 
+ROUND = 500  # trials
 OBJECTIVES = ("leakage", "accuracy", "bytes_per_step")
 
 
@@ -80,12 +83,7 @@ def search_attacks(
     search = AttackSearch(space, budget, known, sweep.train.seed)
     device = cluster_device()
     trainable = tune.with_resources(
-        tune.with_parameters(
-            _attack_trial,
-            runs={run: to_dict(t) for run, t in runs.items()},
-            base=to_dict(sweep.portfolio[0]),
-            store=store,
-        ),
+        tune.with_parameters(_attack_trial, base=to_dict(sweep.portfolio[0]), store=store),
         {"CPU": 1, "GPU": 1 if device == "cuda" else 0},
     )
 
@@ -102,13 +100,19 @@ def evaluate_attacks(
     """Run attacks on the evaluation images of a defence, one Ray task a defence, and keep the figures in the store."""
     device = cluster_device()
     task = _remote_attack(device)
-    waiting = {}
-    for train, attacks in jobs:
-        split: Split = "evaluation"
-        if any(not (store.attack(train, a, split) or store.attack_failure(train, a, split)) for a in attacks):
+    split: Split = "evaluation"
+    pending = deque(
+        (train, attacks)
+        for train, attacks in jobs
+        if any(not (store.attack(train, a, split) or store.attack_failure(train, a, split)) for a in attacks)
+    )
+    most = 2 * int(capacity("GPU" if device == "cuda" else "CPU"))  # none idles, and few wait in the driver's memory
+    waiting: dict[Any, TrainConfig] = {}
+    while pending or waiting:
+        while pending and len(waiting) < most:
+            train, attacks = pending.popleft()
             listener.started("evaluation", store.run_id(train), train.defence.name)
             waiting[task.remote(store, train, attacks, split, device)] = train
-    while waiting:
         done, _ = ray.wait(list(waiting), timeout=0.5)
         listener.tick()
         for ref in done:
@@ -167,11 +171,10 @@ def _audit(config: SweepConfig, defence: Defence, data: ray.ObjectRef, store: St
     }
 
 
-def _attack_trial(
-    parameters: dict[str, Any], runs: dict[str, dict[str, Any]], base: dict[str, Any], store: Store
-) -> None:
-    """Tune trial of the inner search."""
-    train = from_dict(TrainConfig, runs[parameters["run"]])
+def _attack_trial(parameters: dict[str, Any], base: dict[str, Any], store: Store) -> None:
+    """Tune trial of the inner search. Nothing that it is given grows with the number of runs."""
+    found = read_json(store.root / "captures" / parameters["run"] / "config.json")
+    train = from_dict(TrainConfig, found["train"])
     settings = {**base, **{k: v for k, v in parameters.items() if k != "run"}}
     report(lambda: _try_attack(train, settings, store), ["ssim"])
 
@@ -205,25 +208,30 @@ def _attack_task(
     store: Store, train: TrainConfig, attacks: Sequence[InversionConfig], split: Split, device: str
 ) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
+    keep_freed_memory()  # the process is a Ray worker's: its memory is ours to manage
     return store.run_attacks(train, attacks, split, device)
 
 
 def _tune(name: str, trainable: Any, search: Any, samples: int, concurrent: int, store: Store, relay: _Relay) -> None:
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=search, num_samples=samples, max_concurrent_trials=concurrent, reuse_actors=True
-        ),
-        run_config=tune.RunConfig(
-            name=f"{name}-{time.time_ns()}",
-            storage_path=str(store.root / "ray" / "tune"),
-            callbacks=[relay],
-            stop=relay,
-            failure_config=tune.FailureConfig(max_failures=RETRIES),
-            verbose=0,
-        ),
-    )
-    tuner.fit()
+    """Run `samples` trials, in rounds: Tune keeps all trials of a run in memory."""
+    for first in range(0, samples, ROUND):
+        size = min(ROUND, samples - first)
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=search, num_samples=size, max_concurrent_trials=concurrent, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name=f"{name}-{time.time_ns()}",
+                storage_path=str(store.root / "ray" / "tune"),
+                callbacks=[relay],
+                stop=relay,
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                verbose=0,
+            ),
+        )
+        if len(tuner.fit()) < size or relay.broken is not None:  # the search space is used up, or the driver is
+            break
     if relay.broken is not None:
         raise relay.broken
 
