@@ -3,9 +3,9 @@
     python benchmarks/residual_inversion.py --data cifar10.npz --defence topk:0.01:ef --width 16
 
 Trains a model on one worker for some steps, and attacks single training images as captured there (knowing the
-compressor, batch norm in evaluation mode), three ways: taking gradient + residual for the gradient; comparing only what
-is free of the residual, as the messages of the step before tell; and, for comparison, the same compressor without error
-feedback at the same weights. Prints SSIM image by image.
+compressor, batch norm in evaluation mode): taking gradient + residual for the gradient; comparing only what is free of
+the residual, as the messages of the steps before tell; of sparse methods also all of it, the older the less; and, for
+comparison, the same compressor without error feedback at the same weights. Prints SSIM image by image.
 """
 
 from __future__ import annotations
@@ -23,11 +23,25 @@ from raytrust.attacks.inversion.objectives import target_view
 from raytrust.capture import Capture, seen_messages
 from raytrust.channel import LocalChannel, Tap
 from raytrust.compress import LinearView, build
-from raytrust.config import CaptureConfig, Defence, InversionConfig, ModelConfig, Threat, TrainConfig, parse_defence
+from raytrust.config import (
+    CaptureConfig,
+    Defence,
+    DGCConfig,
+    InversionConfig,
+    ModelConfig,
+    RandKConfig,
+    Threat,
+    ThresholdConfig,
+    TopKConfig,
+    TrainConfig,
+    parse_defence,
+)
 from raytrust.data import load
 from raytrust.evaluate import evaluate_inversion
 from raytrust.metrics import mean_interval
 from raytrust.train import train
+
+SPARSE = (TopKConfig, ThresholdConfig, RandKConfig, DGCConfig)
 
 
 def gradient(capture: Capture) -> list[Tensor]:
@@ -64,7 +78,7 @@ def report(label: str, captures: Sequence[Capture], attack: InversionConfig) -> 
     interval = mean_interval(result.ssim)
     span = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
     print(
-        f"{label:<28} SSIM {np.mean(result.ssim):.3f}{span} ({' '.join(f'{s:.3f}' for s in result.ssim)}), "
+        f"{label:<24} SSIM {np.mean(result.ssim):.3f}{span} ({' '.join(f'{s:.3f}' for s in result.ssim)}), "
         f"{np.mean(counts):.0f} measurements of cosine {np.mean(cosines):.3f} to the gradient's, "
         f"{result.seconds:.0f} s",
         flush=True,
@@ -76,6 +90,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--defence", default="topk:0.01:ef")
     parser.add_argument("--step", type=int, default=5, help="the training step that is attacked")
+    parser.add_argument(
+        "--history", type=int, default=1, help="steps before it that the attacker knows the messages of"
+    )
     parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=150)
     parser.add_argument("--model", choices=["resnet18", "convnet"], default="resnet18")
@@ -87,7 +104,7 @@ def main() -> None:
     config = TrainConfig(
         defence=parse_defence(options.defence),
         model=ModelConfig(options.model, width=options.width),
-        threat=Threat(history=1),
+        threat=Threat(history=options.history),
         capture=CaptureConfig((options.step,), tuning=1, evaluation=options.images - 1),
         workers=1,
         batch_size=options.batch_size,
@@ -102,9 +119,12 @@ def main() -> None:
             break
     attack = InversionConfig(tv=options.tv, iterations=options.iterations, capture_step=options.step)
     model = f"{options.model} of width {options.width}, learning rate {options.learning_rate:g}"
-    print(f"{config.defence.name}, {model}, step {options.step}, {options.images} images, {attack.name}")
+    print(f"{config.defence.name}, {model}, batches of {options.batch_size}, step {options.step}, {attack.name}")
+    print(f"history {options.history}, {options.images} images, {options.iterations} iterations")
     report("residual ignored", captures, attack)
-    report("residual avoided, history 1", captures, replace(attack, residual="avoid"))
+    report("residual avoided", captures, replace(attack, residual="avoid"))
+    if isinstance(config.defence.compressor, SPARSE):
+        report("residual weighed", captures, replace(attack, residual="weigh"))
     report("without error feedback", [without_feedback(c) for c in captures], attack)
 
 

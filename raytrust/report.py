@@ -201,7 +201,8 @@ def _attack_text(attack: Row | None) -> str:
     names = {"objective": "", "tv": "tv=", "step_size": "lr=", "restarts": "r=", "capture_step": "s="}
     values = {label: attack.get(key) for key, label in names.items()} if attack else {}
     texts = [f"{label}{_short(value)}" for label, value in values.items() if value is not None]
-    texts += ["avoid"] if attack and attack.get("residual") == "avoid" else []
+    if attack and attack.get("residual", "ignore") != "ignore":
+        texts.append(attack["residual"])
     return " ".join(texts) or "-"
 
 
@@ -255,7 +256,9 @@ def provenance(finished: Sequence[Row]) -> str:
     steps = sorted({(row.get("threat") or {}).get("history", 0) for row in finished})
     history = ""
     if steps[-1]:
-        history = f" The attacker also had the messages of up to {steps[-1]} steps before (avoid: no residual)."
+        history = (
+            f" The attacker also had the messages of up to {steps[-1]} steps before (used to avoid or weigh residuals)."
+        )
     return (
         f"Accuracy: test images, n = {tests}; training seeds: {seeds}. Leakage: mean SSIM (1 = exact copy) to the "
         f"private images, n = {images}, under the strongest of {tried} attacks.{history}{floor} 95 % intervals: "

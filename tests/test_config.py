@@ -280,7 +280,7 @@ NAN, INF = float("nan"), float("inf")
             "Expected capture.steps=(0, 9) to lie below steps=9, the length of training.",
         ),
         (InversionConfig, {"objective": "blind"}, "Expected objective='blind' to be one of 'naive', 'aware'."),
-        (InversionConfig, {"residual": "keep"}, "Expected residual='keep' to be one of 'ignore', 'avoid'."),
+        (InversionConfig, {"residual": "keep"}, "Expected residual='keep' to be one of 'ignore', 'avoid', 'weigh'."),
         (InversionConfig, {"tv": -1.0}, "Expected tv=-1.0 to be at least 0 and finite."),
         (InversionConfig, {"tv": NAN}, "Expected tv=nan to be at least 0 and finite."),
         (InversionConfig, {"step_size": 0.0}, "Expected step_size=0.0 to be positive and finite."),
@@ -401,7 +401,7 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
         (InversionConfig, "matching"): ("cosine", "l2", "l1"),
         (InversionConfig, "optimiser"): ("adam", "lbfgs"),
         (InversionConfig, "precision"): ("float32", "bfloat16"),
-        (InversionConfig, "residual"): ("ignore", "avoid"),
+        (InversionConfig, "residual"): ("ignore", "avoid", "weigh"),
         (InversionConfig, "schedule"): ("steps", "cosine", "constant"),
         (InversionConfig, "label_recovery"): ("counts", "bias_sign", "idlg", "joint"),
     }[kind, name]

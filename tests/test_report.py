@@ -239,7 +239,7 @@ def test_the_caption_and_the_attack_say_what_history_was_used():
     row = finished()
     assert "steps before" not in report.provenance([row, row | {"threat": {"history": 0}}])
     caption = report.provenance([row, row | {"threat": {"history": 2}}])
-    assert " The attacker also had the messages of up to 2 steps before (avoid: no residual)." in caption
+    assert " The attacker also had the messages of up to 2 steps before (used to avoid or weigh residuals)." in caption
     assert report._attack_text({"objective": "aware", "tv": 0.1, "residual": "avoid"}) == "aware tv=0.1 avoid"
     assert report._attack_text({"objective": "aware", "tv": 0.1, "residual": "ignore"}) == "aware tv=0.1"
 

@@ -11,6 +11,9 @@ attacker who holds the messages of the step before knows where e is zero:
   dimension whole, so these have no residual, for which no history is needed.
 
 The other methods round every entry, and so leave a residual everywhere.
+
+More history tells how old the residual of an entry is that is not zero: it is the sum of the gradients since the entry
+was last sent. `weighed_view` keeps all that was sent, and trusts it the less the older it is.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from raytrust.compress.interface import Compressor, Vantage
 from raytrust.compress.powersgd import PowerSGD
 from raytrust.compress.randk import RandK
 from raytrust.compress.sparse import Sparse
-from raytrust.compress.views import SparseView, View
+from raytrust.compress.views import LinearView, SparseView, View
 
 
 class Past(NamedTuple):
@@ -60,8 +63,7 @@ def pure_view(
     """
     if not isinstance(compressor, (ErrorFeedback, DGC)):
         return compressor.view(messages, vantage, victim)
-    method = compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
-    match method:
+    match method := _method(compressor):
         case Dense():
             return method.view(messages, vantage, victim)
         case PowerSGD():
@@ -74,12 +76,58 @@ def pure_view(
             raise ValueError(f"Expected a method whose residual has zeros, got {type(method).__name__}.")
 
 
+def weighed_view(
+    compressor: Compressor,
+    messages: Sequence[Message],
+    vantage: Vantage,
+    victim: int = 0,
+    history: Sequence[Past] = (),
+) -> LinearView:
+    """Like `compressor.view` of a sparse method, with each entry divided by the square root of its age.
+
+    The age is 1 for an entry that was sent in the step before, and else 1 + the number of gradients in its residual;
+    if it was not sent in all the history, as if it had been just before that. Were the gradients of all steps alike and
+    independent, so the variance of all measurements would be the same. Raises ValueError for other methods, for DGC
+    whose momentum outlives the sending, and without a history.
+    """
+    method = _method(compressor)
+    if not isinstance(method, (Sparse, RandK)) or (isinstance(method, DGC) and method.carried):
+        name = type(method).__name__
+        raise ValueError(
+            f"Expected a method that sends entries and then forgets them, to weigh them by age, got {name}."
+        )
+    _expect(history)
+    now = method.view(messages, vantage, victim)
+    ages = [torch.full_like(at, len(history) + 1) for at in now.positions]
+    for i, past in enumerate(history):  # the oldest first: what was sent again is younger
+        for age, at, sent in zip(ages, now.positions, _earlier(method, past, vantage, victim).positions, strict=True):
+            age[torch.isin(at, sent, assume_unique=True)] = len(history) - i
+    weights = [age.to(o).rsqrt() for age, o in zip(ages, now.observed, strict=True)]
+
+    def weighed(measured: Sequence[Tensor]) -> list[Tensor]:
+        return [m * w for m, w in zip(measured, weights, strict=True)]
+
+    return LinearView(
+        weighed(now.observed),
+        lambda grads: weighed(now.measure(grads)),
+        lambda measured: now.adjoint(weighed(measured)),
+    )
+
+
+def _method(compressor: Compressor) -> Compressor:
+    return compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
+
+
+def _expect(history: Sequence[Past]) -> None:
+    if not history:
+        raise ValueError("Expected a history of at least 1 step, to tell the gradient from the residual.")
+
+
 def _sent_again(
     method: Sparse | RandK, messages: Sequence[Message], vantage: Vantage, victim: int, history: Sequence[Past]
 ) -> SparseView:
     """The entries that were sent in the step before, too, and, where momentum goes on, in that before it."""
-    if not history:
-        raise ValueError("Expected a history of at least 1 step, to tell the gradient from the residual.")
+    _expect(history)
     now = method.view(messages, vantage, victim)
     before = [_earlier(method, past, vantage, victim) for past in history]
     carried = method.carried if isinstance(method, DGC) else 0.0

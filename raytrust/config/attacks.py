@@ -35,8 +35,8 @@ class InversionConfig:
     precision: of the passes through the model; sums and distances are in float32. Soft labels and models without a
         fast path are float32 throughout.
     residual: of earlier steps, which error feedback and DGC add to what is sent. "ignore" compares all measurements
-        with the gradient; "avoid" only those that are free of it, which mostly takes `Threat.history`
-        (`raytrust.compress.history`). Without effect for "naive", and where the messages hold none.
+        with the gradient; "avoid" only those that are free of it, and "weigh" all, older ones less, which takes
+        `Threat.history` (`raytrust.compress.history`). Without effect for "naive", and where the messages hold none.
     halving: whether, after 1/8, 1/4 and 1/2 of the iterations, the worse half of the restarts is retired.
     """
 
@@ -60,7 +60,7 @@ class InversionConfig:
     label_recovery: Literal["counts", "bias_sign", "idlg", "joint"] = "counts"
     halving: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
-    residual: Literal["ignore", "avoid"] = "ignore"
+    residual: Literal["ignore", "avoid", "weigh"] = "ignore"
 
     def __post_init__(self) -> None:
         expect_choices(self)

@@ -11,7 +11,7 @@ from torch import Tensor
 from raytrust.attacks.inversion.gradients import Distance
 from raytrust.capture import Observation
 from raytrust.compress import LinearView, View, identity_view
-from raytrust.compress.history import pure_view
+from raytrust.compress.history import pure_view, weighed_view
 from raytrust.config import InversionConfig
 
 
@@ -26,7 +26,7 @@ def decoded_gradient(seen: Observation, device: str = "cpu") -> list[Tensor]:
 
 def target_view(seen: Observation, config: InversionConfig, device: str = "cpu") -> View:
     """What the attacker compares with: the decoded gradient ("naive"), or what the messages reveal ("aware"), of the
-    gradient alone if the config wants to avoid the residual.
+    gradient alone, or by age, if the config minds the residual.
 
     Raises ValueError for messages that are not finite, and where the attacker can't tell gradient and residual apart.
     """
@@ -38,9 +38,10 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
         return identity_view(decoded_gradient(seen, device))
     messages = [m.to(device) for m in seen.messages]
     compressor = seen.build_compressor()
-    if config.residual == "avoid" and seen.residual:
+    if config.residual != "ignore" and seen.residual:
         history = [past.to(device) for past in seen.history]
-        return pure_view(compressor, messages, seen.threat.vantage, seen.victim, history)
+        told_apart = pure_view if config.residual == "avoid" else weighed_view
+        return told_apart(compressor, messages, seen.threat.vantage, seen.victim, history)
     return compressor.view(messages, seen.threat.vantage, seen.victim)
 
 
