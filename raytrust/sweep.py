@@ -41,18 +41,28 @@ def run_sweep(
     address: str | None = None,
     cpus: int = 2,
     tracking_uri: str | None = None,
+    parallel: int | None = None,
 ) -> list[Row]:
     """Run what is not finished yet, write the frontier, and return its rows.
 
+    parallel: trials at once on the cluster at `address`, which may start nodes for them; what it has, if not given.
     A defence that fails is a row with its reason. KeyboardInterrupt passes through; what was finished is stored. Raises
     ValueError if another sweep runs in the store's directory, or if the cluster or the tracking store can't be used.
     """
     with exclusive(store.root):
-        return _run_alone(sweep, spaces, data, store, address, cpus, tracking_uri or default_uri(store.root))
+        uri = tracking_uri or default_uri(store.root)
+        return _run_alone(sweep, spaces, data, store, address, cpus, uri, parallel)
 
 
 def _run_alone(
-    sweep: SweepConfig, spaces: Spaces, data: Dataset, store: Store, address: str | None, cpus: int, tracking_uri: str
+    sweep: SweepConfig,
+    spaces: Spaces,
+    data: Dataset,
+    store: Store,
+    address: str | None,
+    cpus: int,
+    tracking_uri: str,
+    parallel: int | None,
 ) -> list[Row]:
     progress = Progress(_totals(sweep, store), parallel=cpus, evaluation_cost=_evaluation_cost(sweep))
     store.clear_failures()
@@ -62,15 +72,18 @@ def _run_alone(
         f"{sweep.name}: {sweep.trials} defences on {data.name} ({len(data.train_labels)} training images), "
         f"{sweep.train.model.name} of width {sweep.train.model.width}, {sweep.train.workers} workers"
     )
-    with cluster(address, cpus, slots=2):  # while one defence is attacked, the next one's workers start
+    with cluster(
+        address, cpus, slots=2, parallel=parallel
+    ):  # while one defence is attacked, the next one's workers start
         progress.say("Ray is up; opening the MLflow store")
         log = SweepLog(sweep, store, data, tracking_uri, cpus, progress.say)
         with log.open_run():
             listener = _Both(progress, log)
             started = time.perf_counter()
-            search_defences(sweep, spaces.defence, data, store, listener)
+            search_defences(sweep, spaces.defence, data, store, listener, parallel)
             defences = audited_defences(sweep, store)
-            search_attacks(sweep, spaces.attack, trained_defences(sweep, store, defences), store, listener)
+            trained = trained_defences(sweep, store, defences)
+            search_attacks(sweep, spaces.attack, trained, store, listener, parallel)
             jobs = [finalists(store, sweep, d) for d in trained_defences(sweep, store, defences)]
             evaluate_attacks(jobs, store, listener)
             wall = time.perf_counter() - started

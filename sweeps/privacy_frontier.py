@@ -94,7 +94,14 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
     cpus = max(sweep.train.workers, _cpus())
     try:
         rows = run_sweep(
-            sweep, spaces, data, store, address=options.address, cpus=cpus, tracking_uri=options.tracking_uri
+            sweep,
+            spaces,
+            data,
+            store,
+            address=options.address,
+            cpus=cpus,
+            tracking_uri=options.tracking_uri,
+            parallel=options.parallel,
         )
     except KeyboardInterrupt:
         given = f" --address {options.address}" if options.address else ""
@@ -156,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", help="a new directory for the results")
     add("--resume", type=Path, metavar="DIR", help="go on with the sweep in DIR")
     add("--address", metavar="ADDRESS", help="of a Ray cluster; a local one is started if none is given")
+    add("--parallel", type=int, metavar="N", help="trials at once on a cluster that starts nodes for them")
     add("--tracking-uri", metavar="URI", help="of an MLflow store; sqlite in the output directory if none is given")
     return parser
 
@@ -163,10 +171,11 @@ def _parser() -> argparse.ArgumentParser:
 # Options and their defaults, apart from what the preset says; None: not given.
 DEFAULTS: dict[str, Any] = dict(
     data="digits", image_size=None, preset="quick", defence=None, workers=2, stem="cifar", vantage="link",
-    batch_norm="eval", minimise_bytes=False, seed=0, output=None, resume=None, address=None, tracking_uri=None,
+    batch_norm="eval", minimise_bytes=False, seed=0, output=None, resume=None, address=None, parallel=None,
+    tracking_uri=None,
 )  # fmt: skip
 NAMED_DATA = ("digits", "cifar10", "cifar100", "mnist")
-RESUMABLE = ("trials", "address", "tracking_uri", "resume")  # what may be given along with --resume
+RESUMABLE = ("trials", "address", "parallel", "tracking_uri", "resume")  # what may be given along with --resume
 
 
 def _resolve(given: argparse.Namespace) -> tuple[argparse.Namespace, Path, bool]:
@@ -194,7 +203,7 @@ def _resolve(given: argparse.Namespace) -> tuple[argparse.Namespace, Path, bool]
 
 def _kept(options: argparse.Namespace) -> dict[str, Any]:
     """The options that a resumed sweep takes over, from whatever directory it is resumed."""
-    kept = {k: v for k, v in vars(options).items() if k not in ("output", "resume", "address")}
+    kept = {k: v for k, v in vars(options).items() if k not in ("output", "resume", "address", "parallel")}
     return kept if options.data in NAMED_DATA else kept | {"data": str(Path(options.data).expanduser().resolve())}
 
 
@@ -203,6 +212,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     for name in ("trials", "steps", "images"):
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"Expected {name}={value} to be at least 1.")
+    if options.parallel is not None and (options.parallel < 1 or options.address is None):
+        raise ValueError(f"Expected parallel={options.parallel} to be at least 1 and to be given with --address.")
     threat = Threat(vantage=options.vantage, batch_norm=options.batch_norm)
     steps = tuple(step for step in options.capture_steps if step < options.steps)
     attack = InversionConfig(

@@ -392,6 +392,7 @@ def test_the_sweep_is_begun_and_resumed(where: str, tmp_path: Path) -> None:
         options = vars(parser.parse_args(arguments))
         assert options["address"] == "auto"
         assert options["tracking_uri"] == given[1]
+        assert options["parallel"] == int(given[2]) == load("aws.yaml")["max_workers"]  # a trial a node
         assert ("resume" in options, "output" in options, "preset" in options) == (resumed, not resumed, not resumed)
 
 

@@ -31,9 +31,18 @@ ROUND = 500  # trials
 OBJECTIVES = ("leakage", "accuracy", "bytes_per_step")
 
 
-def search_defences(sweep: SweepConfig, space: dict[str, Any], data: Dataset, store: Store, listener: Listener) -> None:
+def search_defences(
+    sweep: SweepConfig,
+    space: dict[str, Any],
+    data: Dataset,
+    store: Store,
+    listener: Listener,
+    parallel: int | None = None,
+) -> None:
     """Outer search: train defences with Ray Train, capture, attack with the portfolio. Objectives: leakage down,
     accuracy up and, if the sweep asks for it, bytes down. Ends when `sweep.trials` defences are finished or failed.
+
+    parallel: trials at once, for which a cluster may start nodes; what the cluster has room for, if not given.
     """
     known, pending = [], []
     for defence in dict.fromkeys([*sweep.defences, *store.defences(sweep.train)]):
@@ -59,11 +68,16 @@ def search_defences(sweep: SweepConfig, space: dict[str, Any], data: Dataset, st
         store.fail(replace(sweep.train, defence=from_dict(Defence, parameters["defence"])), reason)
 
     relay = _Relay("defences", listener, key, failed)
-    _tune("defences", trainable, search, remaining, int(capacity(SLOT)), store, relay)
+    _tune("defences", trainable, search, remaining, parallel or capacity(SLOT), store, relay)
 
 
 def search_attacks(
-    sweep: SweepConfig, space: dict[str, Any], defences: Sequence[Defence], store: Store, listener: Listener
+    sweep: SweepConfig,
+    space: dict[str, Any],
+    defences: Sequence[Defence],
+    store: Store,
+    listener: Listener,
+    parallel: int | None = None,
 ) -> None:
     """Inner search: for each defence, `sweep.attack_trials` attacks that maximise SSIM on the tuning images.
 
@@ -90,7 +104,7 @@ def search_attacks(
     def key(parameters: dict[str, Any]) -> tuple[str, str]:
         return parameters["run"], runs[parameters["run"]].defence.name
 
-    concurrent = int(capacity("GPU" if device == "cuda" else "CPU"))
+    concurrent = max(parallel or 0, capacity("GPU" if device == "cuda" else "CPU"))
     _tune("attacks", trainable, search, total, concurrent, store, _Relay("attacks", listener, key))
 
 
@@ -106,7 +120,7 @@ def evaluate_attacks(
         for train, attacks in jobs
         if any(not (store.attack(train, a, split) or store.attack_failure(train, a, split)) for a in attacks)
     )
-    most = 2 * int(capacity("GPU" if device == "cuda" else "CPU"))  # none idles, and few wait in the driver's memory
+    most = 2 * capacity("GPU" if device == "cuda" else "CPU")  # none idles, and few wait in the driver's memory
     waiting: dict[Any, TrainConfig] = {}
     while pending or waiting:
         while pending and len(waiting) < most:

@@ -30,10 +30,12 @@ for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
+from ray.autoscaler.sdk import request_resources  # noqa: E402
 
 SLOT = "trial_slot"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-MAX_CAPACITY = 10_000.0  # of a cluster that may grow without end
+GROWTH = 900.0  # seconds that an autoscaler may take to start a first node
+_most: dict[str, int] = {}
 
 
 class Listener(Protocol):
@@ -51,35 +53,39 @@ class Listener(Protocol):
 
 
 @contextmanager
-def cluster(address: str | None, cpus: int, slots: int = 1) -> Iterator[None]:
+def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None = None) -> Iterator[None]:
     """A Ray cluster for the time of the block: the one at `address`, or a new one on this machine with `cpus` CPUs.
 
     A trial of the outer search takes no CPU, which its training workers need, but one of `slots` "trial_slot"
-    resources; the node types of a cluster must offer them. Raises ValueError if a given cluster can't be used.
+    resources; the node types of a cluster must offer them. Where `parallel` is given, a cluster at `address` without
+    nodes may start some first. Raises ValueError if a given cluster can't be used.
 
     A new cluster asks for a token that only this process and its workers have: Ray listens on all interfaces. Ctrl-C
     raises KeyboardInterrupt once; while Ray stops, more of them change nothing.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
+    _most.clear()
     with _one_interrupt():
         if address is None:
             _start(cpus, slots)
         else:
             _connect(address)
         try:
+            if address is not None:
+                _expect_slot(address, GROWTH if parallel else 0.0)
             yield
         finally:
             ray.shutdown()
 
 
-def capacity(resource: str) -> float:
-    """How much of a resource the cluster has, or its autoscaler's configuration lets it grow to."""
-    grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return min(MAX_CAPACITY, max(ray.cluster_resources().get(resource, 0), grown.get(resource, 0)))
+def capacity(resource: str) -> int:
+    """The most of a resource that this process has seen in the cluster: one that scales may have none at present."""
+    _most[resource] = max(_most.get(resource, 0), int(ray.cluster_resources().get(resource, 0)))
+    return _most[resource]
 
 
 def cluster_device() -> str:
-    """ "cuda" if the cluster has GPUs or can get them, else "cpu"."""
+    """ "cuda" if the cluster has or had GPUs, else "cpu"."""
     return "cuda" if capacity("GPU") >= 1 else "cpu"
 
 
@@ -106,15 +112,24 @@ def _connect(address: str) -> None:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"Expected a Ray cluster at address={address!r}, but can't connect: {reason}") from error
-    until = time.monotonic() + 10  # an autoscaler tells what it can offer some seconds after it has started
-    while capacity(SLOT) < 1 and time.monotonic() < until:
-        time.sleep(0.5)
+
+
+def _expect_slot(address: str, patience: float) -> None:
+    """Raises ValueError if the cluster offers no slot; waits for an autoscaler to start a first node that does."""
+    if capacity(SLOT) < 1 and patience:
+        request_resources(bundles=[{SLOT: 1}])
+        until = time.monotonic() + patience
+        try:
+            while capacity(SLOT) < 1 and time.monotonic() < until:
+                time.sleep(0.5)
+        finally:
+            request_resources(bundles=[])  # the trials themselves are what keeps nodes
     if capacity(SLOT) < 1:
-        ray.shutdown()
         raise ValueError(
             f"Expected the cluster at address={address!r} to offer the resource {SLOT!r}; "
-            f"start its nodes with --resources='{{\"{SLOT}\": 1}}'."
+            f"start its nodes with --resources='{{\"{SLOT}\": 1}}', or give --parallel if it starts nodes itself."
         )
+    cluster_device()  # seen while there is a node
 
 
 @contextmanager
