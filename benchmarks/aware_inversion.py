@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from uncompressed_inversion import captures_of_test_images
 
+from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.config import Defence, InversionConfig, ModelConfig, digest, parse_defence, to_dict
 from raytrust.data import Dataset, load
 from raytrust.evaluate import evaluate_inversion
@@ -69,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"aware_inversion.py: error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
+    keep_freed_memory()
     print(
         f"{data.name}, test images 0-{options.images - 1}, width {options.width}, "
         f"{attack.name.removeprefix('aware ')}, {options.iterations} iterations"

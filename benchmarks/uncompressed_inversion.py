@@ -13,6 +13,7 @@ import platform
 import numpy as np
 import torch
 
+from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.capture import Capture
 from raytrust.channel import LocalChannel
 from raytrust.config import CaptureConfig, Defence, InversionConfig, ModelConfig, TrainConfig
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--tv", type=float, default=1e-2)
     options = parser.parse_args()
+    keep_freed_memory()
     attack = InversionConfig(
         objective="naive", tv=options.tv, iterations=options.iterations, restarts=options.restarts, step_size=0.1
     )

@@ -40,7 +40,7 @@ class Half(_Whole):
     """Sends 2 bytes an entry, rounded to nearest: fp16 (5 bits of exponent) or bf16 (8), as DDP's own hooks do.
 
     An entry beyond the format's largest number / workers (fp16: 65,504 / workers, and slightly less for each worker
-    after the first) is clipped to it, so that the sum cannot overflow. The mean is summed in 16 bits: to the rounding of
+    after the first) is clipped to it, so that the sum cannot overflow. The mean is summed in 16 bits: to rounding in
     the format it is the mean of `own`, and what the view measures of the true gradient is what was observed.
     """
 

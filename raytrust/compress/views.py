@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -44,9 +45,13 @@ class LinearView:
         measured = self.measure(grads)
         inner = total(_rows(m) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
         squared = total(_rows(m).square().sum(1) for m in measured)
-        norm = torch.sqrt(total(o.square().sum() for o in self.observed))
         tiny = torch.finfo(squared.dtype).tiny
-        return 1 - inner / (squared.clamp_min(tiny).sqrt() * norm.clamp_min(tiny**0.5))
+        return 1 - inner / (squared.clamp_min(tiny).sqrt() * self._norm.clamp_min(tiny**0.5))
+
+    @cached_property
+    def _norm(self) -> Tensor:
+        """Of what was observed; it is asked for in every iteration of an attack."""
+        return torch.sqrt(total(o.square().sum() for o in self.observed))
 
 
 def identity_view(observed: Sequence[Tensor]) -> LinearView:
@@ -61,6 +66,16 @@ def _rows(x: Tensor) -> Tensor:
 
 def total(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(terms)).sum(0)
+
+
+@dataclass(frozen=True)
+class SumView:
+    """Several views of one gradient, whose distances add up."""
+
+    views: Sequence[View]
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        return total(view.distance(grads) for view in self.views)
 
 
 class SparseView(LinearView):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raytrust.attacks.inversion.gradients import Distance
 from raytrust.capture import Observation
-from raytrust.compress import LinearView, View, identity_view
+from raytrust.compress import LinearView, SumView, View, identity_view
 from raytrust.compress.history import pure_view, weighed_view
 from raytrust.config import InversionConfig
 
@@ -42,7 +42,11 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
         history = [past.to(device) for past in seen.history]
         told_apart = pure_view if config.residual == "avoid" else weighed_view
         return told_apart(compressor, messages, seen.threat.vantage, seen.victim, history)
-    return compressor.view(messages, seen.threat.vantage, seen.victim)
+    view = compressor.view(messages, seen.threat.vantage, seen.victim)
+    if isinstance(view, LinearView):
+        return view
+    # A set says where the gradient can't be, the decoded gradient where in it: quantisers are unbiased.
+    return SumView((view, identity_view(decoded_gradient(seen, device))))
 
 
 def matching_distance(view: View, config: InversionConfig) -> Distance:

@@ -1,0 +1,47 @@
+"""What an attacker compares candidates with, for each kind of view."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toys import synthetic
+
+from raytrust.attacks.inversion.objectives import decoded_gradient, target_view
+from raytrust.capture import Capture, Observation
+from raytrust.channel import LocalChannel
+from raytrust.compress import LinearView, identity_view
+from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, TrainConfig, parse_defence
+from raytrust.train import train
+
+
+def observation(defence: str) -> Observation:
+    config = TrainConfig(
+        defence=parse_defence(defence),
+        model=ModelConfig("convnet", width=4),
+        capture=CaptureConfig(steps=(0,), tuning=1, evaluation=1),
+        workers=1,
+        batch_size=4,
+        steps=1,
+    )
+    records = train(config, synthetic(), LocalChannel())
+    return next(record.seen for record in records if isinstance(record, Capture))
+
+
+@pytest.mark.parametrize("defence", ["signsgd", "scaledsign", "qsgd:4:bucket=16", "vqsgd:50", "atomo:1"])
+def test_a_set_is_joined_by_what_the_message_decodes_to(defence: str) -> None:
+    """A set alone is content with any gradient inside it."""
+    seen = observation(defence)
+    decoded = decoded_gradient(seen)
+    own = seen.build_compressor().view(list(seen.messages), "link")
+    near, far = [x[None] for x in decoded], [-x[None] for x in decoded]
+    for grads in (near, far):
+        expected = own.distance(grads) + identity_view(decoded).distance(grads)
+        torch.testing.assert_close(target_view(seen, InversionConfig("aware")).distance(grads), expected)
+    naive = target_view(seen, InversionConfig("naive"))
+    assert float(naive.distance(near)) == pytest.approx(0, abs=1e-5)
+    assert float(naive.distance(far)) == pytest.approx(2, abs=1e-5)
+
+
+@pytest.mark.parametrize("defence", ["fp16", "powersgd:1", "topk:0.1", "threshold:0.1", "randk:0.1", "dgc:0.1"])
+def test_a_linear_view_stands_alone(defence: str) -> None:
+    assert isinstance(target_view(observation(defence), InversionConfig("aware")), LinearView)
