@@ -35,6 +35,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (DIED, True),
         (CRASHED, True),
         (ray.exceptions.NodeDiedError("gone"), True),
+        (ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory."), True),
         (caused(RuntimeError("outer"), DIED), True),
         (ray.exceptions.RayTaskError("f", "traceback", DIED), True),
         (of_workers(WorkerHealthCheckFailedError("no answer", failure=DIED)), True),

@@ -16,6 +16,7 @@ LOST = (
     ray.exceptions.LocalRayletDiedError,
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,  # a crowded node ends whom it likes: another time or place may have room
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
     WorkerHealthCheckFailedError,
