@@ -155,3 +155,17 @@ def test_an_error_of_the_driver_ends_the_phase_and_fails_no_trial() -> None:
     assert passing.stop_all()
     passing.on_trial_complete(trial(ssim=0.5))
     assert len(listener.told) == 1
+
+
+def test_a_failure_of_the_cluster_itself_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tuner:
+        def __init__(self, *_: Any, **__: Any):
+            pass
+
+        def fit(self) -> None:
+            raise ray.exceptions.OutOfMemoryError("6 workers were killed.")
+
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    store = phases.Store(tmp_path, "data")
+    with pytest.raises(ConnectionError, match=r"\AThe cluster failed, --resume goes on: OutOfMemoryError: [^\n]+\Z"):
+        phases._tune("attacks", None, None, 1, 1, store, relay(Listener()))

@@ -244,7 +244,11 @@ def _tune(name: str, trainable: Any, search: Any, samples: int, concurrent: int,
                 verbose=0,
             ),
         )
-        if len(tuner.fit()) < size or relay.broken is not None:  # the search space is used up, or the driver is
+        try:
+            trials = len(tuner.fit())
+        except ray.exceptions.RayError as error:  # of Tune's own actors: no trial's, but the cluster's
+            raise ConnectionError(f"The cluster failed, --resume goes on: {one_line(error)}") from error
+        if trials < size or relay.broken is not None:  # the search space is used up, or the driver is
             break
     if relay.broken is not None:
         raise relay.broken
