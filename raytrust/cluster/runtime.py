@@ -112,6 +112,12 @@ def _connect(address: str) -> None:
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"Expected a Ray cluster at address={address!r}, but can't connect: {reason}") from error
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    # Ray Train keeps this actor for ever on the node that asks for it first. A spot node would never be idle again.
+    get_or_create_autoscaling_coordinator()
 
 
 def _expect_slot(address: str, patience: float) -> None:
