@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 import torch
 import two_workers
+from hypothesis import HealthCheck, settings
 from toys import synthetic
 
 from raytrust.data import Dataset
+
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("raytrust", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("raytrust")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
