@@ -12,7 +12,7 @@ from raytrust.channel import Channel, Message
 from raytrust.compress.views import LinearView, View, identity_view  # noqa: F401
 
 Vantage: TypeAlias = Literal["link", "peer"]
-CHUNK = 2**17  # entries that are worked on at a time, so that passes over them stay within a cache
+CHUNK = 2**18  # entries that are worked on at a time, so that passes over them stay within a cache
 
 
 class Reduced:
