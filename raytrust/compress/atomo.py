@@ -106,7 +106,7 @@ class Atomo(Counting):
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(n, m) -> u (k, n), s (k,), v (k, m) with k = min(n, m): by the eigenvectors of the smaller Gram matrix, in
-    float64, which on layers is several times faster than a singular value decomposition."""
+    float64, which spares the larger side."""
     wide = matrix.shape[0] <= matrix.shape[1]
     a = matrix.double() if wide else matrix.double().T
     left = torch.linalg.eigh(a @ a.T).eigenvectors.T.flip(0)  # (k, smaller side), largest first

@@ -12,7 +12,7 @@ from torch import Tensor
 def compare(operation: np.ufunc, x: Tensor, value: float, out: Tensor) -> None:
     """Which entries of x are `operation` (numpy's less or greater_equal) `value`, bool, in `out`.
 
-    On the CPU numpy does it several times faster than torch.
+    On the CPU numpy does it faster than torch.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32:
         operation(x.numpy(), np.float32(value), out=out.numpy())

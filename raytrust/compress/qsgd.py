@@ -80,7 +80,7 @@ class QSGD(Counting):
         inverse = s / norms.clamp_min(s * torch.finfo(torch.float32).tiny)  # finite for a bucket of zeros, too
         torch.addcmul(y.view_as(rows), rows, inverse[:, None], out=y.view_as(rows)).add_(s)
         codes = self._scratch("codes", rows.numel(), x, torch.uint8)
-        # Dropping the fraction rounds down, as nothing is negative. numpy converts three times faster than torch.
+        # Dropping the fraction rounds down, as nothing is negative. numpy converts faster than torch.
         np.copyto(codes.numpy(), y.numpy(), casting="unsafe") if y.device.type == "cpu" else codes.copy_(y)
         return codes[:n].clamp_(max=2 * s), norms
 

@@ -48,7 +48,7 @@ class ScaledSign(Base):
         """The mean magnitude of each tensor, (parameters,)."""
         magnitudes = self._scratch("magnitudes", CHUNK, flat)
         sums = [flat.new_zeros(()) for _ in self.layout.sizes]
-        for i, part in self._code.pieces:  # several times faster than a norm over memory that no cache holds
+        for i, part in self._code.pieces:  # faster than a norm over memory that no cache holds
             sums[i] += torch.abs(flat[part], out=magnitudes[: part.stop - part.start]).sum()
         sizes = torch.tensor(self.layout.sizes, device=flat.device).clamp_min(1)
         return torch.stack(sums) / sizes if sums else flat.new_empty(0)

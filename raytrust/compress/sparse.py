@@ -51,7 +51,7 @@ def above(flat: Tensor, threshold: float) -> Tensor:
         n = part.stop - part.start
         chosen = torch.empty(n, dtype=torch.bool, device=flat.device)
         compare(np.greater_equal, torch.abs(flat[part], out=magnitudes[:n]), least, chosen)
-        if flat.device.type == "cpu":  # numpy's is several times faster than torch's
+        if flat.device.type == "cpu":  # numpy's is faster than torch's
             positions = torch.from_numpy(np.flatnonzero(chosen.numpy()))
         else:
             positions = chosen.nonzero().flatten()
