@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--points", type=int, metavar="N", help="images of the pool, of which each model has about half")
     add("--width", type=int, metavar="N", help="of the network")
     add("--steps", type=int, metavar="N", help="training steps")
+    add("--learning-rate", type=float, metavar="X", help="of all models; sign methods need a small one, such as 0.001")
     add("--vantage", choices=["link", "peer"], help="a worker's messages, or the collective's result")
     add("--seed", type=int, metavar="N", help="of everything that is random")
     add("--cpus", type=int, metavar="N", help="models trained at once, on a Ray of its own; default: all CPUs")

@@ -27,7 +27,7 @@ from raytrust.attacks.inversion.gradients import Distance
 from raytrust.attacks.inversion.search import Found, Piece
 from raytrust.capture import Capture, Observation
 from raytrust.channel import LocalChannel
-from raytrust.compress.interface import identity_view
+from raytrust.compress import identity_view
 from raytrust.config import (
     CaptureConfig,
     CompressorConfig,

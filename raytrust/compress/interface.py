@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.views import LinearView, View, identity_view  # noqa: F401
+from raytrust.compress.views import View
 
 Vantage: TypeAlias = Literal["link", "peer"]
 CHUNK = 2**18  # entries that are worked on at a time, so that passes over them stay within a cache
