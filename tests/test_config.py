@@ -96,7 +96,8 @@ inversions = st.builds(
     iterations=positive,
     restarts=positive,
     signed=st.sampled_from(["none", "hard", "soft"]),
-    matching=st.sampled_from(["cosine", "l2", "l1"]),
+    matching=st.sampled_from(["cosine", "tensors", "l2", "l1"]),
+    bound=st.floats(0, 1e300),
     bn=st.floats(0, 1e300),
     halving=st.booleans(),
     seed=seeds,
@@ -398,7 +399,7 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
         (InversionConfig, "objective"): ("naive", "aware"),
         (InversionConfig, "signed"): ("none", "hard", "soft"),
         (InversionConfig, "method"): ("optimise", "analytic"),
-        (InversionConfig, "matching"): ("cosine", "l2", "l1"),
+        (InversionConfig, "matching"): ("cosine", "tensors", "l2", "l1"),
         (InversionConfig, "optimiser"): ("adam", "lbfgs"),
         (InversionConfig, "precision"): ("float32", "bfloat16"),
         (InversionConfig, "residual"): ("ignore", "avoid", "weigh"),
@@ -455,7 +456,7 @@ def test_the_name_of_an_attack_says_what_is_not_default() -> None:
     assert attack.name == "aware tv=0.01 lr=0.1 r=1 s=0 l2 lbfgs bn=0.25 joint avoid"
 
 
-@pytest.mark.parametrize("weight", ["tv", "l2", "colour", "bn", "group"])
+@pytest.mark.parametrize("weight", ["tv", "bound", "l2", "colour", "bn", "group"])
 def test_weights_of_priors_are_finite_and_not_negative(weight: str) -> None:
     for value in (-0.1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"^Expected {weight}={value!r} to be at least 0 and finite"):

@@ -22,7 +22,7 @@ from raytrust.attacks.inversion.priors import (
     total_colour,
     total_variation,
 )
-from raytrust.compress import identity_view
+from raytrust.compress import SparseView, identity_view
 from raytrust.config import CompressorConfig, DenseConfig, InversionConfig, PowerSGDConfig, Threat, TopKConfig
 from raytrust.config.attacks import DLG, GEIPING, GRAD_INVERSION, IDLG, MODERN
 from raytrust.evaluate import evaluate_inversion
@@ -50,10 +50,10 @@ def test_relative_distances_by_the_book(power: int) -> None:
     assert torch.isfinite(relative_distance(identity_view(blank), power, grads)).all()
 
 
-@pytest.mark.parametrize("matching", ["cosine", "l2", "l1"])
+@pytest.mark.parametrize("matching", ["cosine", "tensors", "l2", "l1"])
 @pytest.mark.parametrize("compressor", [TopKConfig(level=0.05), PowerSGDConfig(1)], ids=repr)
 def test_an_aware_distance_is_least_at_the_true_gradient(
-    compressor: CompressorConfig, matching: Literal["cosine", "l2", "l1"]
+    compressor: CompressorConfig, matching: Literal["cosine", "tensors", "l2", "l1"]
 ) -> None:
     observation = seen(compressor)[0]
     true = [g[None] for g in decoded_gradient(seen()[0])]  # the same batch, uncompressed
@@ -61,6 +61,25 @@ def test_an_aware_distance_is_least_at_the_true_gradient(
         config = replace(SHORT, objective=objective, matching=matching)
         value = float(matching_distance(target_view(observation, config), config)(true))
         assert value == pytest.approx(0, abs=1e-5) if objective == "aware" else value > 0.01
+
+
+def test_each_tensor_s_cosine_weighs_as_many_as_it_has_entries() -> None:
+    view = identity_view([torch.tensor([3.0, 0.0]), torch.zeros(0), torch.tensor([1.0, 1.0, 1.0])])
+    distance = matching_distance(view, replace(SHORT, matching="tensors"))
+    g = [torch.tensor([[9.0, 0.0], [3.0, 4.0]]), torch.zeros(2, 0), torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0]])]
+    torch.testing.assert_close(distance(g), torch.tensor([0.0, 2 / 5 * (1 - 3 / 5) + 3 / 5]))
+
+
+def test_a_bound_adds_the_excess_to_the_distance() -> None:
+    observation = seen(TopKConfig(level=0.05))[0]
+    config = replace(SHORT, objective="aware")
+    view = target_view(observation, config)
+    assert isinstance(view, SparseView)
+    generator = torch.Generator().manual_seed(0)
+    g = [d + 0.05 * torch.randn(2, *d.shape, generator=generator) for d in decoded_gradient(observation)]
+    weighed = matching_distance(view, replace(config, bound=0.5))(g)
+    torch.testing.assert_close(weighed, view.distance(g) + view.excess(g) / 2)
+    assert float(view.excess(g).min()) > 0
 
 
 def test_l1_and_l2_need_a_linear_view(monkeypatch: pytest.MonkeyPatch) -> None:

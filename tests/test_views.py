@@ -180,12 +180,30 @@ def test_entries_that_were_not_sent_are_at_most_the_bound(name: str, steps: list
         if "layer" in name:
             assert view.bound.shape == (len(SHAPES),)
             assert len(set(view.bound.tolist())) > 1
+        louder = [x.flatten().clone() for x in step[0].inputs]
+        for x, positions in zip(louder, view.positions, strict=True):
+            sent = x[positions]
+            x *= 3
+            x[positions] = sent
+        candidates = batch(step[0].inputs, [3 * x for x in step[0].inputs], [-x for x in step[0].inputs])
+        torch.testing.assert_close(view.excess(candidates), torch.zeros(3))  # also at another scale
+        beyond = batch([x.view(shape) for x, shape in zip(louder, SHAPES, strict=True)])
+        assert float(view.excess(beyond)) > 1e-3 or "full" in name
+        assert view.distance(beyond).tolist() == pytest.approx([0], abs=1e-5)
 
 
 def test_the_bound_of_rand_k_is_unknown() -> None:
     view = view_of("randk", alone("randk")[0], "link")
     assert isinstance(view, SparseView)
     assert view.bound is None
+    assert view.excess(batch(gradients(7))).tolist() == [0]
+
+
+def test_the_excess_over_the_bound() -> None:
+    """Of 2, 1 and 1, the 2 was sent: at twice their size, the others would be 1.5 too large."""
+    view = SparseView([torch.tensor([2.0])], [torch.tensor([1])], [torch.Size((3,))], bound=torch.tensor(1.0))
+    g = torch.tensor([[1.0, 2.0, -1.0], [-5.0, 4.0, 0.0], [0.1, 0.0, 0.0]])
+    assert view.excess([g]).tolist() == [0, 1.5**2 / 4, 0]
 
 
 def test_the_identity_view_of_nothing_is_at_distance_one() -> None:
@@ -199,13 +217,15 @@ def test_distance_is_one_minus_the_cosine() -> None:
     torch.testing.assert_close(d, torch.tensor([1 - 3 / 5, 1 - 8 / (5 * 8**0.5)]))
 
 
-def test_the_distance_to_an_orthant_is_a_share_of_the_norm() -> None:
+def test_the_distance_to_an_orthant_is_a_share_of_each_tensor_s_norm() -> None:
+    """Tensors weigh as many as they have entries, 2 and 1; zeros are sent as 1."""
     view = SignView([torch.tensor([1.0, -1.0]), torch.tensor([1.0])])
     candidates = [torch.tensor([[1.0, -1.0], [-1.0, 0.0], [-1.0, 2.0], [0.0, 0.0]]), torch.tensor([2.0, 3.0, -1, 0.0])]
     candidates[1] = candidates[1][:, None]
-    assert view.distance(candidates).tolist() == [0, 0.25, 1, 0.5]
+    shares = torch.tensor([0, 2 / 3, 1, 1 / 3])
+    torch.testing.assert_close(view.distance(candidates), shares)
     scaled = SignView(view.signs, scales=torch.tensor([1.0, 2.0]))  # L1 norms of 2 and 2
-    torch.testing.assert_close(scaled.distance(candidates), torch.tensor([0, 0.25 + 2 / 8, 1 + 2 / 8, 0.5 + 8 / 8]))
+    torch.testing.assert_close(scaled.distance(candidates), shares + torch.tensor([0, 2 / 8, 2 / 8, 8 / 8]))
 
 
 def test_the_distance_to_a_box() -> None:

@@ -24,7 +24,7 @@ from raytrust.compress.scaled_sign import ScaledSign
 from raytrust.compress.signsgd import SignSGD
 from raytrust.compress.threshold import Threshold
 from raytrust.compress.topk import TopK
-from raytrust.compress.views import LinearView, SumView, View, identity_view
+from raytrust.compress.views import LinearView, SparseView, SumView, View, identity_view
 from raytrust.compress.vqsgd import VqSGD
 from raytrust.config import (
     AtomoConfig,
@@ -48,6 +48,7 @@ __all__ = [
     "Layout",
     "LinearView",
     "Reduced",
+    "SparseView",
     "SumView",
     "Vantage",
     "View",

@@ -108,6 +108,23 @@ class SparseView(LinearView):
         object.__setattr__(self, "positions", positions)
         object.__setattr__(self, "bound", bound)
 
+    def excess(self, grads: Sequence[Tensor]) -> Tensor:
+        """By how much entries that were not sent exceed the bound: the sum of squares, relative to that of what was
+        sent, (batch,), at the scale at which a candidate fits best what was sent. Zero at the true gradient, and
+        without a bound."""
+        measured = self.measure(grads)
+        inner = total(_rows(m) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
+        if self.bound is None:
+            return torch.zeros_like(inner)
+        squared = total(_rows(m).square().sum(1) for m in measured)
+        scale = (inner / squared.clamp_min(torch.finfo(squared.dtype).tiny)).clamp_min(0)
+        bounds = self.bound.expand(len(self.positions))
+        beyond = total(
+            (scale[:, None] * _rows(g).abs() - b).clamp_min(0).index_fill(1, p, 0.0).square().sum(1)
+            for g, p, b in zip(grads, self.positions, bounds, strict=True)
+        )
+        return beyond / total(o.square().sum() for o in self.observed).clamp_min(torch.finfo(beyond.dtype).tiny)
+
 
 @dataclass(frozen=True)
 class SignView:
@@ -120,17 +137,28 @@ class SignView:
     scales: Tensor | None = None
 
     def distance(self, grads: Sequence[Tensor]) -> Tensor:
-        """The share of the candidate's L1 norm that lies outside the orthant, in [0, 1], 1/2 for a candidate of zeros;
-        plus, where scales are known, the relative squared error of the tensors' L1 norms. Zero at the true gradient."""
-        sums = [_rows(g).abs().sum(1) for g in grads]
-        inside = total(_rows(g) @ s.flatten() for g, s in zip(grads, self.signs, strict=True))
-        outside = (1 - inside / total(sums).clamp_min(torch.finfo(inside.dtype).tiny)) / 2
+        """The share of each tensor's L1 norm that lies outside the orthant, in [0, 1], averaged over tensors by their
+        entries; of a tensor of zeros, which are sent as 1, the share of other signs. Plus, where scales are known, the
+        relative squared error of the tensors' L1 norms. Zero at the true gradient.
+
+        By tensor, because every sign is one bit, whatever the magnitude: over all tensors at once, the few of large
+        gradients would be all that counts.
+        """
+        tiny = torch.finfo(grads[0].dtype).tiny
+        sizes = grads[0].new_tensor([s.numel() for s in self.signs])
+        sums = torch.stack([_rows(g).abs().sum(1) for g in grads], 1)
+        inside = torch.stack([_rows(g) @ s.flatten() for g, s in zip(grads, self.signs, strict=True)], 1)
+        inside = torch.where(sums > 0, inside / sums.clamp_min(tiny), self._balance)
+        outside = (1 - inside) @ (sizes / sizes.sum() / 2)
         if self.scales is None:
             return outside
-        sizes = torch.tensor([s.numel() for s in self.signs], device=inside.device)
         expected = self.scales * sizes
-        errors = (torch.stack(sums, 1) - expected).square().sum(1)
-        return outside + errors / expected.square().sum().clamp_min(torch.finfo(inside.dtype).tiny)
+        return outside + (sums - expected).square().sum(1) / expected.square().sum().clamp_min(tiny)
+
+    @cached_property
+    def _balance(self) -> Tensor:
+        """The mean of each tensor's signs, (parameters,)."""
+        return torch.stack([s.mean() for s in self.signs])
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,11 @@ class InversionConfig:
         gradient u in units of its mean magnitude, where s falls from 1 to 0 over the iterations.
     capture_step: the training step whose messages are attacked.
     method: "analytic" solves for the input of a linear first layer (Phong et al. 2018) and ignores what follows here.
-    matching: the distance on decoded gradients and on linear views: 1 - cosine, relative squared L2 or relative L1.
-        Views that are not linear have a distance of their own, and know no other than "cosine".
+    matching: the distance on decoded gradients and on linear views: 1 - cosine of the whole, or of each tensor by
+        itself and averaged by their entries ("tensors"), relative squared L2 or relative L1. Views that are not linear
+        have a distance of their own, and know no other than "cosine".
+    bound: weight of the excess of entries that sparsification left out over the smallest that it sent, for "aware"
+        (`SparseView.excess`).
     schedule: the step size falls by 10 after 3/8, 5/8 and 7/8 of the iterations, along half a cosine, or not at all.
     warmup: iterations over which the step size rises linearly first.
     l2, colour, bn, group: weights of further priors (`raytrust.attacks.inversion.priors`).
@@ -49,10 +52,11 @@ class InversionConfig:
     capture_step: int = 0
     seed: int = 0
     method: Literal["optimise", "analytic"] = "optimise"
-    matching: Literal["cosine", "l2", "l1"] = "cosine"
+    matching: Literal["cosine", "tensors", "l2", "l1"] = "cosine"
     optimiser: Literal["adam", "lbfgs"] = "adam"
     schedule: Literal["steps", "cosine", "constant"] = "steps"
     warmup: int = 0
+    bound: float = 0.0
     l2: float = 0.0
     colour: float = 0.0
     bn: float = 0.0
@@ -64,7 +68,7 @@ class InversionConfig:
 
     def __post_init__(self) -> None:
         expect_choices(self)
-        for name in ("tv", "l2", "colour", "bn", "group"):
+        for name in ("tv", "bound", "l2", "colour", "bn", "group"):
             weight = getattr(self, name)
             expect(0 <= weight < math.inf, name, weight, "to be at least 0 and finite")
         expect(0 < self.step_size < math.inf, "step_size", self.step_size, "to be positive and finite")

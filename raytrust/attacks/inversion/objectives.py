@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raytrust.attacks.inversion.gradients import Distance
 from raytrust.capture import Observation
-from raytrust.compress import LinearView, SumView, View, identity_view
+from raytrust.compress import LinearView, SparseView, SumView, View, identity_view
 from raytrust.compress.history import pure_view, weighed_view
 from raytrust.config import InversionConfig
 
@@ -52,13 +52,33 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
 def matching_distance(view: View, config: InversionConfig) -> Distance:
     """The distance that the config asks for: (candidates, *shape) a parameter -> (candidates,).
 
-    Raises ValueError for L2 and L1 on a view that is not linear.
+    Raises ValueError for another than the cosine on a view that is not linear.
     """
-    if config.matching == "cosine":
+    distance = _matching(view, config.matching)
+    if config.bound > 0 and isinstance(view, SparseView):
+        return lambda grads: distance(grads) + config.bound * view.excess(grads)
+    return distance
+
+
+def _matching(view: View, kind: str) -> Distance:
+    if kind == "cosine":
         return view.distance
     if not isinstance(view, LinearView):
-        raise ValueError(f"Expected matching={config.matching!r} to be 'cosine': what was sent is no linear view.")
-    return partial(relative_distance, view, 2 if config.matching == "l2" else 1)
+        raise ValueError(f"Expected matching={kind!r} to be 'cosine': what was sent is no linear view.")
+    if kind == "tensors":
+        return partial(tensors_distance, view, [identity_view([o]) for o in view.observed])
+    return partial(relative_distance, view, 2 if kind == "l2" else 1)
+
+
+def tensors_distance(view: LinearView, parts: Sequence[View], grads: Sequence[Tensor]) -> Tensor:
+    """1 - cosine of each measurement by itself, averaged by their entries; (candidates,), in [0, 2].
+
+    For what was quantised: where noise is as large in each entry, or each entry has one bit, the cosine of the whole
+    listens to the few tensors of large gradients alone. parts: an identity view of each observed measurement.
+    """
+    sizes = [o.numel() for o in view.observed]
+    terms = zip(sizes, parts, view.measure(grads), strict=True)
+    return torch.stack([size / sum(sizes) * part.distance([m]) for size, part, m in terms if size]).sum(0)
 
 
 def relative_distance(view: LinearView, power: int, grads: Sequence[Tensor]) -> Tensor:
