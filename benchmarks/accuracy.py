@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where finished runs are kept")
     parser.add_argument("--defence", action="append", help="only these of the table; repeatable")
     parser.add_argument("--rate", type=float, action="append", help="learning rate, for the table's; repeatable")
+    parser.add_argument("--momentum", type=float, help="of the optimiser, for the table's")
     parser.add_argument("--seeds", type=int, default=2, help="how many (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="(default: %(default)s)")
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         table = [
-            (text, configs(text, rate, momentum, options))
+            (text, configs(text, rate, momentum if options.momentum is None else options.momentum, options))
             for text, table_rate, momentum in METHODS
             if options.defence is None or text in options.defence
             for rate in options.rate or (table_rate,)

@@ -110,7 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
     add("--preset", choices=list(PRESETS), help="quick: 32x32 images on a CPU (default); digits; paper: ResNet-18")
     add("--defence", action="append", metavar="NAME", help="audit this instead of the list; repeatable: powersgd:1:ef")
-    add("--dp-sgd", action="append", metavar="X:C", help="DP-SGD of noise multiplier X and clipping norm C; repeatable")
+    add(
+        "--dp-sgd",
+        action="append",
+        metavar="X:C",
+        help="DP-SGD of noise multiplier X and clipping norm C; repeatable; or none",
+    )
     add("--models", type=int, metavar="N", help="a defence, each attacked with the others as its shadows")
     add("--points", type=int, metavar="N", help="images of the pool, of which each model has about half")
     add("--width", type=int, metavar="N", help="of the network")
@@ -213,11 +218,11 @@ def _dp_sgd(options: argparse.Namespace) -> tuple[DPSGDConfig, ...]:
     from raytrust.dp import available
 
     wanted = []
-    for text in options.dp_sgd:
+    for text in [] if list(options.dp_sgd) == ["none"] else options.dp_sgd:
         try:
             noise, clip = map(float, text.split(":"))
         except ValueError:
-            raise ValueError(f"Expected dp_sgd={text!r} to be NOISE:CLIP, two numbers.") from None
+            raise ValueError(f"Expected dp_sgd={text!r} to be NOISE:CLIP, two numbers, or none.") from None
         wanted.append(DPSGDConfig(noise, clip))
     if wanted and not available():
         if list(options.dp_sgd) != list(PRESETS[options.preset]["dp_sgd"]):

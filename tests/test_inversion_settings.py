@@ -22,8 +22,21 @@ from raytrust.attacks.inversion.priors import (
     total_colour,
     total_variation,
 )
-from raytrust.compress import SparseView, identity_view
-from raytrust.config import CompressorConfig, DenseConfig, InversionConfig, PowerSGDConfig, Threat, TopKConfig
+from raytrust.compress import LinearView, identity_view
+from raytrust.compress.views import SignView, SparseView, SumView, TensorwiseView
+from raytrust.config import (
+    AtomoConfig,
+    CompressorConfig,
+    DenseConfig,
+    InversionConfig,
+    PowerSGDConfig,
+    QSGDConfig,
+    ScaledSignConfig,
+    SignSGDConfig,
+    Threat,
+    TopKConfig,
+    VqSGDConfig,
+)
 from raytrust.config.attacks import DLG, GEIPING, GRAD_INVERSION, IDLG, MODERN
 from raytrust.evaluate import evaluate_inversion
 
@@ -68,6 +81,34 @@ def test_each_tensor_s_cosine_weighs_as_many_as_it_has_entries() -> None:
     distance = matching_distance(view, replace(SHORT, matching="tensors"))
     g = [torch.tensor([[9.0, 0.0], [3.0, 4.0]]), torch.zeros(2, 0), torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0]])]
     torch.testing.assert_close(distance(g), torch.tensor([0.0, 2 / 5 * (1 - 3 / 5) + 3 / 5]))
+
+
+@pytest.mark.parametrize(
+    ("compressor", "kind"),
+    [
+        (TopKConfig(level=0.05), SparseView),
+        (PowerSGDConfig(2), LinearView),
+        (SignSGDConfig(), SignView),
+        (ScaledSignConfig(), SignView),
+        (QSGDConfig(2), TensorwiseView),
+        (VqSGDConfig(500), TensorwiseView),
+        (AtomoConfig(2), SumView),
+    ],
+    ids=str,
+)
+def test_what_an_aware_attacker_compares_with(compressor: CompressorConfig, kind: type) -> None:
+    """Steps along the true gradient come nearer, from a gradient that has little to do with it."""
+    observation, truth = seen(compressor)[0], seen()[0]
+    true = decoded_gradient(truth)
+    generator = torch.Generator().manual_seed(0)
+    other = [t.abs().mean() * torch.randn(t.shape, generator=generator) for t in true]
+    config = replace(SHORT, objective="aware")
+    view = target_view(observation, config)
+    assert isinstance(view, kind)
+    path = [torch.stack([o + step * t for step in (0, 0.3, 1, 3)]) for o, t in zip(other, true, strict=True)]
+    distances = matching_distance(view, config)(path).tolist()
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < distances[0] - 0.01
 
 
 def test_a_bound_adds_the_excess_to_the_distance() -> None:

@@ -231,7 +231,7 @@ def test_the_nearest_cell_is_found_after_the_shift_of_all() -> None:
         (["--points", "99999"], "Expected points=99999 to be at most 1437, the training images."),
         (["--defence", "powersgd:0"], "Expected rank=0 to be at least 1"),
         (["--dp-sgd=-1:1"], "Expected noise=-1.0 to be positive and finite"),
-        (["--dp-sgd", "1"], "Expected dp_sgd='1' to be NOISE:CLIP, two numbers."),
+        (["--dp-sgd", "1"], "Expected dp_sgd='1' to be NOISE:CLIP, two numbers, or none."),
         (["--steps", "0"], "Expected steps=0 to be at least 1"),
         (["--cpus", "9999"], "Expected cpus=9999 to be at most the number of CPUs"),
         (["--resume", "nowhere"], "Expected resume='nowhere' to hold an audit"),

@@ -24,7 +24,7 @@ from raytrust.compress.scaled_sign import ScaledSign
 from raytrust.compress.signsgd import SignSGD
 from raytrust.compress.threshold import Threshold
 from raytrust.compress.topk import TopK
-from raytrust.compress.views import LinearView, SparseView, SumView, View, identity_view
+from raytrust.compress.views import LinearView, SparseView, View, identity_view
 from raytrust.compress.vqsgd import VqSGD
 from raytrust.config import (
     AtomoConfig,
@@ -49,7 +49,6 @@ __all__ = [
     "LinearView",
     "Reduced",
     "SparseView",
-    "SumView",
     "Vantage",
     "View",
     "build",

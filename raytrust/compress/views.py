@@ -78,6 +78,27 @@ class SumView:
         return total(view.distance(grads) for view in self.views)
 
 
+@dataclass(frozen=True)
+class TensorwiseView:
+    """A linear view whose measurements are compared one by one, for gradients that were quantised.
+
+    Where the noise is as large in each entry, or each has one bit, the cosine of the whole listens to the few tensors
+    of large gradients alone.
+    """
+
+    view: LinearView
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        """1 - cosine of each measurement, averaged by their entries; in [0, 2], 0 at the observed ones."""
+        sizes = [o.numel() for o in self.view.observed]
+        terms = zip(sizes, self._parts, self.view.measure(grads), strict=True)
+        return total(size / sum(sizes) * part.distance([m]) for size, part, m in terms if size)
+
+    @cached_property
+    def _parts(self) -> list[LinearView]:
+        return [identity_view([o]) for o in self.view.observed]
+
+
 class SparseView(LinearView):
     """Some entries of the gradient, and that all others are of magnitude at most `bound`, if one is given.
 
@@ -128,7 +149,7 @@ class SparseView(LinearView):
 
 @dataclass(frozen=True)
 class SignView:
-    """The orthant of the gradient and, for each tensor, its mean magnitude if that was sent.
+    """The orthant of the gradient and, for each tensor, its mean magnitude if that was sent (signSGD, EF-signSGD).
 
     signs: one tensor a parameter, like it, of -1 and 1; a 1 also stands for a zero. scales: (parameters,) or None.
     """
@@ -138,8 +159,9 @@ class SignView:
 
     def distance(self, grads: Sequence[Tensor]) -> Tensor:
         """The share of each tensor's L1 norm that lies outside the orthant, in [0, 1], averaged over tensors by their
-        entries; of a tensor of zeros, which are sent as 1, the share of other signs. Plus, where scales are known, the
-        relative squared error of the tensors' L1 norms. Zero at the true gradient.
+        entries; of a tensor of zeros, which are sent as 1, the share of other signs. Plus, where scales are known, 1 -
+        cosine of the tensors' L1 norms with the known ones. Zero at the true gradient; a candidate's scale, which says
+        little far from it, is not part of it.
 
         By tensor, because every sign is one bit, whatever the magnitude: over all tensors at once, the few of large
         gradients would be all that counts.
@@ -153,7 +175,7 @@ class SignView:
         if self.scales is None:
             return outside
         expected = self.scales * sizes
-        return outside + (sums - expected).square().sum(1) / expected.square().sum().clamp_min(tiny)
+        return outside + 1 - _cosine(sums, expected)
 
     @cached_property
     def _balance(self) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from raytrust.attacks.inversion.gradients import Distance
 from raytrust.capture import Observation
-from raytrust.compress import LinearView, SparseView, SumView, View, identity_view
+from raytrust.compress import LinearView, View, identity_view
 from raytrust.compress.history import pure_view, weighed_view
+from raytrust.compress.views import SignView, SparseView, SpectralView, SumView, TensorwiseView
 from raytrust.config import InversionConfig
 
 
@@ -43,10 +44,14 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
         told_apart = pure_view if config.residual == "avoid" else weighed_view
         return told_apart(compressor, messages, seen.threat.vantage, seen.victim, history)
     view = compressor.view(messages, seen.threat.vantage, seen.victim)
-    if isinstance(view, LinearView):
+    if isinstance(view, LinearView | SignView):
         return view
-    # A set says where the gradient can't be, the decoded gradient where in it: quantisers are unbiased.
-    return SumView((view, identity_view(decoded_gradient(seen, device))))
+    decoded = identity_view(decoded_gradient(seen, device))
+    if isinstance(view, SpectralView):
+        return SumView((view, decoded))
+    # What quantisers decode to is unbiased, with noise as large in small entries as in large ones. Measured: this beats
+    # the distances to their sets, alone and added.
+    return TensorwiseView(decoded)
 
 
 def matching_distance(view: View, config: InversionConfig) -> Distance:
@@ -66,19 +71,8 @@ def _matching(view: View, kind: str) -> Distance:
     if not isinstance(view, LinearView):
         raise ValueError(f"Expected matching={kind!r} to be 'cosine': what was sent is no linear view.")
     if kind == "tensors":
-        return partial(tensors_distance, view, [identity_view([o]) for o in view.observed])
+        return TensorwiseView(view).distance
     return partial(relative_distance, view, 2 if kind == "l2" else 1)
-
-
-def tensors_distance(view: LinearView, parts: Sequence[View], grads: Sequence[Tensor]) -> Tensor:
-    """1 - cosine of each measurement by itself, averaged by their entries; (candidates,), in [0, 2].
-
-    For what was quantised: where noise is as large in each entry, or each entry has one bit, the cosine of the whole
-    listens to the few tensors of large gradients alone. parts: an identity view of each observed measurement.
-    """
-    sizes = [o.numel() for o in view.observed]
-    terms = zip(sizes, parts, view.measure(grads), strict=True)
-    return torch.stack([size / sum(sizes) * part.distance([m]) for size, part, m in terms if size]).sum(0)
 
 
 def relative_distance(view: LinearView, power: int, grads: Sequence[Tensor]) -> Tensor:
