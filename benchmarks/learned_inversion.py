@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             hidden=options.hidden,
             dropout=options.dropout,
             epochs=options.epochs,
+            learning_rate=options.learning_rate,
             ssim=options.ssim,
             seed=options.seed,
         )
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dimension", type=int, default=4096, help=f"of the hashed input {default}")
     add("--hidden", type=int, default=1000, help=default)
     add("--dropout", type=float, default=0.0, help=default)
+    add("--learning-rate", type=float, default=1e-3, help=f"of the inverter {default}")
     add("--epochs", type=int, default=60, help=default)
     add("--ssim", type=float, default=0.0, help=f"weight of 1 - SSIM in the inverter's loss {default}")
     add("--seed", type=int, default=0, help=default)

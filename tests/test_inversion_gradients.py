@@ -182,7 +182,7 @@ def views_of(target: list[Tensor]) -> dict[str, Distance]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", ["convnet", "resnet18", "mixed", "strange"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "resnet20", "lenet", "mixed", "strange"])
 def test_a_matcher_agrees_with_a_plain_loop(name: str, training: bool, batch: int) -> None:
     model = network(name, training)
     x, labels = candidates(batch, size=16 if name != "mixed" else 8)
@@ -206,7 +206,7 @@ def test_a_matcher_agrees_with_a_plain_loop(name: str, training: bool, batch: in
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", ["convnet", "resnet18", "strange"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "resnet20", "lenet", "strange"])
 def test_the_fast_path_is_exact(name: str, training: bool) -> None:
     model = network(name, training, torch.float64)
     x, labels = candidates(2, dtype=torch.float64)
@@ -257,7 +257,8 @@ def test_the_slow_path_is_announced() -> None:
     for training in (False, True):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            GradientMatcher(network("resnet18", training))
+            for name in ("resnet18", "resnet20", "lenet", "convnet"):
+                GradientMatcher(network(name, training))
 
 
 class Normalised(nn.Module):

@@ -159,8 +159,8 @@ class LearnedInverterConfig:
     layers: int = 2
     dropout: float = 0.0
     epochs: int = 60
-    patience: int = 8
-    learning_rate: float = 3e-4
+    patience: int = 5
+    learning_rate: float = 1e-3
     batch_size: int = 128
     held_out: float = 0.1
     ssim: float = 0.0
