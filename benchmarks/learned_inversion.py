@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     print(f"{data.name}, test images 0-{options.images - 1}, {learned.name}")
     print(f"optimiser: {optimiser.name.split(' ', 1)[1]}, {options.iterations} iterations\n")
-    print("| model | defence | learned | naive | aware | learned - best of these | mean image | identified | n |")
+    columns = "model|defence|learned|naive|aware|learned - best of these|mean image|identified (learned/naive/aware)|n"
+    print("| " + columns.replace("|", " | ") + " |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     attacks = [optimiser] if options.iterations else []
     for defence in defences:
@@ -152,7 +153,7 @@ def _line(model: str, defence: Defence, found: dict[str, dict[str, Any]], images
     gain = "-"
     if best is not None:
         pair = paired_difference(found["learned"]["ssim"], found[best]["ssim"])
-        gain = f"{pair.difference:+.3f} [{pair.interval[0]:+.3f}, {pair.interval[1]:+.3f}], p = {pair.p_value:.3f}"
+        gain = f"{pair.difference:+.3f} [{pair.interval[0]:+.3f}, {pair.interval[1]:+.3f}], p = {pair.p_value:.2g}"
     cells = [_mean(found[o]["ssim"]) if o in found else "-" for o in ("learned", "naive", "aware")]
     floor = _mean(found["learned"]["mean_image_ssim"])
     known = "/".join(f"{np.mean(found[o]['identified_ssim']):.2f}" for o in found)
