@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             auxiliary=options.auxiliary,
             input=options.input,
             dimension=options.dimension,
+            scale=options.scale,
             hidden=options.hidden,
             dropout=options.dropout,
             epochs=options.epochs,
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tv", type=float, default=1e-2, help=f"the optimiser's weight of total variation {default}")
     add("--input", choices=["hashed", "whole"], default="hashed", help=default)
     add("--dimension", type=int, default=4096, help=f"of the hashed input {default}")
+    add("--scale", choices=["message", "tensor"], default="message", help=f"how messages are normalised {default}")
     add("--hidden", type=int, default=1000, help=default)
     add("--dropout", type=float, default=0.0, help=default)
     add("--learning-rate", type=float, default=1e-3, help=f"of the inverter {default}")

@@ -113,7 +113,7 @@ def test_a_sketch_is_a_function_of_its_seed() -> None:
 
 @pytest.mark.parametrize(("kind", "length"), [("hashed", 8), ("whole", 40)])
 def test_an_encoded_message_is_a_direction_and_a_length(kind: Literal["hashed", "whole"], length: int) -> None:
-    encoder = Encoder(40, replace(SMALL, input=kind, dimension=8))
+    encoder = Encoder([30, 10], replace(SMALL, input=kind, dimension=8))
     x = torch.randn(3, 40)
     code, larger = encoder(x), encoder(100 * x)
     assert code.shape == (3, length + 1)
@@ -122,6 +122,25 @@ def test_an_encoded_message_is_a_direction_and_a_length(kind: Literal["hashed", 
     if kind == "whole":
         torch.testing.assert_close(code[:, :-1] * code[:, -1:].exp(), x)
     assert encoder(torch.zeros(1, 40)).isfinite().all()
+
+
+def test_a_message_may_be_scaled_tensor_by_tensor() -> None:
+    """Then no tensor drowns in another, and of signs nothing changes but the lengths."""
+    whole, each = (
+        Encoder([30, 10], replace(SMALL, input="whole", scale=scale))  # type: ignore[arg-type]
+        for scale in ("message", "tensor")
+    )
+    x = torch.randn(3, 40)
+    x[:, 30:] *= 1e-4
+    code = each(x)
+    assert code.shape == (3, 42)
+    torch.testing.assert_close(code[:, :30].norm(dim=1), torch.full((3,), math.sqrt(3 / 4)))
+    torch.testing.assert_close(code[:, 30:40].norm(dim=1), torch.full((3,), math.sqrt(1 / 4)))
+    torch.testing.assert_close(code[:, 40:], torch.stack([x[:, :30].norm(dim=1), x[:, 30:].norm(dim=1)], 1).log())
+    torch.testing.assert_close(each(x.sign())[:, :40], whole(x.sign())[:, :40])
+    x[:, 30:] = 0  # a tensor of which nothing was sent
+    assert each(x).isfinite().all()
+    assert not each(x)[:, 30:40].any()
 
 
 # --------------------------------------------------------------------------------------------------- messages
@@ -330,6 +349,7 @@ def test_auxiliary_images_that_don_t_fit_are_refused(change: dict[str, Any], mes
         ({"auxiliary": 1}, "Expected auxiliary=1 to leave at least one image to train on and one to stop by."),
         ({"auxiliary": 4}, "Expected auxiliary=4 to leave at least one image to train on and one to stop by."),
         ({"input": "projected"}, "Expected input='projected' to be one of 'hashed', 'whole'."),
+        ({"scale": "layer"}, "Expected scale='layer' to be one of 'message', 'tensor'."),
         ({"dimension": 0}, "Expected dimension=0 to be at least 1."),
         ({"hidden": 0}, "Expected hidden=0 to be at least 1."),
         ({"layers": 0}, "Expected layers=0 to be at least 1."),
@@ -354,5 +374,6 @@ def test_bad_settings_are_refused(values: dict[str, Any], message: str) -> None:
 def test_settings_are_values() -> None:
     assert from_dict(LearnedInverterConfig, to_dict(SMALL)) == SMALL
     assert digest(SMALL) != digest(replace(SMALL, ssim=0.1))
+    assert replace(SMALL, scale="tensor").name == "learned n=24 hashed=16 h=8x2 scale=tensor"
     assert SMALL.name == "learned n=24 hashed=16 h=8x2"
     assert replace(SMALL, input="whole", dropout=0.5).name == "learned n=24 whole h=8x2 dropout=0.5"

@@ -147,6 +147,7 @@ class LearnedInverterConfig:
         seed, says when to stop: after `patience` epochs without a smaller loss on it, or after all `epochs`. The
         network of the least loss is kept. The learning rate falls by 10 after three quarters of the epochs.
     input: messages enter by a count-sketch of length `dimension` ("hashed"), or "whole", without one.
+    scale: whether a message is brought to norm 1 as a whole, or tensor by tensor, so that none drowns in another.
     hidden, layers: the width of a hidden layer, and how many there are. dropout: the share of their outputs that is
         left out in training.
     ssim: in [0, 1], the weight of 1 - SSIM in the loss; that of the squared error is 1 - ssim. The paper's is 0.
@@ -155,6 +156,7 @@ class LearnedInverterConfig:
     auxiliary: int = 5000
     input: Literal["hashed", "whole"] = "hashed"
     dimension: int = 4096
+    scale: Literal["message", "tensor"] = "message"
     hidden: int = 1000
     layers: int = 2
     dropout: float = 0.0
@@ -188,4 +190,5 @@ class LearnedInverterConfig:
         """A short name for tables, such as "learned n=5000 hashed=4096 h=1000x2"."""
         size = f"hashed={self.dimension}" if self.input == "hashed" else self.input
         name = f"learned n={self.auxiliary} {size} h={self.hidden}x{self.layers}"
+        name += f" scale={self.scale}" if self.scale != "message" else ""
         return name + "".join(f" {x}={getattr(self, x):.2g}" for x in ("dropout", "ssim") if getattr(self, x))

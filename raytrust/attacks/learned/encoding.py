@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,15 +31,23 @@ class CountSketch:
 class Encoder:
     """(n, entries) decoded messages -> (n, length): their directions, whole or hashed, and their norms' logarithms.
 
-    Norms vary by orders of magnitude from image to image, so that a network learns from directions; no message is lost
-    by this, but one of zeros, which has none.
+    Norms vary by orders of magnitude from image to image, so that a network learns from directions. They are those of
+    the message, or tensor by tensor, each brought to the share of the squared norm that it has of the entries. Nothing
+    is lost by this but what is below 1e-6 of the message, and a message of zeros.
+
+    sizes: entries of each parameter.
     """
 
-    def __init__(self, entries: int, config: LearnedInverterConfig):
+    def __init__(self, sizes: Sequence[int], config: LearnedInverterConfig):
+        self._total = sum(sizes)
+        self._sizes = list(sizes) if config.scale == "tensor" else [self._total]
         hashed = config.input == "hashed"
-        self._sketch = CountSketch(entries, config.dimension, config.seed) if hashed else None
+        self._sketch = CountSketch(self._total, config.dimension, config.seed) if hashed else None
 
     def __call__(self, decoded: Tensor) -> Tensor:
-        norms = decoded.norm(dim=1, keepdim=True).clamp_min(torch.finfo(decoded.dtype).tiny)
-        directions = decoded / norms
-        return torch.cat([directions if self._sketch is None else self._sketch(directions), norms.log()], 1)
+        least = (1e-6 * decoded.norm(dim=1)).clamp_min(torch.finfo(decoded.dtype).tiny)
+        parts = decoded.split(self._sizes, 1)
+        norms = torch.stack([part.norm(dim=1).maximum(least) for part in parts], 1)
+        scales = norms / torch.tensor([size / self._total for size in self._sizes]).sqrt()
+        scaled = torch.cat([part / scale[:, None] for part, scale in zip(parts, scales.unbind(1), strict=True)], 1)
+        return torch.cat([scaled if self._sketch is None else self._sketch(scaled), norms.log()], 1)

@@ -68,7 +68,7 @@ def train_inverter(
     """
     _check(seen, auxiliary, config)
     images, labels = auxiliary.images[: config.auxiliary], auxiliary.labels[: config.auxiliary]
-    encoder = Encoder(sum(w.numel() for w in seen.weights.values()), config)
+    encoder = Encoder([w.numel() for w in seen.weights.values()], config)
     # The order is drawn, so that what is held out is like what is trained on even if the images came by class.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed + 2**31))
     images, labels = images[order], labels[order]
