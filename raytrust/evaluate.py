@@ -17,16 +17,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from raytrust.attacks.inversion import Candidates, invert
+from raytrust.attacks.learned import Auxiliary, train_inverter
 from raytrust.capture import Capture
-from raytrust.config import InversionConfig
+from raytrust.config import InversionConfig, LearnedInverterConfig
 from raytrust.metrics import mse, psnr, ssim_table
 
 DISTRACTORS = 99  # identification is among these and the true image
 
 
 @dataclass(frozen=True)
-class InversionResult:
-    """What an inversion attack reached on n private images, image by image in the order of the captures.
+class Reconstructions:
+    """What an attack reached on n private images, image by image in the order of the captures.
 
     ssim, psnr (dB), mse, lpips: of the restart that the attacker picked by its own objective. lpips (AlexNet, lower is
         closer) only where the package `lpips` and the weights it needs are installed, see `perceptual_distance`.
@@ -43,7 +44,6 @@ class InversionResult:
     reconstructions, originals: (images, channels, height, width) in [0, 1].
     """
 
-    attack: InversionConfig
     ssim: list[float]
     psnr: list[float]
     mse: list[float]
@@ -62,6 +62,23 @@ class InversionResult:
     seconds: float
     reconstructions: Tensor
     originals: Tensor
+
+
+@dataclass(frozen=True)
+class InversionResult(Reconstructions):
+    """What an inversion attack reached."""
+
+    attack: InversionConfig
+
+
+@dataclass(frozen=True)
+class LearnedResult(Reconstructions):
+    """What a learned inverter reached. objective: its loss on held-out auxiliary images, the same for all images; there
+    is no matching distance. losses: that loss epoch by epoch, after that of the mean of the auxiliary images. seconds:
+    with the training."""
+
+    attack: LearnedInverterConfig
+    losses: list[float]
 
 
 @dataclass(frozen=True)
@@ -101,17 +118,55 @@ def evaluate_inversions(
     found = _run(captures, attacks, device)
     seconds = time.perf_counter() - started
     shares = np.array([a.restarts * a.iterations for a in attacks], dtype=float)
-    originals = torch.cat([c.truth.images for c in captures])
-    floors = None if references is None else _Floors(originals.numpy(), references[:DISTRACTORS].numpy())
+    floors = _floors(captures, references)
     results: list[InversionResult | InversionFailure] = []
     for attack, candidates, share in zip(attacks, found, shares / shares.sum(), strict=True):
         try:
             if isinstance(candidates, ValueError):
                 raise candidates
-            results.append(_compare(captures, attack, candidates, floors, seconds * float(share)))
+            reached = _compare(captures, candidates, floors, seconds * float(share))
+            results.append(InversionResult(attack=attack, **vars(reached)))
         except (ValueError, FloatingPointError) as error:
             results.append(InversionFailure(attack, error))
     return results
+
+
+def evaluate_learned(
+    captures: Sequence[Capture],
+    config: LearnedInverterConfig,
+    auxiliary: Auxiliary,
+    device: str = "cpu",
+    references: Tensor | None = None,
+) -> LearnedResult:
+    """Train an inverter for the captures, which are of one model at one step, and compare what it makes of their
+    messages with the truth, as `evaluate_inversion` does.
+
+    Raises ValueError if a private image is among the auxiliary ones, and as `train_inverter` does.
+    """
+    _refuse_private(captures, auxiliary.images)
+    started = time.perf_counter()
+    inverter = train_inverter(captures[0].seen, auxiliary, config, device)
+    images = inverter.reconstruct([c.seen for c in captures])
+    seconds = time.perf_counter() - started
+    candidates = [Candidates(image[None, None], torch.tensor([inverter.held_out_loss])) for image in images]
+    reached = _compare(captures, candidates, _floors(captures, references), seconds)
+    return LearnedResult(attack=config, losses=inverter.losses, **vars(reached))
+
+
+def _refuse_private(captures: Sequence[Capture], images: Tensor) -> None:
+    """Raises ValueError if a private image is, to 8 bits a pixel, among these."""
+
+    def key(image: Tensor) -> bytes:
+        return (image * 255).round().byte().numpy().tobytes()
+
+    places = {key(image): i for i, image in enumerate(images)}
+    for capture in captures:
+        for image in capture.truth.images:
+            if key(image) in places:
+                raise ValueError(
+                    f"Expected auxiliary images without the private ones, got that of capture {capture.index} at "
+                    f"{places[key(image)]}."
+                )
 
 
 def _run(
@@ -124,6 +179,11 @@ def _run(
     except ValueError as error:
         return [error] if len(attacks) == 1 else [r for a in attacks for r in _run(captures, [a], device)]
     return [candidates[i * n : (i + 1) * n] for i in range(len(attacks))]
+
+
+def _floors(captures: Sequence[Capture], references: Tensor | None) -> _Floors | None:
+    originals = torch.cat([c.truth.images for c in captures])
+    return None if references is None else _Floors(originals.numpy(), references[:DISTRACTORS].numpy())
 
 
 class _Floors:
@@ -145,12 +205,8 @@ class _Floors:
 
 
 def _compare(
-    captures: Sequence[Capture],
-    attack: InversionConfig,
-    candidates: Sequence[Candidates],
-    floors: _Floors | None,
-    seconds: float,
-) -> InversionResult:
+    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: _Floors | None, seconds: float
+) -> Reconstructions:
     picked = [_match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
     oracle: list[float] = []
     for capture, found in zip(captures, candidates, strict=True):
@@ -162,8 +218,7 @@ def _compare(
     ssim, errors = [s for _, values in picked for s in values], [mse(a, b) for a, b in pairs]
     lpips = perceptual_distance()
     matching = [None if c.matching is None else c.matching[c.pick()] for c in candidates]
-    return InversionResult(
-        attack=attack,
+    return Reconstructions(
         ssim=ssim,
         psnr=[psnr(a, b) for a, b in pairs],
         mse=errors,

@@ -1,8 +1,11 @@
-"""The networks: torchvision's ResNet-18 at any width and with either stem, and a small ConvNet."""
+"""The networks: torchvision's ResNet-18 at any width and with either stem, ResNet-20, LeNet and a small ConvNet."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrust.config import ModelConfig
@@ -20,6 +23,10 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
                 return _resnet18(config, channels, classes)
             case "convnet":
                 return _ConvNet(config.width, channels, classes)
+            case "resnet20":
+                return _ResNet20(config.width, channels, classes)
+            case "lenet":
+                return _LeNet(config.width, channels, classes)
 
 
 def _resnet18(config: ModelConfig, channels: int, classes: int) -> nn.Module:
@@ -63,6 +70,70 @@ class _ConvNet(nn.Module):
             nn.Flatten(),
         )
         self.classifier = nn.Linear(16 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
+
+
+class _ResNet20(nn.Module):
+    """He et al. 2016, section 4.2, with n = 3: 3x3 convolutions in three stages of `width`, 2 and 4 times as many
+    channels, shortcuts without parameters (option A), and a linear layer on the mean over all positions."""
+
+    def __init__(self, width: int, channels: int, classes: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        sizes = [width] * 4 + [2 * width] * 3 + [4 * width] * 3
+        self.blocks = nn.Sequential(*(_BasicBlock(a, b) for a, b in pairwise(sizes)))
+        self.fc = nn.Linear(4 * width, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, which takes every other pixel and adds channels of zeros where it must."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.stride = 1 if before == after else 2
+        self.conv1 = nn.Conv2d(before, after, 3, stride=self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.more = after - before
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
+        return F.relu(x + y)
+
+
+class _LeNet(nn.Module):
+    """The network of Deep Leakage from Gradients (Zhu et al. 2019) and Learning to Invert (Wu et al. 2023): three 5x5
+    convolutions with sigmoids, the first two of stride 2, and a linear layer on 8x8 positions, to which images of other
+    sizes than 32x32 are pooled. Weights and biases are uniform in [-1/2, 1/2], without which sigmoids pass no gradient.
+    """
+
+    def __init__(self, width: int, channels: int, classes: int):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, width, 5, stride=2, padding=2),
+            nn.Sigmoid(),
+            nn.Conv2d(width, width, 5, stride=2, padding=2),
+            nn.Sigmoid(),
+            nn.Conv2d(width, width, 5, padding=2),
+            nn.Sigmoid(),
+            nn.AdaptiveAvgPool2d(8),
+            nn.Flatten(),
+        )
+        self.classifier = nn.Linear(64 * width, classes)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.5, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x))

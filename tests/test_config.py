@@ -63,7 +63,10 @@ unfed = (
 )
 defences = st.builds(Defence, fed, st.booleans()) | st.builds(Defence, unfed)
 models = st.builds(
-    ModelConfig, st.sampled_from(["resnet18", "convnet"]), st.sampled_from(["cifar", "imagenet"]), st.integers(1, 1024)
+    ModelConfig,
+    st.sampled_from(["resnet18", "convnet", "resnet20", "lenet"]),
+    st.sampled_from(["cifar", "imagenet"]),
+    st.integers(1, 1024),
 )
 threats = st.builds(
     Threat,
@@ -185,7 +188,7 @@ def test_an_integer_will_do_for_a_float() -> None:
         (CaptureConfig, {"steps": 0}, "Expected steps=0 to be a list."),
         (CaptureConfig, {"steps": ["0"]}, "Expected steps='0' to be of type int."),
         (TopKConfig, {"level": "all"}, "Expected level='all' to be of type float."),
-        (ModelConfig, {"name": "vgg"}, "Expected name='vgg' to be one of 'resnet18', 'convnet'."),
+        (ModelConfig, {"name": "vgg"}, "Expected name='vgg' to be one of 'resnet18', 'convnet', 'resnet20', 'lenet'."),
         (ModelConfig, {"width": 0}, "Expected width=0 in [1, 1024]."),
     ],
 )
@@ -249,7 +252,11 @@ NAN, INF = float("nan"), float("inf")
             {"compressor": SignSGDConfig(momentum=0.9), "error_feedback": True},
             "Expected error_feedback=True to be False with SignSGDConfig(momentum=0.9).",
         ),
-        (ModelConfig, {"name": "resnet50"}, "Expected name='resnet50' to be one of 'resnet18', 'convnet'."),
+        (
+            ModelConfig,
+            {"name": "resnet50"},
+            "Expected name='resnet50' to be one of 'resnet18', 'convnet', 'resnet20', 'lenet'.",
+        ),
         (ModelConfig, {"stem": "mnist"}, "Expected stem='mnist' to be one of 'cifar', 'imagenet'."),
         (ModelConfig, {"width": 1025}, "Expected width=1025 in [1, 1024]."),
         (Threat, {"vantage": "lnik"}, "Expected vantage='lnik' to be one of 'link', 'peer'."),
@@ -390,7 +397,7 @@ def variations(config: Any) -> list[Any]:
 
 def _choices(kind: type, name: str) -> tuple[str, ...]:
     return {
-        (ModelConfig, "name"): ("resnet18", "convnet"),
+        (ModelConfig, "name"): ("resnet18", "convnet", "resnet20", "lenet"),
         (ModelConfig, "stem"): ("cifar", "imagenet"),
         (Threat, "vantage"): ("link", "peer"),
         (Threat, "batch_norm"): ("eval", "train"),

@@ -14,11 +14,15 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnet"])
+@pytest.mark.parametrize("name", ["resnet18", "convnet", "resnet20", "lenet"])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize(("channels", "pixels", "classes"), [(3, 8, 10), (1, 28, 4), (3, 33, 2)])
 def test_logits(
-    name: Literal["resnet18", "convnet"], stem: Literal["cifar", "imagenet"], channels: int, pixels: int, classes: int
+    name: Literal["resnet18", "convnet", "resnet20", "lenet"],
+    stem: Literal["cifar", "imagenet"],
+    channels: int,
+    pixels: int,
+    classes: int,
 ) -> None:
     model = build_model(ModelConfig(name, stem, width=4), channels, classes, seed=0).eval()
     logits = model(torch.randn(2, channels, pixels, pixels))
@@ -57,9 +61,55 @@ def test_the_convnet_has_no_batch_norm() -> None:
     assert [p.shape for p in model.parameters() if p.ndim > 1] == [(6, 3, 3, 3), (6, 6, 3, 3), (6, 6, 3, 3), (10, 96)]
 
 
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("lenet", 10, 15_826),  # 912 + 3612 + 3612 + 7690
+        ("lenet", 100, 85_036),
+        ("resnet20", 10, 269_722),  # 0.27M in table 6 of He et al.
+        ("resnet18", 10, 11_173_962),
+    ],
+)
+def test_the_papers_sizes_are_the_default(
+    name: Literal["resnet18", "resnet20", "lenet"], classes: int, parameters: int
+) -> None:
+    assert size(build_model(ModelConfig(name), channels=3, classes=classes, seed=0)) == parameters
+
+
+def test_resnet20_has_twenty_layers_in_three_stages() -> None:
+    model = build_model(ModelConfig("resnet20"), channels=3, classes=10, seed=0)
+    layers = [p for p in model.parameters() if p.ndim > 1]
+    assert len(layers) == 20
+    seen: list[torch.Size] = []
+    for block in model.get_submodule("blocks").children():
+        block.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1:]))
+    model(torch.randn(1, 3, 32, 32))
+    assert seen == [(16, 32, 32)] * 3 + [(32, 16, 16)] * 3 + [(64, 8, 8)] * 3
+
+
+def test_a_shortcut_without_parameters_keeps_every_other_pixel() -> None:
+    model = build_model(ModelConfig("resnet20", width=3), channels=3, classes=10, seed=0).eval()
+    block = list(model.get_submodule("blocks").children())[3]
+    for parameter in block.parameters():
+        torch.nn.init.zeros_(parameter)
+    x = torch.rand(2, 3, 6, 6)
+    out = block(x)
+    assert torch.equal(out[:, 1:4], x[:, :, ::2, ::2])
+    assert not out[:, [0, 4, 5]].any()
+
+
+def test_lenet_is_drawn_as_in_its_paper() -> None:
+    model = build_model(ModelConfig("lenet"), channels=3, classes=10, seed=0)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert weights.abs().max() <= 0.5
+    assert abs(float(weights.mean())) < 0.01
+    assert float(weights.var()) == pytest.approx(1 / 12, rel=0.02)
+    assert sum(isinstance(m, nn.Sigmoid) for m in model.modules()) == 3
+
+
 @pytest.mark.usefixtures("global_rng_untouched")
-@pytest.mark.parametrize("name", ["resnet18", "convnet"])
-def test_weights_depend_on_the_arguments_alone(name: Literal["resnet18", "convnet"]) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "convnet", "resnet20", "lenet"])
+def test_weights_depend_on_the_arguments_alone(name: Literal["resnet18", "convnet", "resnet20", "lenet"]) -> None:
     first, again, other = (build_model(ModelConfig(name, width=4), 3, 10, seed) for seed in (3, 3, 4))
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
     assert not all(map(torch.equal, first.parameters(), other.parameters()))

@@ -7,7 +7,7 @@ loss (`to_dict`, `from_dict`). The type of `TrainConfig.compressor` selects the 
 
 from __future__ import annotations
 
-from raytrust.config.attacks import InversionConfig
+from raytrust.config.attacks import InversionConfig, LearnedInverterConfig
 from raytrust.config.compressors import (
     AtomoConfig,
     CompressorConfig,
@@ -41,6 +41,7 @@ __all__ = [
     "DenseConfig",
     "HalfConfig",
     "InversionConfig",
+    "LearnedInverterConfig",
     "MembershipConfig",
     "ModelConfig",
     "PowerSGDConfig",

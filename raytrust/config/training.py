@@ -9,21 +9,28 @@ from typing import Literal
 from raytrust.config.compressors import Defence
 from raytrust.config.values import expect, expect_choices
 
+_WIDTHS = {"resnet18": 64, "convnet": 64, "resnet20": 16, "lenet": 12}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """resnet18: torchvision's ResNet-18 with `width` channels in its first stage (64 in the paper of He et al.).
     convnet: three convolutions of `width` channels and a linear layer, without batch norm.
+    resnet20: the ResNet-20 for CIFAR of He et al., with `width` channels in its first stage (16 in their paper).
+    lenet: three convolutions of `width` channels with sigmoids and a linear layer (Zhu et al. 2019; 12 in their paper).
 
-    stem: "cifar" is a 3x3 convolution of stride 1 and no max-pool; "imagenet" is torchvision's own 7x7 stem.
+    stem: of resnet18; "cifar" is a 3x3 convolution of stride 1 and no max-pool; "imagenet" is torchvision's 7x7 stem.
+    width: by default that of the paper, and 64 for convnet.
     """
 
-    name: Literal["resnet18", "convnet"] = "resnet18"
+    name: Literal["resnet18", "convnet", "resnet20", "lenet"] = "resnet18"
     stem: Literal["cifar", "imagenet"] = "cifar"
-    width: int = 64
+    width: int = None  # type: ignore[assignment]  # set below, so that it is always an integer
 
     def __post_init__(self) -> None:
         expect_choices(self)
+        if self.width is None:
+            object.__setattr__(self, "width", _WIDTHS[self.name])
         expect(1 <= self.width <= 1024, "width", self.width, "in [1, 1024]")
 
 

@@ -81,7 +81,7 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
     different models and for a job whose settings don't apply to what was seen.
     """
     for seen, _ in jobs[1:]:
-        if not _same_model(jobs[0][0], seen):
+        if not same_model(jobs[0][0], seen):
             raise ValueError("Expected all observations to be of one model at one step.")
     found: dict[int, list[Candidates]] = {}
     programs: dict[tuple[object, ...], list[Piece]] = {}
@@ -150,7 +150,8 @@ def _join(parts: Sequence[Candidates]) -> Candidates:
     )
 
 
-def _same_model(a: Observation, b: Observation) -> bool:
+def same_model(a: Observation, b: Observation) -> bool:
+    """Whether both are of one model at one step under one threat: its weights, buffers and normalisation are equal."""
     if (a.model, a.classes, a.image_shape, a.threat) != (b.model, b.classes, b.image_shape, b.threat):
         return False
     first, second = ([*s.weights.values(), *s.buffers.values(), s.mean, s.std] for s in (a, b))
