@@ -24,19 +24,19 @@ from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, SweepCo
 
 # (defence, learning rate, momentum of the optimiser). A step along signs has length sqrt(N) whatever the gradient,
 # hence the small rates; methods with a momentum of their own take none from the optimiser; unbiased ones pay for their
-# variance with a smaller rate.
+# variance with a smaller rate; where error feedback delays most entries by many steps, momentum on top of it hurts.
 METHODS = (
     ("none", 0.1, 0.9),
     ("fp16", 0.1, 0.9),
     ("bf16", 0.1, 0.9),
-    ("powersgd:1:ef", 0.1, 0.9),
+    ("powersgd:1:ef", 1.0, 0.0),
     ("powersgd:4:ef", 0.1, 0.9),
     ("topk:0.01:ef", 0.1, 0.9),
-    ("topk:0.01:scope=layer:ef", 0.1, 0.9),
-    ("threshold:0.01:ef", 0.1, 0.9),
-    ("randk:0.1:ef", 0.03, 0.9),
+    ("topk:0.01:scope=layer:ef", 0.5, 0.0),
+    ("threshold:0.01:ef", 0.5, 0.0),
+    ("randk:0.1:ef", 1.0, 0.0),
     ("dgc:0.01:warmup_steps=80", 0.1, 0.0),
-    ("signsgd", 0.001, 0.0),
+    ("signsgd", 0.008, 0.0),
     ("signsgd:0.9", 0.001, 0.0),
     ("ef-signsgd", 0.1, 0.9),
     ("qsgd:4", 0.1, 0.9),
