@@ -17,7 +17,8 @@ from raytrust.audit import auc
 from raytrust.config import CaptureConfig, Defence, MembershipConfig, ModelConfig, Threat, TopKConfig, TrainConfig
 from raytrust.membership_figures import message_figure, roc_figure, side_by_side, side_by_side_figure
 from raytrust.membership_page import class_table, membership_page, membership_table, reference_table
-from raytrust.membership_paper import TABLE_2, floors, nearest_cells
+from raytrust.membership_paper import floors, nearest_cells
+from raytrust.published import TABLE_2
 from raytrust.membership_rows import final_loss, final_scores, matched_fit, row
 from raytrust.shadows import HELD_OUT, MEMBER, PLAIN, Shadow, ShadowStore, draw_pool, open_shadows
 from raytrust.store import write_json
