@@ -21,7 +21,7 @@ from raytrust.config import digest
 from raytrust.data import Dataset
 from raytrust.lock import exclusive
 from raytrust.paper.assemble import Report, assemble, audit_config
-from raytrust.paper.plan import BUDGETS, Budget, Setting
+from raytrust.paper.plan import Budget, Setting
 from raytrust.paper.progress import Progress, costs
 from raytrust.paper.selection import Plan, nearest, plan_for, strongest, tried
 from raytrust.paper.units import Unit, UnitStore
@@ -62,7 +62,7 @@ def open_run(root: Path, config: PaperConfig, data: dict[str, Dataset], options:
         plan_for(name, dataset, config.budget, config.images, config.seed)
         if 2 in config.tables:
             draw_pool(audit_config(config.budget, config.seed), dataset)
-    identity = {"config": asdict(config), "data": {name: d.fingerprint() for name, d in data.items()}}
+    identity: dict[str, Any] = {"config": asdict(config), "data": {name: d.fingerprint() for name, d in data.items()}}
     identity["id"] = digest(str(identity))  # compares what JSON would change, such as tuples
     path = root / "paper.json"
     found = read_json(path)
@@ -108,24 +108,19 @@ def run_paper(
 class _Run:
     """The phases: what comes later depends on what came before."""
 
-    def __init__(
-        self, config: PaperConfig, data: dict[str, Dataset], root: Path, progress: Progress, spread: bool
-    ):
+    def __init__(self, config: PaperConfig, data: dict[str, Dataset], root: Path, progress: Progress, spread: bool):
         self._config, self._root, self._progress, self._spread = config, root, progress, spread
         self._data = data
         self._by_fingerprint = {d.fingerprint(): d for d in data.values()}
         self._stores = {name: UnitStore(root, d.fingerprint()) for name, d in data.items()}
-        self._plans = {
-            name: plan_for(name, d, config.budget, config.images, config.seed) for name, d in data.items()
-        }
+        self._plans = {name: plan_for(name, d, config.budget, config.images, config.seed) for name, d in data.items()}
 
     def all(self) -> None:
         for store in self._stores.values():
             store.clear_failures()
         models = self._audits_left()
         if 1 in self._config.tables:
-            guess = Setting(), Setting()
-            later = self._jobs(lambda n, p: [*_third(p, *guess), *_fourth(p, *guess)])
+            later = self._jobs(lambda n, p: _guess(p))
             self._phase(self._jobs(lambda n, p: p.trainings()), "training victims", later, models)
             first = self._jobs(lambda n, p: [*(u for some in p.search().values() for u in some), *p.theory().values()])
             self._phase(first, "searching the paper's setting, testing its theory", later, models)
@@ -198,6 +193,12 @@ class _Run:
             except (ValueError, FloatingPointError) as error:
                 store.fail(config, arm, model, kind, str(error))
                 self._progress.failed("models", arm.name, str(error))
+
+
+def _guess(plan: Plan) -> list[Unit]:
+    """What the last two phases will be like, as long as the search has not said so."""
+    settings = plan.budget.search(plan.seed)
+    return [*_third(plan, settings[0], settings[-1]), *_fourth(plan, settings[0], settings[-1])]
 
 
 def _third(plan: Plan, near: Setting, strong: Setting) -> list[Unit]:

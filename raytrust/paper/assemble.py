@@ -12,7 +12,8 @@ import numpy as np
 from raytrust.config import MembershipConfig
 from raytrust.data import Dataset
 from raytrust.membership_rows import row as membership_row
-from raytrust.paper.claims import Claim, Table, inversion_claims, membership_claims, protection, theory_claims
+from raytrust.paper.claims import inversion_claims, theory_claims
+from raytrust.paper.membership_claims import membership_claims
 from raytrust.paper.plan import Budget, Setting
 from raytrust.paper.rows import membership_rows, similarity_row, with_percent
 from raytrust.paper.selection import (
@@ -29,6 +30,7 @@ from raytrust.paper.selection import (
     tried,
 )
 from raytrust.paper.units import Attack, UnitStore
+from raytrust.paper.verdicts import Claim, Table, protection
 from raytrust.published import CELLS, TABLE_1, Cell
 from raytrust.shadows import ShadowStore, draw_pool
 

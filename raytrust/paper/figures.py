@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 
 from raytrust.paper.assemble import Report
 from raytrust.paper.selection import AWARE, NAIVE, WORST
@@ -34,7 +33,7 @@ def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
     attacker who knows the compressor. SSIM stands below each."""
     originals, found = report.originals[dataset], report.images[dataset]
     shown = min(MOST_SHOWN, len(originals))
-    side, gap, left, top, foot = 0.82, 0.07, 0.62, 0.5, 0.17  # inches
+    side, gap, left, top, foot = 0.82, 0.07, 0.8, 0.5, 0.17  # inches
     pitch, width = side + foot, left + (1 + len(CELLS)) * (side + gap) + 0.08
     height = top + shown * (2 * pitch + 0.14)
     fig = Figure(figsize=(width, height), dpi=150)
@@ -66,15 +65,16 @@ def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
 
 
 def frontier(report: Report, path: Path) -> None:
-    """SSIM by bytes a step for PowerSGD and Top-K, a row a data set: the paper's and ours, with 95 % intervals."""
-    fig = Figure(figsize=(10.5, 0.9 + 3.3 * len(report.datasets)), dpi=150)
+    """SSIM by defence and the bytes that it sends, a row a data set: the paper's and ours, with 95 % intervals."""
+    fig = Figure(figsize=(11, 0.9 + 3.6 * len(report.datasets)), dpi=150)
     axes = fig.subplots(len(report.datasets), 2, sharey="row", squeeze=False)
     for line, dataset in zip(axes, report.datasets, strict=True):
-        for ax, (method, name) in zip(line, (("powersgd", "PowerSGD"), ("topk", "Top-K, equal bytes")), strict=True):
-            cells = [c for c in CELLS if c[0] in ("none", method)]
-            _curves(ax, report, dataset, [*cells[1:], cells[0]])
+        for ax, (method, name) in zip(line, (("powersgd", "PowerSGD"), ("topk", "Top-K")), strict=True):
+            cells = [c for c in CELLS if c[0] == method]
+            _curves(ax, report, dataset, [*cells, CELLS[0]])
             ax.set_title(f"{TITLES[dataset]}: {name}", loc="left", fontsize=11)
-            ax.set_xlabel("payload a worker sends a step (log scale); rank or level beside the points")
+            word = "rank" if method == "powersgd" else "level"
+            ax.set_xlabel(f"{word}, and bytes that a worker sends a step")
         line[0].set_ylabel("SSIM to the private image (1: a copy)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=9, frameon=False)
@@ -83,35 +83,32 @@ def frontier(report: Report, path: Path) -> None:
 
 
 def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
-    ax.set_xscale("log")
-    floor = None
+    """A place for each cell, the last without compression; in each the attacks side by side."""
+    floor, ticks = None, {}
     for shift, kind in enumerate(("paper", NAIVE, AWARE, WORST)):
         colour, marker, name = STYLES[kind]
-        rows = [r for c in cells if (r := report.row(dataset, c, NAIVE if kind == "paper" else kind)) is not None]
-        rows = [r for r in rows if r["status"] == "finished"]
+        found = {c: report.row(dataset, c, NAIVE if kind == "paper" else kind) for c in cells}
+        rows = {c: r for c, r in found.items() if r is not None and r["status"] == "finished"}
         if not rows:
             continue
-        x = np.array([r["bytes_per_step"] for r in rows]) * 1.05 ** (shift - 1.5)  # side by side
-        y = np.array([r["ssim_mean" if kind == "paper" else "ours"] for r in rows])
-        ax.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.1, label=name)
-        floor = rows[0]["other_image_ssim"] if floor is None else floor
-        if kind != "paper":
-            for at, row in zip(x, rows, strict=True):
-                ax.plot([at, at], [row["interval_low"], row["interval_high"]], color=colour, linewidth=1, alpha=0.7)
-    finished = [r for c in cells if (r := report.row(dataset, c, NAIVE)) is not None and r["status"] == "finished"]
-    for row in finished:
-        label = "none" if row["compressor"] == "none" else str(row["rank_or_level"])
-        ax.annotate(label, (row["bytes_per_step"], 1.0), xycoords=("data", "axes fraction"), xytext=(0, -10),
-                    textcoords="offset points", fontsize=8, color="0.3", ha="center")  # fmt: skip
+        x = np.array([cells.index(c) for c in rows]) + 0.16 * (shift - 1.5)
+        y = np.array([r["ssim_mean" if kind == "paper" else "ours"] for r in rows.values()])
+        ax.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=0.7, alpha=0.95, label=name)
+        for at, (cell, row) in zip(x, rows.items(), strict=True):
+            label = "none" if cell[0] == "none" else str(cell[1])
+            ticks[cells.index(cell)] = f"{label}\n{human_bytes(row['bytes_per_step'])}"
+            floor = row["other_image_ssim"] if kind == NAIVE else floor
+            if kind != "paper":
+                ax.plot([at, at], [row["interval_low"], row["interval_high"]], color=colour, linewidth=1.4)
     if floor is not None:
         ax.axhline(floor, color="0.6", linestyle=":", linewidth=1)
-        ax.annotate("a random other image", (0.99, floor), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                    textcoords="offset points", fontsize=7, color="0.4", ha="right")  # fmt: skip
+        ax.annotate("a random other image", (0.01, floor), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                    textcoords="offset points", fontsize=7, color="0.35", ha="left")  # fmt: skip
+    ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
+    ax.set_xlim(-0.6, len(cells) - 0.4)
     low, high = ax.get_ylim()
-    ax.set_ylim(min(low, -0.02), max(high * 1.12, 0.5))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.grid(color="0.93", linewidth=0.8)
+    ax.set_ylim(min(low, -0.02), max(high, 0.5))
+    ax.grid(axis="y", color="0.93", linewidth=0.8)
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -134,7 +131,9 @@ def theory_figure(report: Report, path: Path) -> None:
                 y = [float(np.mean(found[c][name])) for c in cells]
                 size = 14 if marker == "_" else 5
                 x = np.arange(len(cells)) + (0 if i == 0 else 0.24 * (i - 1.5))
-                ax.plot(x, y, color=colour, marker=marker, markersize=size, markeredgewidth=2, linestyle="", label=label)
+                ax.plot(
+                    x, y, color=colour, marker=marker, markersize=size, markeredgewidth=2, linestyle="", label=label
+                )
             ax.set_xticks(range(len(cells)), [title_of(c) for c in cells], rotation=60, ha="right", fontsize=8)
             ax.set_title(f"{TITLES[dataset]}, training step {step}", loc="left", fontsize=10)
             ax.set_ylim(-0.05, 1.08)

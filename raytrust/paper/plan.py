@@ -171,8 +171,8 @@ BUDGETS = {
         theory_images=1, theory_iterations=2, precision="float32", membership=_TINY,
     ),
     "quick": Budget(
-        "quick", images=3, tuning=2, chunk=3, iterations=(100,), tuning_iterations=50, states=(0, 60), training=60,
-        portfolio=(1e-1, 1e-2), membership=_QUICK,
+        "quick", images=3, tuning=2, chunk=3, iterations=(100,), tuning_iterations=40, states=(0, 60), training=60,
+        portfolio=(1e-2,), theory_steps=(0, 199), theory_iterations=60, membership=_QUICK,
     ),
     "standard": Budget(
         "standard", images=10, tuning=4, chunk=5, iterations=(100, 300), tuning_iterations=150, states=(0, 400),

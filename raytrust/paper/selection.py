@@ -83,8 +83,9 @@ class Plan:
         """The attacks of table 1 at the nearest setting: as in the paper, and compression-aware."""
         found = {}
         for cell in CELLS:
-            for name, objective in ((NAIVE, "naive"), (AWARE, "aware")):
-                setting = replace(nearest, attack=replace(nearest.attack, objective=objective))
+            for name in (NAIVE, AWARE):
+                attack = replace(nearest.attack, objective="naive" if name == NAIVE else "aware")
+                setting = replace(nearest, attack=attack)
                 found[cell, name] = self.attacks(setting, defence_of(cell), self.evaluation)
         return found
 
@@ -96,8 +97,8 @@ class Plan:
         plain = isinstance(defence_of(cell).compressor, DenseConfig)
         for victim in dict.fromkeys((nearest.victim, strongest.victim)):
             for tv in weights:
-                for objective in ("naive",) if plain else ("naive", "aware"):
-                    attack = replace(b.attack(tv, b.tuning_iterations, 1, self.seed), objective=objective)
+                naive = b.attack(tv, b.tuning_iterations, 1, self.seed)
+                for attack in (naive,) if plain else (naive, replace(naive, objective="aware")):
                     setting = Setting(victim, attack)
                     found[setting] = self.attacks(setting, defence_of(cell), self.tuning)
         return found
@@ -172,8 +173,10 @@ def strongest(found: Mapping[Setting, Found]) -> Setting:
 
 
 def common_nearest(found: Mapping[str, Mapping[Setting, Found]]) -> tuple[Setting, float] | None:
-    """The one setting for all data sets of the least mean absolute difference to the paper's SSIMs, and this difference;
-    None if none is finished on all of them."""
+    """The one setting for all data sets of the least mean absolute difference to the paper's SSIMs, and the difference.
+
+    None if none is finished on all of them.
+    """
     distances = {}
     for setting in next(iter(found.values())):
         means = {d: tried[setting].mean for d, tried in found.items() if setting in tried}

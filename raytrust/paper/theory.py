@@ -99,7 +99,7 @@ def at_the_truth(seen: Observation, image: Tensor, attack: InversionConfig) -> d
     assert labels is not None
     x = (image - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
     grads = [g.detach() for g in per_candidate_gradients(model, x[None, None], labels[None])]
-    views = {o: target_view(seen, replace(attack, objective=o)) for o in ("naive", "aware")}  # type: ignore[arg-type]
+    views = {o: target_view(seen, replace(attack, objective=o)) for o in ("naive", "aware")}
     return {f"{o}_at_truth": float(view.distance(grads)) for o, view in views.items()}
 
 
@@ -112,7 +112,8 @@ def _reached(plain: Sequence[Capture], sent: Sequence[Capture], attack: Inversio
         seen = capture.seen
         assert seen.labels is not None
         x = (image - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
-        grads = per_candidate_gradients(seen.build_model(), x[None, None], seen.labels[None])
+        found = per_candidate_gradients(seen.build_model(), x[None, None], seen.labels[None])
+        grads = [g.detach() for g in found]
         cosines.append(1 - float(target_view(seen, replace(attack, objective="naive")).distance(grads)))
     name = attack.objective
     return {

@@ -31,6 +31,7 @@ from raytrust.store import read_json, write_json
 from raytrust.train import Evaluation, Step, Trained, capture_images, train
 
 Figures = dict[str, Any]
+_START = 10.0  # what beginning a unit costs; costs are in iterations of an image's attack at width 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Training:
 
     @property
     def cost(self) -> float:
-        return self.victim.of * self.batch_size * 0.3 * (self.victim.width / 64) ** 2
+        return _START + self.victim.of * self.batch_size * 0.3 * (self.victim.width / 64) ** 2
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ class Attack:
 
     @property
     def cost(self) -> float:
-        """In iterations of an image at width 64."""
         per_image = self.attack.iterations * self.attack.restarts
-        return len(self.images) * per_image * (self.victim.width / 64) ** 2
+        return _START + len(self.images) * per_image * (self.victim.width / 64) ** 2
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Theory:
 
     @property
     def cost(self) -> float:
-        return 2 * len(self.images) * self.attack.iterations * (self.victim.width / 64) + 10
+        return _START + 2 * len(self.images) * self.attack.iterations * (self.victim.width / 64) ** 2
 
 
 Unit: TypeAlias = Training | Attack | Theory
@@ -121,9 +121,7 @@ class UnitStore:
     def missing(self, units: Iterable[Unit]) -> list[Unit]:
         """Those not done and not failed, each once, in their order."""
         return [
-            u
-            for u in dict.fromkeys(units)
-            if not self.path(u).exists() and not self.path(u, ".failed.json").exists()
+            u for u in dict.fromkeys(units) if not self.path(u).exists() and not self.path(u, ".failed.json").exists()
         ]
 
     def images(self, unit: Unit) -> dict[str, np.ndarray]:
