@@ -20,7 +20,9 @@ h3{font-size:1rem;margin:1.2rem 0 .3rem}p{max-width:62rem;margin:.4rem 0}
 .yes{border-top-color:#009E73}.seems{border-top-color:#D55E00}.price{border-top-color:#0072B2}
 table{border-collapse:collapse;margin:.5rem 0 1.2rem;font-size:13px;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
-td.n,th.n{white-space:nowrap}td.long{min-width:20rem}.card th,.card td{padding:.18rem .35rem}th{border-bottom:2px solid #999}tbody tr:nth-child(even){background:#f7f7f8}
+td.n,th.n{white-space:nowrap}td.long{min-width:20rem}
+.card th,.card td{padding:.18rem .35rem}
+th{border-bottom:2px solid #999}tbody tr:nth-child(even){background:#f7f7f8}
 .wide{overflow-x:auto}img{max-width:100%;height:auto}.wide img{max-width:none;width:1200px}
 .badge{display:inline-block;padding:.05rem .5rem;border-radius:3px;color:#fff;background:#666;font-size:12px}
 .reproduced{background:#007a5a}.overturned{background:#b34700}.not-reproduced{background:#5b4a8a}
