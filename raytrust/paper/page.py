@@ -11,8 +11,8 @@ from raytrust.paper.assemble import Report, distance_to_paper
 from raytrust.paper.markup import STYLE, Lines, escape, table
 from raytrust.paper.plan import Setting, attack_name
 from raytrust.paper.sections import frontier_section, table_1_section, table_2_section, theory_section
-from raytrust.paper.selection import AWARE, NAIVE
-from raytrust.paper.verdicts import REPRODUCED
+from raytrust.paper.selection import AWARE, NAIVE, WORST
+from raytrust.paper.verdicts import REPRODUCED, Table
 from raytrust.published import CELLS, CITATION, TABLE_1, TITLES, title_of
 from raytrust.report import human_bytes
 
@@ -52,7 +52,12 @@ def _first_screen(report: Report) -> str:
     cards = ""
     if found:
         undecided = sum(len(of.get("not decided", [])) for of in found.values())
-        more = f"<p>Not decided at this sample size: {undecided} cells.</p>" if undecided else ""
+        more = (
+            f"<details><summary>Not decided at this sample size: {undecided} cells</summary>"
+            f"{items('not decided')}</details>"
+            if undecided
+            else ""
+        )
         cards = (
             f'<div class="cards"><div class="card yes"><h3>Protects</h3><p>Even at worst, less than half of the '
             f"uncompressed SSIM is left, with its interval.</p>{items('protects')}</div>"
@@ -95,8 +100,26 @@ def _answer(report: Report, found: dict[str, dict[str, list[str]]]) -> str:
     )
     return (
         f"Of {total} compressed cells, {counts['protects']} protect against the worst attack that we found, and "
-        f"{counts['only seems to']} only seem to.{gain}"
+        f"{counts['only seems to']} only seem to.{gain}{_means(report)}"
     )
+
+
+def _means(report: Report) -> str:
+    """What each attack leaves, in a sentence a data set; or that it can't tell."""
+    notes = Table(report.table_1).notes
+    found = [f"{escape(note)}." for note in notes]
+    for dataset in Table(report.table_1).datasets:
+        plain = report.row(dataset, ("none", None), NAIVE)
+        means = []
+        for kind in (NAIVE, AWARE, WORST):
+            known = [r["ours"] for c in CELLS[1:] if (r := report.row(dataset, c, kind)) and r["ours"] is not None]
+            means.append(f"{np.mean(known):.2f}" if known else "-")
+        if plain is not None and plain["ours"] is not None:
+            found.append(
+                f"{TITLES[dataset]}, mean SSIM over cells: {means[0]} to the published attack, {means[1]} to one who "
+                f"knows the compressor, {means[2]} at worst; {plain['ours']:.2f} without compression."
+            )
+    return " " + " ".join(found)
 
 
 def _gains(report: Report) -> list[float]:
