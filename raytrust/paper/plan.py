@@ -171,7 +171,7 @@ BUDGETS = {
         theory_images=1, theory_iterations=2, precision="float32", membership=_TINY,
     ),
     "quick": Budget(
-        "quick", images=3, tuning=2, chunk=3, iterations=(100,), tuning_iterations=30, states=(0, 60), training=60,
+        "quick", images=3, tuning=2, chunk=3, iterations=(100,), tuning_iterations=40, states=(0, 60), training=60,
         portfolio=(1e-2,), theory_steps=(0, 199), theory_iterations=60, membership=_QUICK,
     ),
     "standard": Budget(
