@@ -15,12 +15,11 @@ import torch
 
 from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.capture import Capture
-from raytrust.channel import LocalChannel
-from raytrust.config import CaptureConfig, Defence, InversionConfig, ModelConfig, TrainConfig
+from raytrust.config import Defence, InversionConfig, ModelConfig, TrainConfig
 from raytrust.data import Dataset, load
 from raytrust.evaluate import evaluate_inversion
 from raytrust.metrics import mean_interval
-from raytrust.train import train
+from raytrust.train import capture_images
 
 
 def captures_of_test_images(
@@ -35,21 +34,8 @@ def captures_of_test_images(
         data.test_labels,
         data.classes,
     )
-    run = TrainConfig(
-        defence=defence or Defence(),
-        model=config,
-        capture=CaptureConfig(steps=(0,), tuning=1, evaluation=images - 1),
-        workers=1,
-        batch_size=1,
-        steps=1,
-    )
-    captures = []
-    for record in train(run, private, LocalChannel()):
-        if not isinstance(record, Capture):
-            break  # all captures of step 0 are out
-        captures.append(record)
-    truths = [(data.test_images[i].float() / 255) for i in range(images)]
-    return [next(c for c in captures if torch.equal(c.truth.images[0], truth)) for truth in truths]
+    run = TrainConfig(defence=defence or Defence(), model=config, workers=1)
+    return capture_images(run, private, private.train_images, private.train_labels)
 
 
 def main() -> None:

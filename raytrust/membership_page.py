@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrust.membership_figures import message_figure
-from raytrust.membership_paper import ATTACKS, TABLE_2, floors, nearest_cells
+from raytrust.membership_paper import ATTACKS, floors, nearest_cells
+from raytrust.published import TABLE_2
 from raytrust.report import human_bytes
 
 Row = dict[str, Any]
@@ -173,7 +174,7 @@ def membership_page(rows: Sequence[Row], setting: str, figures: Sequence[Path]) 
         f'<img alt="{path.stem}" src="data:image/png;base64,{i}">' for path, i in zip(figures, images, strict=True)
     ]
     nearest = nearest_cells(list(rows))
-    paper = [v for figures_ in TABLE_2.values() for v in figures_]
+    paper = [v for figures_ in TABLE_2["cifar10"].values() for v in figures_]
     floor = floors()
     notes = (
         f"The paper's CIFAR-10 figures lie between {min(paper):.1f} and {max(paper):.1f} %. A score that knows nothing "

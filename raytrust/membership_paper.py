@@ -9,24 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from raytrust.audit import null_floor
+from raytrust.published import MEMBERSHIP_ATTACKS, TABLE_2
 
 Row = dict[str, Any]
 
-ATTACKS = ("prediction confidence", "loss", "cross-entropy")
-# Table 2, CIFAR-10, per cent: (method, rank or level) -> prediction confidence, loss, cross-entropy.
-TABLE_2 = {
-    ("none", None): (54.02, 55.17, 55.93),
-    ("powersgd", 1): (54.10, 55.15, 56.05),
-    ("topk", 1): (54.93, 54.87, 53.03),
-    ("powersgd", 2): (53.98, 54.92, 56.47),
-    ("topk", 2): (56.20, 56.30, 54.97),
-    ("powersgd", 4): (54.02, 55.07, 55.88),
-    ("topk", 4): (56.52, 57.20, 56.53),
-    ("powersgd", 30): (54.23, 55.08, 56.03),
-    ("topk", 30): (54.15, 55.08, 56.00),
-    ("powersgd", 50): (53.83, 54.80, 55.53),
-    ("topk", 50): (54.13, 55.12, 55.77),
-}
+ATTACKS = MEMBERSHIP_ATTACKS
 # Which signals can be meant by each attack's name.
 SIGNALS = {
     "prediction confidence": ("attack model", "max confidence", "confidence"),
@@ -35,15 +22,15 @@ SIGNALS = {
 }
 
 
-def nearest_cells(rows: list[Row]) -> list[Row]:
-    """For each of the paper's attacks, the cell nearest to its CIFAR-10 figures over the defences that both measured.
+def nearest_cells(rows: list[Row], dataset: str = "cifar10") -> list[Row]:
+    """For each of the paper's attacks, the cell nearest to its figures of a data set, over the defences in both.
 
     Models differ in how far they overfit, which shifts all figures alike, so that cells are compared after the mean
     difference over all defences and attacks is taken out. Keys: attack, signal, per_class, origin, distance (mean
     absolute difference, percentage points), shift (the mean difference taken out), ours and paper (per cent, by
     defence). Empty if no defence is in the paper's table.
     """
-    known = {r["name"]: paper for r in rows if r["status"] == "finished" and (paper := _paper(r)) is not None}
+    known = {r["name"]: paper for r in rows if r["status"] == "finished" and (paper := _paper(r, dataset)) is not None}
     if not known:
         return []
     cells: dict[tuple[str, bool, str], dict[str, float]] = {}
@@ -89,9 +76,9 @@ def floors(points: int = 10_000) -> dict[int, float]:
     return {k: 100 * null_floor(points, points, k) for k in (1, 10, 100)}
 
 
-def _paper(row: Row) -> tuple[float, float, float] | None:
+def _paper(row: Row, dataset: str) -> tuple[float, float, float] | None:
     compressor = row["arm"].get("compressor")
     if compressor is None:
         return None
     rank = compressor.get("rank", compressor.get("equal_to_rank"))
-    return TABLE_2.get((compressor["method"], rank))
+    return TABLE_2[dataset].get((compressor["method"], rank))

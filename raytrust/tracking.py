@@ -153,6 +153,16 @@ class Tracker:
         self._client.set_tag(run.info.run_id, FAILURE, reason)
         self._client.set_terminated(run.info.run_id, "FAILED")
 
+    def measured(self, key: str, name: str, parameters: dict[str, Any], metrics: dict[str, float], reason: str) -> None:
+        """A piece of a report: its figures, or why it has none."""
+        run = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "cell"})
+        self._log(run.info.run_id, parameters={} if run.data.params else parameters, metrics=metrics)
+        if reason:
+            self._client.set_tag(run.info.run_id, FAILURE, reason)
+        elif FAILURE in run.data.tags:  # of an earlier try
+            self._client.delete_tag(run.info.run_id, FAILURE)
+        self._client.set_terminated(run.info.run_id, "FAILED" if reason else "FINISHED")
+
     def _experiment_id(self, name: str, uri: str) -> str:
         """The experiment of this name, made if there is none; a local store keeps its artifacts beside itself."""
         found = self._client.get_experiment_by_name(name)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrust.capture import Capture, Observation, Truth, seen_messages
-from raytrust.channel import Channel, Tap
+from raytrust.channel import Channel, LocalChannel, Tap
 from raytrust.compress import Compressor, ErrorFeedback, build
 from raytrust.compress.dgc import DGC
 from raytrust.compress.history import Past
@@ -89,7 +89,8 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     for step in range(config.steps):
         if step in config.capture.steps:
             _average_buffers(model, channel)
-            yield from _captures(config, step, model, compressor, data, channel, device, tuple(history))
+            private = data.train_images, data.train_labels, private_batches(config, len(data.train_labels))
+            yield from _captures(config, step, model, compressor, data, channel, device, private, tuple(history))
         images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
         model.train()
         loss = F.cross_entropy(model(images), labels)
@@ -109,6 +110,29 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     _average_buffers(model, channel)
     yield Trained(*_state(model))
     yield _evaluate(config.steps, model, data, device)
+
+
+def capture_images(
+    config: TrainConfig,
+    data: Dataset,
+    images: Tensor,
+    labels: Tensor,
+    state: dict[str, Tensor] | None = None,
+    step: int = 0,
+) -> list[Capture]:
+    """Captures as `train` makes them, of chosen images instead of training images, without any training.
+
+    images: uint8 (n, channels, height, width), each a private batch of its own, normalised as `data`. labels: (n,).
+    state: weights and buffers of the model by name, by default of the untrained one; `step` says how long it was
+    trained. The compressor is in its first state. Raises ValueError where the model can't have a gradient: a batch norm
+    in training mode of one value a channel.
+    """
+    model = build_model(config.model, data.channels, data.classes, config.seed)
+    if state is not None:
+        model.load_state_dict(state)
+    private = images, labels, torch.arange(len(labels))[:, None]
+    compressor = build(config.defence, model, config.seed)
+    return list(_captures(config, step, model, compressor, data, LocalChannel(), "cpu", private))
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -185,18 +209,22 @@ def _captures(
     data: Dataset,
     channel: Channel,
     device: str,
-    history: tuple[Past, ...],
+    private: tuple[Tensor, Tensor, Tensor],
+    history: tuple[Past, ...] = (),
 ) -> Iterator[Capture]:
-    """This worker's share of the private batches, one in each round; all workers take part in all rounds."""
-    indices = private_batches(config, len(data.train_labels))
+    """This worker's share of the private batches, one in each round; all workers take part in all rounds.
+
+    private: images, labels, and a row of indices into them for each batch.
+    """
+    images, labels, indices = private
     weights, buffers = _state(model)
     state = _public_state(compressor)
     for first in range(0, len(indices), channel.world_size):
         index = first + channel.rank
         mine = indices[index % len(indices)]  # in a last, short round some workers only keep the others company
-        images, labels = _fetch(data.train_images, data.train_labels, mine, data, device)
+        x, y = _fetch(images, labels, mine, data, device)
         tap = Tap(channel)
-        gradient, after = _private_gradient(model, images, labels, config)
+        gradient, after = _private_gradient(model, x, y, config)
         copy.deepcopy(compressor).reduce(gradient, tap)
         if index >= len(indices):
             continue
@@ -210,7 +238,7 @@ def _captures(
             defence=config.defence,
             model=config.model,
             threat=config.threat,
-            labels=labels.cpu() if config.threat.labels == "known" else None,
+            labels=y.cpu() if config.threat.labels == "known" else None,
             image_shape=(data.channels, *data.image_size),
             classes=data.classes,
             mean=data.mean,
@@ -221,7 +249,7 @@ def _captures(
             buffers_after=after if granted else None,
             history=history,
         )
-        yield Capture(index, seen, Truth(data.train_images[mine].float() / 255, data.train_labels[mine]))
+        yield Capture(index, seen, Truth(images[mine].float() / 255, labels[mine]))
 
 
 def _private_gradient(

@@ -17,8 +17,9 @@ from raytrust.audit import auc
 from raytrust.config import CaptureConfig, Defence, MembershipConfig, ModelConfig, Threat, TopKConfig, TrainConfig
 from raytrust.membership_figures import message_figure, roc_figure, side_by_side, side_by_side_figure
 from raytrust.membership_page import class_table, membership_page, membership_table, reference_table
-from raytrust.membership_paper import TABLE_2, floors, nearest_cells
+from raytrust.membership_paper import floors, nearest_cells
 from raytrust.membership_rows import final_loss, final_scores, matched_fit, row
+from raytrust.published import TABLE_2
 from raytrust.shadows import HELD_OUT, MEMBER, PLAIN, Shadow, ShadowStore, draw_pool, open_shadows
 from raytrust.store import write_json
 
@@ -210,7 +211,7 @@ def paper_row(name: str, arm: dict[str, Any], value: float, shift: float) -> dic
 
 
 def test_the_nearest_cell_is_found_after_the_shift_of_all() -> None:
-    assert len(TABLE_2) == 11
+    assert len(TABLE_2["cifar10"]) == 11
     none = paper_row("none", {"compressor": {"method": "none"}}, 54.02, 10)
     top = paper_row("Top-K", {"compressor": {"method": "topk", "equal_to_rank": 4, "level": None}}, 56.52, 10)
     other = paper_row("sign", {"compressor": {"method": "signsgd"}}, 0, 0)

@@ -1,0 +1,183 @@
+"""From the files of finished units and models to everything that the report says. Computes nothing anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raytrust.config import MembershipConfig
+from raytrust.data import Dataset
+from raytrust.membership_rows import row as membership_row
+from raytrust.paper.claims import inversion_claims, theory_claims
+from raytrust.paper.membership_claims import membership_claims
+from raytrust.paper.plan import Budget, Setting
+from raytrust.paper.rows import membership_rows, similarity_row, with_percent
+from raytrust.paper.selection import (
+    AWARE,
+    NAIVE,
+    WORST,
+    Found,
+    Plan,
+    common_nearest,
+    join,
+    nearest,
+    plan_for,
+    strongest,
+    tried,
+)
+from raytrust.paper.units import Attack, UnitStore
+from raytrust.paper.verdicts import Claim, Table, protection
+from raytrust.published import CELLS, TABLE_1, Cell
+from raytrust.shadows import ShadowStore, draw_pool
+
+Row = dict[str, Any]
+Images = dict[tuple[Cell, str], tuple[np.ndarray, list[float]]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the report says. By data set: search (every setting tried, with its figure), nearest, originals, images
+    (reconstructions and SSIM by cell and attack), audits. theory: a row a data set, step and cell.
+    """
+
+    budget: Budget
+    seed: int
+    datasets: tuple[str, ...]
+    tables: tuple[int, ...]
+    table_1: list[Row] = field(default_factory=list)
+    table_2: list[Row] = field(default_factory=list)
+    search: dict[str, dict[Setting, Found]] = field(default_factory=dict)
+    nearest: dict[str, Setting] = field(default_factory=dict)
+    common: tuple[Setting, float] | None = None
+    portfolio: dict[str, int] = field(default_factory=dict)
+    originals: dict[str, np.ndarray] = field(default_factory=dict)
+    images: dict[str, Images] = field(default_factory=dict)
+    theory: list[Row] = field(default_factory=list)
+    audits: dict[str, list[Row]] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+
+    def verdicts(self, dataset: str) -> dict[str, list[str]]:
+        """What protects and what only seems to: by verdict, what it rests on for each cell."""
+        table, found = Table(self.table_1), dict[str, list[str]]()
+        for cell in CELLS[1:]:
+            verdict, text = protection(table, dataset, cell)
+            found.setdefault(verdict, []).append(text)
+        return found
+
+    def row(self, dataset: str, cell: Cell, attack: str) -> Row | None:
+        for row in self.table_1:
+            if (row["dataset"], (row["compressor"], row["rank_or_level"]), row["attack"]) == (dataset, cell, attack):
+                return row
+        return None
+
+    def audit(self, dataset: str, cell: Cell) -> Row | None:
+        """The row of a cell's membership audit, if it is finished."""
+        rows = self.audits.get(dataset)
+        row = rows[CELLS.index(cell)] if rows else None
+        return row if row is not None and row["status"] == "finished" else None
+
+    def metrics(self, dataset: str, cell: Cell) -> dict[str, float]:
+        """The figures of a cell, by name."""
+        found: dict[str, float] = {}
+        for name, attack in (("naive", NAIVE), ("aware", AWARE), ("worst", WORST)):
+            row = self.row(dataset, cell, attack)
+            if row is not None and row["status"] == "finished":
+                found[f"{name}_ssim"] = row["ours"]
+                found["paper_ssim"], found["bytes_per_step"] = row["ssim_mean"], float(row["bytes_per_step"])
+        if (audit := self.audit(dataset, cell)) is not None:
+            found |= {"accuracy": audit["accuracy"]["value"], "loss_auc": audit["final"]["loss"]["auc"]["value"]}
+        return found
+
+    def failure(self, dataset: str, cell: Cell) -> str:
+        rows = [r for r in (*self.table_1, *self.table_2) if r["dataset"] == dataset and r["status"] == "failed"]
+        reasons = [r["reason"] for r in rows if (r["compressor"], r["rank_or_level"]) == cell]
+        return reasons[0] if reasons else "not finished"
+
+
+def audit_config(budget: Budget, seed: int) -> MembershipConfig:
+    return budget.membership_config(seed)
+
+
+def assemble(
+    budget: Budget,
+    tables: tuple[int, ...],
+    images: int | None,
+    seed: int,
+    data: Mapping[str, Dataset],
+    root: Path,
+) -> Report:
+    """Everything, from what lies in `root`. What failed or is missing is a row that says so."""
+    report = Report(budget, seed, tuple(data), tables)
+    for name, dataset in data.items():
+        if 1 in tables:
+            store = UnitStore(root, dataset.fingerprint())
+            _inversion(report, plan_for(name, dataset, budget, images, seed), store)
+        if 2 in tables:
+            _membership(report, name, dataset, root / f"membership-{name}")
+    report.table_1[:] = with_percent(report.table_1)
+    common = common_nearest(report.search) if report.search else None
+    claims = [
+        *(inversion_claims(report.table_1) if 1 in tables else []),
+        *theory_claims(report.theory),
+        *membership_claims(report.audits),
+    ]
+    seconds = sum(r["cpu_seconds"] for r in report.theory) + 0.0
+    fields = {**report.__dict__, "common": common, "claims": claims, "cpu_seconds": seconds}
+    return Report(**fields)
+
+
+def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
+    name = plan.dataset
+    search = report.search[name] = tried(store, plan.search())
+    near = report.nearest[name] = nearest(search, name)
+    strong, images = strongest(search), report.images.setdefault(name, {})
+    table = plan.table(near)
+    count = 0
+    for cell in CELLS:
+        kinds: dict[str, tuple[Setting, list[Attack]]] = {
+            kind: (Setting(near.victim, table[cell, kind][0].attack), table[cell, kind]) for kind in (NAIVE, AWARE)
+        }
+        portfolio = tried(store, plan.portfolio(near, strong, cell))
+        count += len(portfolio)
+        finished = {s: f for s, f in portfolio.items() if f.ssim is not None}
+        if finished:
+            units = plan.worst(strongest(finished), cell, near)
+            kinds[WORST] = Setting(units[0].victim, units[0].attack), units
+        for kind, (setting, units) in kinds.items():
+            found = join(store, units)
+            report.table_1.append(similarity_row(name, cell, kind, setting, found))
+            if found.ssim is not None:
+                parts = [store.images(u) for u in units]
+                images[cell, kind] = np.concatenate([p["reconstructions"] for p in parts]), found.ssim
+                report.originals[name] = np.concatenate([p["originals"] for p in parts])
+        if WORST not in kinds:
+            reasons = sorted({f.reason for f in portfolio.values()})
+            report.table_1.append(similarity_row(name, cell, WORST, near, Found(None, "; ".join(reasons))))
+    report.portfolio[name] = count
+    for (step, cell), unit in plan.theory().items():
+        figures = store.figures(unit)
+        if figures is not None:
+            report.theory.append({"dataset": name, "step": step, "cell": cell, "n": len(unit.images), **figures})
+
+
+def _membership(report: Report, name: str, data: Dataset, root: Path) -> None:
+    config = audit_config(report.budget, report.seed)
+    store = ShadowStore(root, data.fingerprint())
+    pool = draw_pool(config, data)
+    labels = data.test_labels.numpy()
+    audit = report.audits[name] = [membership_row(store, config, arm, pool, labels) for arm in config.arms]
+    train = config.train
+    setting = (
+        f"{config.models} {train.model.name}s of width {train.model.width}, {train.steps} steps of {train.batch_size} "
+        f"images, each on about half of {config.points} points, error feedback"
+    )
+    report.table_2.extend(membership_rows(name, audit, CELLS, setting))
+
+
+def distance_to_paper(found: Found, dataset: str) -> float | None:
+    return None if found.mean is None else abs(found.mean - TABLE_1[dataset]["none", None].mean)

@@ -1,0 +1,211 @@
+"""The report as one HTML page that needs no other file and no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from raytrust.paper.assemble import Report, distance_to_paper
+from raytrust.paper.markup import STYLE, Lines, escape, table
+from raytrust.paper.plan import Setting, attack_name
+from raytrust.paper.sections import frontier_section, table_1_section, table_2_section, theory_section
+from raytrust.paper.selection import AWARE, NAIVE, WORST
+from raytrust.paper.verdicts import REPRODUCED, Table
+from raytrust.published import CELLS, CITATION, TABLE_1, TITLES, title_of
+from raytrust.report import human_bytes
+
+
+def page(report: Report, root: Path) -> str:
+    """The whole report. The figures are taken in from `root`."""
+    parts = [_first_screen(report), _claims(report)]
+    if report.table_1:
+        parts += [frontier_section(root), *(table_1_section(report, d, root) for d in report.datasets)]
+    if report.theory:
+        parts.append(theory_section(report, root))
+    if report.audits:
+        parts += [table_2_section(report, d) for d in report.datasets]
+    parts.append(_settings(report))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width,initial-scale=1"><title>The paper, side by side</title>'
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+# --- the first screen ---
+
+
+def _first_screen(report: Report) -> str:
+    found = {d: report.verdicts(d) for d in report.datasets} if report.table_1 else {}
+
+    def items(*verdicts: str) -> str:
+        lines = [
+            f"<li><b>{TITLES[d]}</b> {escape(text)}</li>"
+            for d, of in found.items()
+            for verdict in verdicts
+            for text in of.get(verdict, [])
+        ]
+        return _list(lines)
+
+    cards = ""
+    if found:
+        undecided = sum(len(of.get("not decided", [])) for of in found.values())
+        more = (
+            f"<details><summary>Not decided at this sample size: {undecided} cells</summary>"
+            f"{items('not decided')}</details>"
+            if undecided
+            else ""
+        )
+        cards = (
+            f'<div class="cards"><div class="card yes"><h3>Protects</h3><p>Even at worst, less than half of the '
+            f"uncompressed SSIM is left, with its interval.</p>{items('protects')}</div>"
+            f'<div class="card seems"><h3>Only seems to</h3><p>Less than half is left to the published attack, but not '
+            f"to an attacker who knows the compressor or has a better setting.</p>{items('only seems to')}"
+            "<p><b>Does not protect</b>, not even from the published attack:</p>"
+            f"{items('does not protect')}{more}</div>"
+            f'<div class="card price"><h3>At what price</h3>{_price(report)}</div></div>'
+        )
+    images = max((r["n"] or 0 for r in report.table_1), default=0)
+    about = (
+        f"Budget “{report.budget.name}”: {images} images a cell; " if images else ""
+    ) + f"seed {report.seed}. Intervals: 95 %, bootstrap over images; over models for membership."
+    return (
+        "<h1>Does gradient compression protect the training images? The paper, side by side with a stronger attacker"
+        f'</h1><p class="answer">{_answer(report, found)}</p>{cards}<p class="small">{escape(CITATION)}. '
+        f"{escape(about)} SSIM: 1 is a copy.</p>"
+    )
+
+
+def _list(lines: Sequence[str], most: int = 5) -> str:
+    if not lines:
+        return "<ul><li>none</li></ul>"
+    shown = f"<ul>{''.join(lines[:most])}</ul>"
+    rest = lines[most:]
+    return shown + (f"<details><summary>{len(rest)} more</summary><ul>{''.join(rest)}</ul></details>" if rest else "")
+
+
+def _answer(report: Report, found: dict[str, dict[str, list[str]]]) -> str:
+    if not found:
+        return "Membership inference only: see the claims below."
+    counts = {v: sum(len(of.get(v, [])) for of in found.values()) for v in ("protects", "only seems to")}
+    total = sum(len(texts) for of in found.values() for texts in of.values())
+    gains = _gains(report)
+    gain = (
+        f" Knowing the compressor raises the SSIM of what is reconstructed by a factor of {np.median(gains):.1f} "
+        f"(median over cells, {min(gains):.1f} to {max(gains):.1f})."
+        if gains
+        else ""
+    )
+    return (
+        f"Of {total} compressed cells, {counts['protects']} protect against the worst attack that we found, and "
+        f"{counts['only seems to']} only seem to.{gain}{_means(report)}"
+    )
+
+
+def _means(report: Report) -> str:
+    """What each attack leaves, in a sentence a data set; or that it can't tell."""
+    notes = Table(report.table_1).notes
+    found = [f"{escape(note)}." for note in notes]
+    for dataset in Table(report.table_1).datasets:
+        plain = report.row(dataset, ("none", None), NAIVE)
+        means = []
+        for kind in (NAIVE, AWARE, WORST):
+            known = [r["ours"] for c in CELLS[1:] if (r := report.row(dataset, c, kind)) and r["ours"] is not None]
+            means.append(f"{np.mean(known):.2f}" if known else "-")
+        if plain is not None and plain["ours"] is not None:
+            found.append(
+                f"{TITLES[dataset]}, mean SSIM over cells: {means[0]} to the published attack, {means[1]} to one who "
+                f"knows the compressor, {means[2]} at worst; {plain['ours']:.2f} without compression."
+            )
+    return " " + " ".join(found)
+
+
+def _gains(report: Report) -> list[float]:
+    """How many times the naive SSIM the aware attack reaches, by cell, where both are above 0.01."""
+    found = []
+    for dataset in report.datasets:
+        for cell in CELLS[1:]:
+            naive, aware = (report.row(dataset, cell, kind) for kind in (NAIVE, AWARE))
+            if naive and aware and naive["ours"] and aware["ours"] and min(naive["ours"], aware["ours"]) > 0.01:
+                found.append(aware["ours"] / naive["ours"])
+    return found
+
+
+def _price(report: Report) -> str:
+    dataset = report.datasets[0]
+    lines: Lines = [["", "bytes", "accuracy %"]]
+    plain = report.row(dataset, ("none", None), NAIVE)
+    for cell in CELLS:
+        row, audit = report.row(dataset, cell, NAIVE), report.audit(dataset, cell)
+        if row is None or plain is None or not row["bytes_per_step"]:
+            continue
+        ratio = plain["bytes_per_step"] / row["bytes_per_step"]
+        size = human_bytes(row["bytes_per_step"]) + ("" if cell[0] == "none" else f" (1/{ratio:.3g})")
+        lines.append([title_of(cell), size, "-" if audit is None else f"{100 * audit['accuracy']['value']:.1f}"])
+    note = f"Bytes of a step of ResNet-18; accuracy of the audit's networks on {TITLES[dataset]}, with error feedback."
+    return f"<p>{escape(note)}</p>{table(lines)}"
+
+
+# --- claims ---
+
+
+def _claims(report: Report) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(c.quote)}</td><td>{_badge(c.verdict)}</td><td>{escape(c.evidence)}<br><span "
+        f'class="small">Rule: {escape(c.rule)}</span></td></tr>'
+        for c in report.claims
+    )
+    done = sum(c.verdict == REPRODUCED for c in report.claims)
+    return (
+        f"<h2>The paper's claims</h2><p>{done} of {len(report.claims)} reproduced. Each verdict is computed from the "
+        "figures by the rule beside it.</p>"
+        '<table class="claims"><thead><tr><th>claim</th><th>verdict</th><th>evidence</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table>"
+    )
+
+
+def _badge(verdict: str) -> str:
+    return f'<span class="badge {verdict.replace(" ", "-")}">{escape(verdict)}</span>'
+
+
+# --- settings ---
+
+
+def _settings(report: Report) -> str:
+    parts = [
+        "<h2>Every setting, and how it was chosen</h2>",
+        "<p>The paper names ResNet-18 and the cosine attack, and leaves open the stem, the mode of batch norm, whether "
+        "the model is trained, the weight of total variation (TV), restarts and iterations. The combinations below "
+        "were tried on uncompressed gradients of tuning images (the last of the test set), and the one whose mean SSIM "
+        "comes nearest to the paper's is used for its table, on other images (the first of the test set). Common to "
+        "all: one image a gradient, its label known, what one worker sends, no error feedback, compressors in their "
+        "first state, Adam with step size 0.1 on the sign of the gradient, falling by 10 after 3/8, 5/8 and 7/8 of the "
+        "iterations. SSIM is scikit-image's, 7x7 uniform window, data range 1. Top-K sends as many bytes as PowerSGD "
+        "of the same rank, values and indices counted.</p>",
+    ]
+    for dataset, found in report.search.items():
+        lines: Lines = [["", "victim", "attack", "mean SSIM", "distance to the paper's"]]
+        order = sorted(found, key=lambda s: (found[s].mean is None, distance_to_paper(found[s], dataset) or 0.0))
+        lines += [_tried(s, report, dataset) for s in order]
+        paper = TABLE_1[dataset]["none", None].mean
+        parts.append(
+            f"<h3>{TITLES[dataset]}: the paper's {paper:.4f} was sought among {len(found)} settings, on "
+            f"{report.budget.tuning} tuning images</h3><p>For the worst case of its 11 cells, "
+            f"{report.portfolio[dataset]} attacks of {report.budget.tuning_iterations} iterations were compared on the "
+            f"tuning images.</p><details open><summary>Settings, nearest first</summary>{table(lines)}</details>"
+        )
+    if report.common is not None and len(report.search) > 1:
+        setting, distance = report.common
+        text = f"The one setting nearest to all data sets: {setting.name}; mean distance {distance:.3f}."
+        parts.append(f"<p>{escape(text)}</p>")
+    return "".join(parts)
+
+
+def _tried(setting: Setting, report: Report, dataset: str) -> list[str]:
+    found, mark = report.search[dataset][setting], "nearest" if setting == report.nearest[dataset] else ""
+    if found.mean is None:
+        return [mark, setting.victim.name, attack_name(setting.attack), f"failed: {found.reason}", "-"]
+    distance = found.mean - TABLE_1[dataset]["none", None].mean
+    return [mark, setting.victim.name, attack_name(setting.attack), f"{found.mean:.3f}", f"{distance:+.3f}"]

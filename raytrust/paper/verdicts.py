@@ -1,0 +1,134 @@
+"""What a verdict on a claim rests on: the figures of table 1 by image, and what decides between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytrust.metrics import mean_interval
+from raytrust.paper.selection import AWARE, NAIVE, WORST
+from raytrust.published import TITLES, Cell, title_of
+
+Row = dict[str, Any]
+Verdict: TypeAlias = Literal[
+    "reproduced", "not reproduced", "overturned", "not decided at this sample size", "not tested"
+]
+REPRODUCED: Verdict = "reproduced"
+OVERTURNED: Verdict = "overturned"
+UNDECIDED: Verdict = "not decided at this sample size"
+UNTESTED: Verdict = "not tested"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """quote: of the paper, in short. rule: how the verdict follows. evidence: the figures."""
+
+    quote: str
+    verdict: Verdict
+    rule: str
+    evidence: str
+
+
+class Table:
+    """SSIM of table 1 by data set, cell and attack, image by image, of what is finished.
+
+    datasets: those whose attack works at all: without compression its mean SSIM, with its interval, lies above that of
+    a random other image. notes: why the others are left out, for no figure of theirs says anything of compression.
+    """
+
+    def __init__(self, rows: Sequence[Row]):
+        self._ssim = {
+            (r["dataset"], (r["compressor"], r["rank_or_level"]), r["attack"]): np.asarray(r["ssim"])
+            for r in rows
+            if r["status"] == "finished"
+        }
+        controls = {r["dataset"]: r for r in rows if r["compressor"] == "none" and r["attack"] == NAIVE}
+        works = {name: _works(row) for name, row in controls.items()}
+        self.datasets = [name for name, good in works.items() if good]
+        self.notes = [
+            f"{TITLES[name]} left out: the attack does not reconstruct uncompressed images either"
+            for name, good in works.items()
+            if not good
+        ]
+
+    def ssim(self, dataset: str, cell: Cell, attack: str) -> NDArray[np.float64] | None:
+        return self._ssim.get((dataset, cell, attack))
+
+    def pair(
+        self, dataset: str, one: tuple[Cell, str], other: tuple[Cell, str]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Both by image, None if one is missing."""
+        a, b = self.ssim(dataset, *one), self.ssim(dataset, *other)
+        return None if a is None or b is None else (a, b)
+
+
+def _works(row: Row) -> bool:
+    if row["status"] != "finished" or (interval := mean_interval(row["ssim"])) is None:
+        return False
+    return bool(interval[0] > row["other_image_ssim"])
+
+
+def above_zero(differences: Sequence[NDArray[np.float64]]) -> Verdict:
+    """Of a claim that every one of these mean differences is positive, each given by image.
+
+    Reproduced if all 95 % intervals lie above 0: a false claim passes with 2.5 % at most, however many there are.
+    Overturned if one lies below 0 at a confidence that allows for their number (Bonferroni). Student's t.
+    """
+    if not differences:
+        return UNTESTED
+    confidence = 1 - 0.05 / len(differences)
+    intervals = [mean_interval(d) for d in differences]
+    strict = [mean_interval(d, confidence) for d in differences]
+    if any(i is not None and i[1] < 0 for i in strict):
+        return OVERTURNED
+    return REPRODUCED if all(i is not None and i[0] > 0 for i in intervals) else UNDECIDED
+
+
+def share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> tuple[float, float, float] | None:
+    """mean(part) / mean(whole), paired by image, with the 95 % interval of its linearisation (Student's t).
+
+    None without an interval, or where the whole is not positive.
+    """
+    if len(part) < 2 or whole.mean() <= 0:
+        return None
+    ratio = float(part.mean() / whole.mean())
+    interval = mean_interval(ratio + (part - ratio * whole) / whole.mean())
+    return None if interval is None else (ratio, *interval)
+
+
+def protection(table: Table, dataset: str, cell: Cell) -> tuple[str, str]:
+    """("protects" | "only seems to" | "does not protect" | "not decided", what it rests on) for one cell.
+
+    By what is left of the uncompressed SSIM: it protects if under the worst case, with its interval, less than half is
+    left; it only seems to if that holds for the naive attack alone, and knowing the compressor is a certain gain (by
+    image) or the two shares' intervals are apart; it does not protect if more than half is left to the naive attack
+    already.
+    """
+    if dataset not in table.datasets:
+        return "not decided", f"{title_of(cell)}: the attack does not reconstruct uncompressed images either"
+    plain = table.ssim(dataset, ("none", None), NAIVE)
+    naive, worst = table.ssim(dataset, cell, NAIVE), table.ssim(dataset, cell, WORST)
+    aware, top = table.ssim(dataset, cell, AWARE), table.ssim(dataset, ("none", None), WORST)
+    if plain is None or naive is None or worst is None or top is None or aware is None:
+        return "not decided", f"{title_of(cell)}: not finished"
+    before, after = share(naive, plain), share(worst, top)
+    gain = mean_interval(aware - naive)
+    if before is None or after is None or gain is None:
+        return "not decided", f"{title_of(cell)}: no interval"
+    text = f"{title_of(cell)}: {_percent(before)} left of the SSIM under the naive attack, {_percent(after)} at worst"
+    if after[2] < 0.5:
+        return "protects", text
+    if before[1] > 0.5:
+        return "does not protect", text
+    if before[2] < 0.5 and (gain[0] > 0 or after[1] > before[2]):
+        return "only seems to", text
+    return "not decided", text
+
+
+def _percent(found: tuple[float, float, float]) -> str:
+    value, low, high = (100 * x for x in found)
+    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
