@@ -2,7 +2,7 @@
 
     python benchmarks/aware_inversion.py --data cifar10.npz --output aware
 
-Attacks the first test images, each alone, at the untrained full ResNet-18 (CIFAR stem, evaluation-mode batch norm) with
+Attacks test images, each alone, at the untrained full ResNet-18 (CIFAR stem, evaluation-mode batch norm) with
 both objectives at one budget, and prints a Markdown table of mean SSIM with 95 % intervals. Finished attacks are kept
 in the output directory, and not run again.
 """
@@ -57,38 +57,50 @@ def main(arguments: list[str] | None = None) -> int:
         "--precision", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)"
     )
     parser.add_argument("--tv", type=float, default=1e-2, help="(default: %(default)s)")
+    parser.add_argument("--signed", choices=["none", "hard", "soft"], default="hard", help="(default: %(default)s)")
+    parser.add_argument("--schedule", choices=["steps", "cosine"], default="steps", help="(default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="test image to begin with (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         defences = [parse_defence(text) for text in options.defence or DEFENCES]
         attack = InversionConfig(
-            tv=options.tv, iterations=options.iterations, restarts=options.restarts, precision=options.precision
+            tv=options.tv,
+            iterations=options.iterations,
+            restarts=options.restarts,
+            precision=options.precision,
+            signed=options.signed,
+            schedule=options.schedule,
         )
         data, model = load(options.data), ModelConfig(width=options.width)
-        if not 2 <= options.images <= len(data.test_labels):
-            raise ValueError(f"Expected images={options.images} in [2, {len(data.test_labels)}].")
+        chosen = range(options.first, options.first + options.images)
+        if options.images < 2 or chosen.start < 0 or chosen.stop > len(data.test_labels):
+            raise ValueError(
+                f"Expected images={options.images} to be at least 2, from first={options.first} on in "
+                f"[0, {len(data.test_labels)})."
+            )
     except (ValueError, OSError) as error:
         print(f"aware_inversion.py: error: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
     keep_freed_memory()
     print(
-        f"{data.name}, test images 0-{options.images - 1}, width {options.width}, "
+        f"{data.name}, test images {chosen.start}-{chosen.stop - 1}, width {options.width}, "
         f"{attack.name.removeprefix('aware ')}, {options.iterations} iterations"
     )
     print("| defence | naive | aware | ratio | aware - naive | p |\n|---|---|---|---|---|---|", flush=True)
     for defence in defences:
-        print(_line(defence, attack, data, model, options.images, options.output), flush=True)
+        print(_line(defence, attack, data, model, chosen, options.output), flush=True)
     return 0
 
 
 def _line(
-    defence: Defence, attack: InversionConfig, data: Dataset, model: ModelConfig, images: int, output: Path
+    defence: Defence, attack: InversionConfig, data: Dataset, model: ModelConfig, chosen: range, output: Path
 ) -> str:
-    captures = captures_of_test_images(data, images, model, defence)
+    captures = captures_of_test_images(data, chosen, model, defence)
     found: dict[str, list[float]] = {}
     for objective in ("naive", "aware"):
         run = replace(attack, objective=objective).against(defence)
-        path = output / f"{digest(run, defence, model, images, data.fingerprint())}.json"
+        path = output / f"{digest(run, defence, model, [*chosen], data.fingerprint())}.json"
         result: Any = read_json(path)
         if result is None:
             result = {

@@ -23,13 +23,14 @@ from raytrust.train import capture_images
 
 
 def captures_of_test_images(
-    data: Dataset, images: int, config: ModelConfig, defence: Defence | None = None
+    data: Dataset, images: int | range, config: ModelConfig, defence: Defence | None = None
 ) -> list[Capture]:
-    """Captures at step 0 of the first test images, in their order, normalised by their own statistics."""
+    """Captures at step 0 of the first test images, or of these, in their order, normalised by their own statistics."""
+    chosen = list(range(images) if isinstance(images, int) else images)
     private = Dataset(
         data.name,
-        data.test_images[:images],
-        data.test_labels[:images],
+        data.test_images[chosen],
+        data.test_labels[chosen],
         data.test_images,
         data.test_labels,
         data.classes,
