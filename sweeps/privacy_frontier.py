@@ -54,7 +54,8 @@ ATTACK_SPACE = {
     "objective": tune.choice(["naive", "aware"]),
     "tv": tune.loguniform(1e-3, 1.0),
     "step_size": tune.loguniform(0.03, 1.0),
-    "signed": tune.choice(["none", "hard"]),
+    "signed": tune.choice(["none", "hard", "soft"]),
+    "schedule": tune.choice(["steps", "cosine"]),
     "restarts": tune.choice([1, 2]),
 }
 
@@ -62,9 +63,10 @@ ATTACK_SPACE = {
 #                 in all     on each           images   images       iterations    steps      width
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(trials=12, attack_trials=1, tuning=2, images=3, iterations=40, steps=40, width=16,
-                  capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed="none", portfolio=("aware",)),
+                  capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed="none", schedule="steps",
+                  portfolio=("aware",)),
     "paper": dict(trials=11, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, width=64,
-                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed="hard",
+                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed="soft", schedule="cosine",
                   portfolio=("naive", "aware")),
 }  # fmt: skip
 
@@ -220,6 +222,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         tv=options.tv,
         step_size=options.step_size,
         signed=options.signed,
+        schedule=options.schedule,
         iterations=options.iterations,
         seed=options.seed,
     )
