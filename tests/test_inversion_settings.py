@@ -121,6 +121,8 @@ def test_a_bound_adds_the_excess_to_the_distance() -> None:
     weighed = matching_distance(view, replace(config, bound=0.5))(g)
     torch.testing.assert_close(weighed, view.distance(g) + view.excess(g) / 2)
     assert float(view.excess(g).min()) > 0
+    free, bound = (invert([(observation, replace(config, bound=b, iterations=4))])[0] for b in (0.0, 100.0))
+    assert float(bound.matching[0]) > float(free.matching[0])  # in an attack, too
 
 
 def test_l1_and_l2_need_a_linear_view(monkeypatch: pytest.MonkeyPatch) -> None:
