@@ -10,6 +10,7 @@ from raytrust.attacks.inversion.objectives import decoded_gradient, target_view
 from raytrust.capture import Capture, Observation
 from raytrust.channel import LocalChannel
 from raytrust.compress import LinearView, identity_view
+from raytrust.compress.views import SignView, SpectralView
 from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, TrainConfig, parse_defence
 from raytrust.train import train
 
@@ -28,14 +29,21 @@ def observation(defence: str) -> Observation:
 
 
 @pytest.mark.parametrize("defence", ["signsgd", "scaledsign", "qsgd:4:bucket=16", "vqsgd:50", "atomo:1"])
-def test_a_set_is_joined_by_what_the_message_decodes_to(defence: str) -> None:
-    """A set alone is content with any gradient inside it."""
+def test_a_set_is_compared_with_by_its_kind(defence: str) -> None:
+    """Signs by themselves; quantised gradients by each tensor's direction; of ATOMO directions and what is decoded."""
     seen = observation(defence)
     decoded = decoded_gradient(seen)
     own = seen.build_compressor().view(list(seen.messages), "link")
+    entries = sum(x.numel() for x in decoded)
     near, far = [x[None] for x in decoded], [-x[None] for x in decoded]
     for grads in (near, far):
-        expected = own.distance(grads) + identity_view(decoded).distance(grads)
+        if isinstance(own, SignView):
+            expected = own.distance(grads)
+        elif isinstance(own, SpectralView):
+            expected = own.distance(grads) + identity_view(decoded).distance(grads)
+        else:
+            pairs = zip(grads, decoded, strict=True)
+            expected = sum(x.numel() / entries * identity_view([x]).distance([g]) for g, x in pairs)
         torch.testing.assert_close(target_view(seen, InversionConfig("aware")).distance(grads), expected)
     naive = target_view(seen, InversionConfig("naive"))
     assert float(naive.distance(near)) == pytest.approx(0, abs=1e-5)

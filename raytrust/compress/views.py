@@ -171,7 +171,7 @@ class SignView:
         sums = torch.stack([_rows(g).abs().sum(1) for g in grads], 1)
         inside = torch.stack([_rows(g) @ s.flatten() for g, s in zip(grads, self.signs, strict=True)], 1)
         inside = torch.where(sums > 0, inside / sums.clamp_min(tiny), self._balance)
-        outside = (1 - inside) @ (sizes / sizes.sum() / 2)
+        outside = (1 - inside) @ (sizes / sizes.sum().clamp_min(1) / 2)
         if self.scales is None:
             return outside
         expected = self.scales * sizes
@@ -179,8 +179,8 @@ class SignView:
 
     @cached_property
     def _balance(self) -> Tensor:
-        """The mean of each tensor's signs, (parameters,)."""
-        return torch.stack([s.mean() for s in self.signs])
+        """The mean of each tensor's signs, (parameters,); of a tensor without entries 0."""
+        return torch.stack([s.sum() / max(s.numel(), 1) for s in self.signs])
 
 
 @dataclass(frozen=True)
