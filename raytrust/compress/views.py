@@ -69,16 +69,6 @@ def total(terms: Iterable[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SumView:
-    """Several views of one gradient, whose distances add up."""
-
-    views: Sequence[View]
-
-    def distance(self, grads: Sequence[Tensor]) -> Tensor:
-        return total(view.distance(grads) for view in self.views)
-
-
-@dataclass(frozen=True)
 class TensorwiseView:
     """A linear view whose measurements are compared one by one, for gradients that were quantised.
 
