@@ -92,7 +92,7 @@ def test_each_tensor_s_cosine_weighs_as_many_as_it_has_entries() -> None:
         (ScaledSignConfig(), SignView),
         (QSGDConfig(2), TensorwiseView),
         (VqSGDConfig(500), TensorwiseView),
-        (AtomoConfig(2), TensorwiseView),
+        (AtomoConfig(2), LinearView),
     ],
     ids=str,
 )

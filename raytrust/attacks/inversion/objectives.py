@@ -12,7 +12,7 @@ from raytrust.attacks.inversion.gradients import Distance
 from raytrust.capture import Observation
 from raytrust.compress import LinearView, View, identity_view
 from raytrust.compress.history import pure_view, weighed_view
-from raytrust.compress.views import SignView, SparseView, TensorwiseView
+from raytrust.compress.views import SignView, SparseView, SpectralView, TensorwiseView
 from raytrust.config import InversionConfig
 
 
@@ -46,9 +46,12 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
     view = compressor.view(messages, seen.threat.vantage, seen.victim)
     if isinstance(view, LinearView | SignView):
         return view
-    # What quantisers and ATOMO decode to is unbiased, with noise as large in small entries as in large ones. Measured:
-    # this beats the distances to their sets, alone and added.
-    return TensorwiseView(identity_view(decoded_gradient(seen, device)))
+    decoded = identity_view(decoded_gradient(seen, device))
+    if isinstance(view, SpectralView):
+        return decoded  # measured: no use of the singular vectors was better than what they decode to
+    # What quantisers decode to is unbiased, with noise as large in small entries as in large ones. Measured: this beats
+    # the distances to their sets, alone and added.
+    return TensorwiseView(decoded)
 
 
 def matching_distance(view: View, config: InversionConfig) -> Distance:
