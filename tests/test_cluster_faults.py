@@ -98,6 +98,29 @@ def test_two_sweeps_on_one_cluster(cluster: Cluster, tmp_path: Path, sweeps: lis
     assert first["accuracy"] == second["accuracy"]  # the same sweep, whatever ran beside it
 
 
+# As the kernel writes 127.0.0.1, ::1 and the first in a socket of both kinds.
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+
+
+def test_all_that_a_local_sweep_starts_listens_on_the_loopback_interface(tmp_path: Path) -> None:
+    """Ray's servers and workers, torch's process group of two workers and its meeting point."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("listeners.py")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found = [line.split(maxsplit=1) for line in run.stdout.splitlines()]
+    titles = " ".join(title for _, title in found)
+    for name in ("gcs_server", "raylet", "RayTrainWorker"):
+        assert name in titles
+    assert {address for address, _ in found} <= LOOPBACK, run.stdout
+
+
 LOCAL = """
 import sys
 import ray
@@ -115,7 +138,7 @@ print("in", ray.cluster_resources()["CPU"])
 
 
 def test_a_local_cluster_lets_nobody_else_in(tmp_path: Path) -> None:
-    """Ray listens on all interfaces."""
+    """Other users of the machine reach its loopback interface."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
     environment["HOME"] = str(tmp_path)  # without a token of the user's
     host = subprocess.Popen(
@@ -131,7 +154,7 @@ def test_a_local_cluster_lets_nobody_else_in(tmp_path: Path) -> None:
                 [sys.executable, "-c", GUEST, address],
                 capture_output=True,
                 text=True,
-                env=environment | mode,
+                env=environment | mode | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},  # so that it asks on 127.0.0.1
                 timeout=300,
                 check=False,
             )

@@ -30,6 +30,7 @@ for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
+from ray._private import ray_constants  # noqa: E402
 from ray.autoscaler.sdk import request_resources  # noqa: E402
 
 SLOT = "trial_slot"
@@ -60,8 +61,9 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
     resources; the node types of a cluster must offer them. Where `parallel` is given, a cluster at `address` without
     nodes may start some first. Raises ValueError if a given cluster can't be used.
 
-    A new cluster asks for a token that only this process and its workers have: Ray listens on all interfaces. Ctrl-C
-    raises KeyboardInterrupt once; while Ray stops, more of them change nothing.
+    A new cluster listens on the loopback interface alone, and asks for a token that only this process and its workers
+    have: other users of this machine reach that interface too. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 in the environment
+    opens it to other machines. Ctrl-C raises KeyboardInterrupt once; while Ray stops, more of them change nothing.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     _most.clear()
@@ -91,15 +93,31 @@ def cluster_device() -> str:
 
 def _start(cpus: int, slots: int) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would make one and write it to a file
-    ray.init(
-        address="local",  # not one that happens to run on this machine
-        num_cpus=cpus,
-        resources={SLOT: slots},
-        include_dashboard=False,
-        object_store_memory=512 * 2**20,
-        _temp_dir=_short_temporary_directory(),
-        **QUIET,
-    )
+    with _loopback():
+        ray.init(
+            address="local",  # not one that happens to run on this machine
+            num_cpus=cpus,
+            resources={SLOT: slots},
+            include_dashboard=False,
+            object_store_memory=512 * 2**20,
+            _temp_dir=_short_temporary_directory(),
+            **QUIET,
+        )
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Ray takes the loopback address for that of this machine, as it does by default where clusters are not supported.
+
+    It replaces a 127.0.0.1 that it is given, and with any other address its servers listen on all interfaces.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    if ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ:  # else the user decides
+        ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before  # this process may connect to a cluster later
 
 
 def _connect(address: str) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 import time
+import uuid
+from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
 from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _setup_torch_process_group, _TorchBackend
 from ray.train.v2.api.config import LoggingConfig  # not exported elsewhere
 
 from raytrust.capture import Capture, save_capture
@@ -32,21 +39,24 @@ def train_on_cluster(config: TrainConfig, data: ray.ObjectRef, store: Store, dev
         return found
     started = time.perf_counter()
     directory = store.begin(config)
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"config": to_dict(config), "data": data, "directory": str(directory), "device": device},
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
-            use_gpu=device == "cuda",
-            resources_per_worker={"CPU": 1} if device == "cpu" else None,
-        ),
-        run_config=RunConfig(
-            name=store.run_id(config),
-            storage_path=str(store.root / "ray" / "train"),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    result: dict[str, Any] = trainer.fit().return_value
+    on_loopback = ip_address(ray.util.get_node_ip_address()).is_loopback
+    with tempfile.TemporaryDirectory(prefix="raytrust-") as meeting:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"config": to_dict(config), "data": data, "directory": str(directory), "device": device},
+            torch_config=_OnLoopback(meeting=meeting) if on_loopback else None,
+            scaling_config=ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=device == "cuda",
+                resources_per_worker={"CPU": 1} if device == "cpu" else None,
+            ),
+            run_config=RunConfig(
+                name=store.run_id(config),
+                storage_path=str(store.root / "ray" / "train"),
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        result: dict[str, Any] = trainer.fit().return_value
     result["total_seconds"] = time.perf_counter() - started
     store.finish_training(config, result)
     return result
@@ -77,3 +87,36 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "dense_bytes": steps[0].gradient_bytes,
         "seconds": time.perf_counter() - started,
     }
+
+
+@dataclass
+class _OnLoopback(TorchConfig):
+    """The process group of workers that are all on this machine: nothing of it listens on another interface.
+
+    torch's own meeting point, a TCPStore, listens on all interfaces and asks for nothing. These workers meet in a file
+    in the directory `meeting`.
+    """
+
+    meeting: str = ""
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _OnLoopbackBackend
+
+
+class _OnLoopbackBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: _OnLoopback) -> None:
+        group = {
+            "backend": "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo",
+            "world_size": len(worker_group),
+            "init_method": f"file://{backend_config.meeting}/{uuid.uuid4().hex}",  # a new one after a worker was lost
+            "timeout_s": backend_config.timeout_s,
+        }
+        ray.get([worker_group.execute_single_async(i, _meet, world_rank=i, **group) for i in range(len(worker_group))])
+
+
+def _meet(**group: Any) -> None:
+    interface = "lo0" if sys.platform == "darwin" else "lo"
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    _setup_torch_process_group(**group)
