@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from raytrust.attacks.inversion.matmul import Bmm, bmm
 from raytrust.attacks.inversion.windows import Convolve, Geometry, Unfold, convolve, transposed
 
-LOW_RANK = 2.5  # measured: fewer multiplications are not all that the factors save, but also passes over memory
+LOW_RANK = 2.0  # measured: fewer multiplications are not all that the factors save, but also passes over memory
 
 
 class Product:
@@ -67,7 +68,7 @@ class Product:
         """The gradients themselves: (n, *shape)."""
         if self.geometry is not None and not self.windowed:
             return _Correlation.apply(self.inputs, self.signals, self.n, self.shape, self.geometry).to(self.dtype)
-        gradients = torch.bmm(self.s.mT, self.u).to(self.dtype)
+        gradients = Bmm.apply(self.s.mT, self.u).to(self.dtype)
         if self.geometry is None:
             return gradients
         return gradients.view(self.n, self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 2).contiguous()
@@ -181,7 +182,7 @@ class _SquaredNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
-        of_u, of_s = torch.bmm(u, u.mT), torch.bmm(s, s.mT)
+        of_u, of_s = bmm(u, u.mT), bmm(s, s.mT)
         ctx.save_for_backward(u, s, of_u, of_s)
         return (of_u.to(dtype) * of_s).sum((1, 2))
 
@@ -189,7 +190,7 @@ class _SquaredNorm(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
         u, s, of_u, of_s = ctx.saved_tensors
         scale = (2 * slopes[0]).to(u.dtype).view(-1, 1, 1)
-        return torch.bmm(of_s * scale, u), torch.bmm(of_u * scale, s), None
+        return bmm(of_s * scale, u), bmm(of_u * scale, s), None
 
 
 class ChannelSums(torch.autograd.Function):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raytrust.attacks.inversion.matmul import mm
+
 FEW = 16  # output positions an image, up to which oneDNN's convolutions are slower than unfolding and a product
 
 
@@ -29,7 +31,7 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     shape = (len(x), len(weight), *windows.shape[1:3])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     # Into the output: a view of the product could not be overwritten by a ReLU in place.
-    torch.mm(windows.flatten(0, 2).flatten(1), _rows(weight).T, out=y.permute(0, 2, 3, 1).view(-1, len(weight)))
+    y.permute(0, 2, 3, 1).view(-1, len(weight)).copy_(mm(windows.flatten(0, 2).flatten(1), _rows(weight).T))
     return y
 
 
@@ -38,7 +40,7 @@ def transposed(signal: Tensor, like: Tensor, weight: Tensor, geometry: Geometry)
     stride, padding, dilation, groups = geometry
     if like.device.type == "cpu" and groups == 1 and len(like) > 1 and signal[0, 0].numel() <= FEW:
         # As one matrix: else, of a signal that is not channels-last, matmul copies the weight for each row.
-        slopes = signal.permute(0, 2, 3, 1).reshape(-1, len(weight)) @ _rows(weight)
+        slopes = mm(signal.permute(0, 2, 3, 1).reshape(-1, len(weight)), _rows(weight))
         slopes = slopes.view(len(signal), *signal.shape[2:], weight.shape[2:].numel(), -1)
         return fold(slopes, like.shape, weight.shape[2:], geometry)
     return torch.ops.aten.convolution_backward(
