@@ -57,7 +57,7 @@ def main() -> None:
     if arguments.checkpoint is not None:  # one file a worker: residuals are each worker's own
         file = arguments.checkpoint / f"worker-{rank}.pt"
         if file.exists():
-            saved = torch.load(file)
+            saved = torch.load(file, weights_only=True)
             start = saved["step"]
             model.load_state_dict(saved["model"])
             optimiser.load_state_dict(saved["optimiser"])

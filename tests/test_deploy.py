@@ -134,6 +134,16 @@ def test_storage_is_shared_by_the_nodes(launcher: dict[str, Any]) -> None:
     assert f"$RAY_HEAD_IP:{exported[0]} {STORAGE}" in worker
     assert f"{exported[0]} {STORAGE}" in head
     assert f"install -d -m 0700 -o ubuntu -g ubuntu {exported[0]}" in head
+    assert f"nfs://HEAD{exported[0]}" in TEXTS["README.md"]
+
+
+def test_programs_that_the_page_asks_of_the_nodes_are_installed(launcher: dict[str, Any]) -> None:
+    setup = " ".join([*launcher["head_setup_commands"], *launcher["worker_setup_commands"]])
+    packages = set(" ".join(re.findall(r"apt-get install -y -qq ([\w. -]+)", setup)).split())
+    for program, package in (("docker", "docker.io"), ("compose", "docker-compose-v2"), ("tmux", "tmux")):
+        assert program in TEXTS["README.md"] + setup
+        assert package in packages
+    assert {"nfs-common", "nfs-kernel-server"} <= packages
 
 
 # KubeRay
@@ -344,6 +354,15 @@ def test_every_variable_is_made_or_has_a_default(tmp_path: Path) -> None:
         re.findall(r'environ\["(\w+)"\]', TEXTS["make_bucket.py"])
     )
     assert read <= given
+
+
+def test_passwords_stay_where_they_are_made(launcher: dict[str, Any]) -> None:
+    """Out of the repository, and out of what `ray up` copies to the nodes; no image holds them."""
+    assert "/deploy/.env" in (ROOT / ".gitignore").read_text().splitlines()
+    assert "deploy/.env" in launcher["rsync_exclude"]
+    for stage in stages().values():
+        sources = " ".join(re.findall(r"^COPY (?:--\S+ )?(.+) \S+$", stage, re.MULTILINE)).split()
+        assert not {"deploy", "deploy/", ".", "deploy/.env"} & set(sources)
 
 
 # What is run
