@@ -11,12 +11,10 @@ The tables below are the whole audit: edit them to ask another question.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from raytrust import cli
 from raytrust.config import (
     CaptureConfig,
     Defence,
@@ -50,23 +48,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 MESSAGE_BATCH = 16  # images of an attacked batch
 MESSAGES = 4  # attacked batches at each of these shares of training
 CAPTURED = (0, 1 / 8, 1 / 4, 1 / 2, 1)
+RUN = cli.Directory("membership", "an audit", "membership.json", ("address", "tracking_uri", "cpus"))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        options, root, resumed = _resolve(options)
+    given = parser.parse_args(arguments)
+    with parser.refusing():
+        options, root = RUN.resolve(given, DEFAULTS, _with_preset)
         data, config = _prepare(options)
         from raytrust.shadows import draw_pool, open_shadows  # imports torch: not needed to refuse a wrong option
 
         draw_pool(config, data)
-        if not resumed and root.exists() and any(root.iterdir()):
-            hint = f"--resume {root}" if (root / "membership.json").exists() else "another --output"
-            raise ValueError(f"Expected output={str(root)!r} to be empty or new, but it is not; give {hint}.")
-        store = open_shadows(root, config, data.fingerprint(), _kept(options))
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        RUN.check_free(root, options)
+        store = open_shadows(root, config, data.fingerprint(), RUN.keep(options, ("cpus", "defences")))
     return _run(options, data, config, store)
 
 
@@ -74,37 +69,18 @@ def _run(options: argparse.Namespace, data: Any, config: MembershipConfig, store
     from raytrust.membership import run_membership
     from raytrust.membership_page import membership_table
 
-    cpus = options.cpus or _cpus()
-    try:
-        rows = run_membership(
-            config, data, store, address=options.address, cpus=cpus, tracking_uri=options.tracking_uri
-        )
-    except KeyboardInterrupt:
-        print(f"\nInterrupted; what was finished is kept. Go on with: python {sys.argv[0]} --resume {store.root}")
-        return 130
-    except ValueError as error:  # the cluster or the tracking store can't be used
-        print(f"membership.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print("\n" + membership_table(rows) + "\n")
-    for name in ("report.html", "results.json", "roc.png", "auc.png", "models"):
-        if (store.root / name).exists():
-            print(f"  {store.root / name}")
-    return 0 if any(row["status"] == "finished" for row in rows) else 1
+    def work() -> int:
+        cpus, uri = options.cpus or cli.cpus(), options.tracking_uri
+        rows = run_membership(config, data, store, address=options.address, cpus=cpus, tracking_uri=uri)
+        print("\n" + membership_table(rows) + "\n")
+        cli.list_files(store.root, ("report.html", "results.json", "roc.png", "auc.png", "models"))
+        return 0 if any(row["status"] == "finished" for row in rows) else 1
+
+    return RUN.run(store.root, options, work)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="membership.py",
-        description=(__doc__ or "").split("\n\n")[0],
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+def _parser() -> cli.Parser:
+    parser = cli.Parser("membership.py", __doc__)
     add = parser.add_argument
     add("--data", metavar="SOURCE", help="digits (default), cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
@@ -122,62 +98,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N", help="training steps")
     add("--learning-rate", type=float, metavar="X", help="of all models; sign methods need a small one, such as 0.001")
     add("--vantage", choices=["link", "peer"], help="a worker's messages, or the collective's result")
-    add("--seed", type=int, metavar="N", help="of everything that is random")
     add("--cpus", type=int, metavar="N", help="models trained at once, on a Ray of its own; default: all CPUs")
-    add("--output", type=Path, metavar="DIR", help="a new directory for the results")
-    add("--resume", type=Path, metavar="DIR", help="go on with the audit in DIR")
-    add("--address", metavar="ADDRESS", help="of a Ray cluster; a local one is started if none is given")
-    add("--tracking-uri", metavar="URI", help="of an MLflow store; sqlite in the output directory if none is given")
+    parser.add_places("audit")
     return parser
 
 
 DEFAULTS: dict[str, Any] = dict(
-    data="digits", image_size=None, preset="quick", defence=None, vantage="link", seed=0, cpus=None, output=None,
-    resume=None, address=None, tracking_uri=None,
+    data="digits", image_size=None, preset="quick", defence=None, vantage="link", cpus=None, **cli.PLACES,
 )  # fmt: skip
-NAMED_DATA = ("digits", "cifar10", "cifar100", "mnist")
-RESUMABLE = ("address", "tracking_uri", "resume", "cpus")  # what may be given along with --resume
 
 
-def _resolve(given: argparse.Namespace) -> tuple[argparse.Namespace, Path, bool]:
-    """The options in full, the audit's directory, and whether it is resumed."""
-    options = vars(given)
-    if (resume := options.get("resume")) is not None:
-        for name in options:
-            if name not in RESUMABLE:
-                flag = name.replace("_", "-")
-                raise ValueError(f"Expected --{flag} not to be given with --resume: the audit keeps its own.")
-        from raytrust.store import read_json
-
-        found = read_json(resume / "membership.json")
-        if not isinstance(found, dict) or "options" not in found:
-            raise ValueError(
-                f"Expected resume={str(resume)!r} to hold an audit, but it holds no membership.json of one."
-            )
-        return argparse.Namespace(**{**DEFAULTS, **found["options"], **options}), resume.resolve(), True
-    if "preset" not in options and options.get("data", DEFAULTS["data"]) == "digits":
-        options["preset"] = "digits"
-    preset = PRESETS[options.get("preset", DEFAULTS["preset"])]
-    options = {**DEFAULTS, **preset, **options}
-    default = Path("results") / time.strftime("membership-%Y%m%d-%H%M%S")
-    return argparse.Namespace(**options), (options["output"] or default).resolve(), False
-
-
-def _kept(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that a resumed audit takes over, from whatever directory it is resumed."""
-    dropped = ("output", "resume", "address", "cpus", "defences")
-    kept = {k: v for k, v in vars(options).items() if k not in dropped}
-    return kept if options.data in NAMED_DATA else kept | {"data": str(Path(options.data).expanduser().resolve())}
+def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
+    default = "digits" if given.get("data", DEFAULTS["data"]) == "digits" else DEFAULTS["preset"]
+    preset = given.get("preset", default)
+    return {**PRESETS[preset], **given, "preset": preset}
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, MembershipConfig]:
     """The data and the configuration, both checked: what is wrong shows before Ray starts."""
-    for name in ("steps", "points", "models", "cpus"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"Expected {name}={value} to be at least 1.")
+    cli.check_least(options, 1, "steps", "points", "models", "cpus")
     references = _dp_sgd(options)
-    if options.address is None and options.cpus is not None and options.cpus > _cpus():
-        raise ValueError(f"Expected cpus={options.cpus} to be at most the number of CPUs, {_cpus()}.")
+    cli.check_cpus("cpus", options.cpus, options.address)
     config = MembershipConfig(
         train=TrainConfig(
             model=ModelConfig(options.model, width=options.width),
@@ -230,10 +171,6 @@ def _dp_sgd(options: argparse.Namespace) -> tuple[DPSGDConfig, ...]:
         print("Without DP-SGD: the package opacus is not installed (pip install raytrust[dp]).", file=sys.stderr)
         return ()
     return tuple(wanted)
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ray import tune
 
+from raytrust import cli
 from raytrust.config import (
     CaptureConfig,
     Defence,
@@ -69,22 +68,19 @@ PRESETS: dict[str, dict[str, Any]] = {
                   capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed="soft", schedule="cosine",
                   portfolio=("naive", "aware")),
 }  # fmt: skip
+RUN = cli.Directory("privacy_frontier", "a sweep", "sweep.json", ("trials", "address", "parallel", "tracking_uri"))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        options, root, resumed = _resolve(options)
+    given = parser.parse_args(arguments)
+    with parser.refusing():
+        options, root = RUN.resolve(given, DEFAULTS, _with_preset)
         data, sweep = _prepare(options)
         from raytrust.store import open_store  # imports the attacks: not needed to refuse a wrong option
 
-        if not resumed and root.exists() and any(root.iterdir()):
-            hint = f"--resume {root}" if (root / "sweep.json").exists() else "another --output"
-            raise ValueError(f"Expected output={str(root)!r} to be empty or new, but it is not; give {hint}.")
-        store = open_store(root, sweep, data.fingerprint(), _kept(options))
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        RUN.check_free(root, options)
+        store = open_store(root, sweep, data.fingerprint(), RUN.keep(options, ("parallel",)))
     return _run(options, data, sweep, store)
 
 
@@ -93,53 +89,31 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
     from raytrust.sweep import Spaces, run_sweep
 
     spaces = Spaces(DEFENCE_SPACE, ATTACK_SPACE | {"capture_step": tune.choice(list(sweep.train.capture.steps))})
-    cpus = max(sweep.train.workers, _cpus())
-    try:
+
+    def work() -> int:
         rows = run_sweep(
             sweep,
             spaces,
             data,
             store,
             address=options.address,
-            cpus=cpus,
+            cpus=max(sweep.train.workers, cli.cpus()),
             tracking_uri=options.tracking_uri,
             parallel=options.parallel,
         )
-    except KeyboardInterrupt:
-        given = f" --address {options.address}" if options.address else ""
-        print(
-            f"\nInterrupted; what was finished is kept. Go on with: {_command()} --resume {store.root}{given}",
-            flush=True,
-        )
-        return 130
-    except (ValueError, OSError) as error:  # the cluster, the tracking store or the disk can't be used
-        print(f"privacy_frontier.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print("\n" + frontier_table(rows) + "\n")
-    for name in ("frontier.json", "frontier.png", "reconstructions.png", "captures"):
-        if (store.root / name).exists():
-            print(f"  {store.root / name}")
-    uri = options.tracking_uri or f"sqlite:///{store.root}/mlflow.db"
-    served = uri.startswith(("http://", "https://"))
-    place = uri if served else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
-    print(f"\nCompare the runs in the MLflow UI:\n  {place}")
-    return 0 if any(row["status"] == "finished" for row in rows) else 1
+        print("\n" + frontier_table(rows) + "\n")
+        cli.list_files(store.root, ("frontier.json", "frontier.png", "reconstructions.png", "captures"))
+        uri = options.tracking_uri or f"sqlite:///{store.root}/mlflow.db"
+        served = uri.startswith(("http://", "https://"))
+        place = uri if served else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+        print(f"\nCompare the runs in the MLflow UI:\n  {place}")
+        return 0 if any(row["status"] == "finished" for row in rows) else 1
+
+    return RUN.run(store.root, options, work)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="privacy_frontier.py",
-        description=(__doc__ or "").split("\n\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+def _parser() -> cli.Parser:
+    parser = cli.Parser("privacy_frontier.py", __doc__)
     add = parser.add_argument
     add("--data", metavar="SOURCE", help="digits, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
@@ -161,59 +135,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--vantage", choices=["link", "peer"], help="a worker's messages, or the collective's result")
     add("--batch-norm", choices=["eval", "train"], help="mode of batch norm when the private gradient is taken")
     add("--minimise-bytes", action="store_true", help="bytes per step as a third objective of the search")
-    add("--seed", type=int, metavar="N", help="of everything that is random")
-    add("--output", type=Path, metavar="DIR", help="a new directory for the results")
-    add("--resume", type=Path, metavar="DIR", help="go on with the sweep in DIR")
-    add("--address", metavar="ADDRESS", help="of a Ray cluster; a local one is started if none is given")
     add("--parallel", type=int, metavar="N", help="trials at once on a cluster that starts nodes for them")
-    add("--tracking-uri", metavar="URI", help="of an MLflow store; sqlite in the output directory if none is given")
+    parser.add_places("sweep")
     return parser
 
 
 # Options and their defaults, apart from what the preset says; None: not given.
 DEFAULTS: dict[str, Any] = dict(
     data="digits", image_size=None, preset="quick", defence=None, workers=2, stem="cifar", vantage="link",
-    batch_norm="eval", minimise_bytes=False, seed=0, output=None, resume=None, address=None, parallel=None,
-    tracking_uri=None,
+    batch_norm="eval", minimise_bytes=False, parallel=None, **cli.PLACES,
 )  # fmt: skip
-NAMED_DATA = ("digits", "cifar10", "cifar100", "mnist")
-RESUMABLE = ("trials", "address", "parallel", "tracking_uri", "resume")  # what may be given along with --resume
 
 
-def _resolve(given: argparse.Namespace) -> tuple[argparse.Namespace, Path, bool]:
-    """The options in full, the sweep's directory, and whether it is resumed."""
-    options = vars(given)
-    if (resume := options.get("resume")) is not None:
-        for name in options:
-            if name not in RESUMABLE:
-                flag = name.replace("_", "-")
-                raise ValueError(f"Expected --{flag} not to be given with --resume: the sweep keeps its own.")
-        from raytrust.store import read_json
-
-        found = read_json(resume / "sweep.json")
-        if found is None:
-            raise ValueError(f"Expected resume={str(resume)!r} to hold a sweep, but there is no sweep.json in it.")
-        if not isinstance(found, dict) or "options" not in found:
-            raise ValueError(f"Expected resume={str(resume)!r} to hold a sweep, but its sweep.json is not one's.")
-        return argparse.Namespace(**{**DEFAULTS, **found["options"], **options}), resume.resolve(), True
-    preset = PRESETS[options.get("preset", DEFAULTS["preset"])]
-    options = {**DEFAULTS, **preset, **options}
-    options["listed"] = options["trials"]  # a sweep that goes on with other trials keeps its list
-    default = Path("results") / time.strftime("privacy_frontier-%Y%m%d-%H%M%S")
-    return argparse.Namespace(**options), (options["output"] or default).resolve(), False
-
-
-def _kept(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that a resumed sweep takes over, from whatever directory it is resumed."""
-    kept = {k: v for k, v in vars(options).items() if k not in ("output", "resume", "address", "parallel")}
-    return kept if options.data in NAMED_DATA else kept | {"data": str(Path(options.data).expanduser().resolve())}
+def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
+    options = {**PRESETS[given.get("preset", DEFAULTS["preset"])], **given}
+    return options | {"listed": options["trials"]}  # a sweep that goes on with other trials keeps its list
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     """The data and the configuration, both checked: what is wrong shows before Ray starts."""
-    for name in ("trials", "steps", "images"):
-        if (value := getattr(options, name)) < 1:
-            raise ValueError(f"Expected {name}={value} to be at least 1.")
+    cli.check_least(options, 1, "trials", "steps", "images")
     if options.parallel is not None and (options.parallel < 1 or options.address is None):
         raise ValueError(f"Expected parallel={options.parallel} to be at least 1 and to be given with --address.")
     threat = Threat(vantage=options.vantage, batch_norm=options.batch_norm)
@@ -244,22 +185,13 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         attack_trials=options.attack_trials,
         bytes_objective=options.minimise_bytes,
     )
-    if options.address is None and options.workers > _cpus():
-        raise ValueError(f"Expected workers={options.workers} to be at most the number of CPUs, {_cpus()}.")
+    cli.check_cpus("workers", options.workers, options.address)
     from raytrust.data import load
     from raytrust.train import check_sizes
 
     data = load(options.data, image_size=options.image_size, seed=options.seed)
     check_sizes(sweep.train, len(data.train_labels))
     return data, sweep
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _command() -> str:
-    return f"python {sys.argv[0]}"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "config": set(),
     "metrics": set(),
     "lock": set(),
+    "cli": set(),
     "audit": {"metrics"},
     "data": set(),
     "channel": set(),

@@ -1,0 +1,151 @@
+"""What the programs in sweeps/ have in common: how they refuse, resume and end. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+NAMED_DATA = ("digits", "cifar10", "cifar100", "mnist")
+
+
+class Parser(argparse.ArgumentParser):
+    """Knows only options that were given, by their whole names. text: what the program does, up to an empty line."""
+
+    def __init__(self, program: str, text: str | None):
+        text = (text or "").split("\n\n")[0]
+        super().__init__(program, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """What turns out to be wrong within the block, as ValueError or OSError, is refused like a wrong option."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(_one_line(error))
+
+    def add_places(self, noun: str) -> None:
+        """The options on where a program's results, its cluster and its log are."""
+        add = self.add_argument
+        add("--seed", type=int, metavar="N", help="of everything that is random")
+        add("--output", type=Path, metavar="DIR", help="a new directory for the results")
+        add("--resume", type=Path, metavar="DIR", help=f"go on with the {noun} in DIR")
+        add("--address", metavar="ADDRESS", help="of a Ray cluster; a local one is started if none is given")
+        add("--tracking-uri", metavar="URI", help="of an MLflow store; sqlite in the output directory if none is given")
+
+
+PLACES: dict[str, Any] = dict(seed=0, output=None, resume=None, address=None, tracking_uri=None)  # their defaults
+
+
+@dataclass(frozen=True)
+class Directory:
+    """Where a program's run lies. noun: what such a run is called, with its article. file: marks its directory, and
+    holds its options. changeable: options that may be given along with --resume."""
+
+    program: str
+    noun: str
+    file: str
+    changeable: tuple[str, ...]
+
+    def resolve(
+        self, given: Namespace, defaults: dict[str, Any], new: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    ) -> tuple[Namespace, Path]:
+        """The options in full, and the run's directory: a resumed run keeps its own options.
+
+        new: what the options given for a new run amount to, apart from the defaults. Raises ValueError for a directory
+        that can't be resumed, or an option that can't be changed.
+        """
+        options = vars(given)
+        if (resume := options.get("resume")) is not None:
+            options = {**self._kept(resume, options), **options}
+        else:
+            options = new(options)
+        options = {**defaults, **options}
+        default = Path("results") / time.strftime(f"{self.program}-%Y%m%d-%H%M%S")
+        return Namespace(**options), (resume or options["output"] or default).resolve()
+
+    def _kept(self, resume: Path, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name not in ("resume", *self.changeable):
+                flag, noun = name.replace("_", "-"), self.noun.split()[-1]
+                raise ValueError(f"Expected --{flag} not to be given with --resume: the {noun} keeps its own.")
+        try:
+            found: dict[str, Any] = json.loads((resume / self.file).read_text())["options"]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ValueError(
+                f"Expected resume={str(resume)!r} to hold {self.noun}, but it holds no {self.file} of one."
+            ) from None
+        return found
+
+    def keep(self, options: Namespace, dropped: Sequence[str] = ()) -> dict[str, Any]:
+        """The options that a resumed run takes over, from whatever directory it is resumed."""
+        dropped = ("output", "resume", "address", *dropped)
+        kept = {k: v for k, v in vars(options).items() if k not in dropped}
+        if kept.get("data", "digits") not in NAMED_DATA:
+            kept["data"] = str(Path(kept["data"]).expanduser().resolve())
+        return kept
+
+    def check_free(self, root: Path, options: Namespace) -> None:
+        """Raises ValueError if a new run would write into a directory that holds something, OSError if it is a file."""
+        if options.resume is None and root.exists() and any(root.iterdir()):
+            hint = f"--resume {root}" if (root / self.file).exists() else "another --output"
+            raise ValueError(f"Expected output={str(root)!r} to be empty or new, but it is not; give {hint}.")
+
+    def run(self, root: Path, options: Namespace, work: Callable[[], int]) -> int:
+        """The exit code of `work`. 130 after Ctrl-C, with the command that goes on; 2 where it can't be done: the
+        cluster, the tracking store or the disk can't be used."""
+        try:
+            return work()
+        except KeyboardInterrupt:
+            print(f"\nInterrupted; what was finished is kept. Go on with: {resumption(root, options)}", flush=True)
+            return 130
+        except (ValueError, OSError) as error:
+            print(f"{self.program}.py: error: {_one_line(error)}", file=sys.stderr)
+            return 2
+
+
+def resumption(root: Path, options: Namespace) -> str:
+    """The command that goes on with the run in `root`."""
+    address = f" --address {options.address}" if options.address else ""
+    return f"python {sys.argv[0]} --resume {root}{address}"
+
+
+def list_files(root: Path, names: Sequence[str]) -> None:
+    """Print which of these there are."""
+    for name in names:
+        if (root / name).exists():
+            print(f"  {root / name}")
+
+
+def check_cpus(name: str, value: int | None, address: str | None) -> None:
+    """Raises ValueError if a Ray on this machine would need more CPUs than it has."""
+    if address is None and value is not None and value > cpus():
+        raise ValueError(f"Expected {name}={value} to be at most the number of CPUs, {cpus()}.")
+
+
+def check_least(options: Namespace, least: int, *names: str) -> None:
+    """Raises ValueError if one of these options is given and less than that."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ValueError(f"Expected {name}={value} to be at least {least}.")
+
+
+def cpus() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
