@@ -6,8 +6,9 @@ where the last ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,19 @@ import torch
 from raytrust.cluster.runtime import cluster
 from raytrust.cluster.shadows import train_shadows
 from raytrust.cluster.units import run_units
-from raytrust.config import digest
+from raytrust.config import Arm, digest
 from raytrust.data import Dataset
 from raytrust.lock import exclusive
 from raytrust.paper.assemble import Report, assemble, audit_config
 from raytrust.paper.plan import Budget, Setting
 from raytrust.paper.progress import Progress, costs
-from raytrust.paper.selection import Plan, nearest, plan_for, strongest, tried
+from raytrust.paper.selection import NOT_FINISHED, Plan, chosen, plan_for, worst_units
 from raytrust.paper.units import Unit, UnitStore
 from raytrust.paper.write import ARTIFACTS, write_report
 from raytrust.published import CELLS, CITATION, TABLE_1, TITLES
-from raytrust.shadows import draw_pool, open_shadows
+from raytrust.shadows import Kind, ShadowStore, draw_pool, open_shadows
 from raytrust.store import read_json, write_json
 from raytrust.tracking import Tracker, default_uri
-
-Jobs = Sequence[tuple[UnitStore, Unit]]
 
 
 @dataclass(frozen=True)
@@ -80,147 +79,191 @@ def run_paper(
     address: str | None = None,
     cpus: int = 2,
     tracking_uri: str | None = None,
+    hours: float | None = None,
     spread: bool = True,
 ) -> Report:
     """Do what is not done yet, write the report into `root` and log it. data: by the names in `config.datasets`.
 
-    spread: over Ray; without, all is done in this process. KeyboardInterrupt passes through; what was finished stays.
+    hours: after which no further piece is begun; those that run are finished. spread: over Ray; without, all is done in
+    this process. KeyboardInterrupt passes through, after the report of what is finished.
     """
-    run = _Run(config, data, root, Progress(cpus if spread else 1), spread)
+    until = None if hours is None else time.time() + 3600 * hours
+    run = _Run(config, data, root, Progress(cpus if spread else 1), spread, until)
+    interrupt: KeyboardInterrupt | None = None
     with exclusive(root):
         tracker = Tracker(tracking_uri or default_uri(root), root, experiment="raytrust paper tables")
         tags = {"raytrust.kind": "paper tables", "seeds": [config.seed], "paper": CITATION}
         parameters = {"budget": config.budget.name, "tables": config.tables, "datasets": config.datasets}
         tracker.begin_sweep(f"paper tables {root.name}", parameters, tags)
         try:
-            with cluster(address, cpus) if spread else nullcontext():
-                run.all()
+            try:
+                with cluster(address, cpus) if spread else nullcontext():
+                    run.all()
+            except KeyboardInterrupt as error:
+                interrupt = error
+            run.say_what_is_left(interrupt is not None)
             report = assemble(config.budget, config.tables, config.images, config.seed, data, root)
             write_report(report, root)
             _log(tracker, report, root)
         except BaseException as error:
             tracker.end_sweep("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-        tracker.end_sweep("FINISHED", [root / name for name in ARTIFACTS if (root / name).exists()])
+        written = [root / name for name in ARTIFACTS if (root / name).exists()]
+        tracker.end_sweep("KILLED" if report.unfinished[0] else "FINISHED", written)
+    if interrupt is not None:
+        raise interrupt
     return report
 
 
 class _Run:
-    """The phases: what comes later depends on what came before."""
+    """The phases: what comes later depends on what came before. One data set after another, and of each table 1 before
+    table 2, so that a run cut short has some of them whole."""
 
-    def __init__(self, config: PaperConfig, data: dict[str, Dataset], root: Path, progress: Progress, spread: bool):
-        self._config, self._root, self._progress, self._spread = config, root, progress, spread
+    def __init__(
+        self,
+        config: PaperConfig,
+        data: dict[str, Dataset],
+        root: Path,
+        progress: Progress,
+        spread: bool,
+        until: float | None = None,
+    ):
+        self._config, self._root, self._progress, self._spread, self._until = config, root, progress, spread, until
         self._data = data
-        self._by_fingerprint = {d.fingerprint(): d for d in data.values()}
+        self._audit_config = audit_config(config.budget, config.seed)
         self._stores = {name: UnitStore(root, d.fingerprint()) for name, d in data.items()}
         self._plans = {name: plan_for(name, d, config.budget, config.images, config.seed) for name, d in data.items()}
 
     def all(self) -> None:
+        """Until all is done, or it is too late."""
         for store in self._stores.values():
             store.clear_failures()
-        models = self._audits_left()
-        if 1 in self._config.tables:
-            later = self._jobs(lambda n, p: _guess(p))
-            self._phase(self._jobs(lambda n, p: p.trainings()), "training victims", later, models)
-            first = self._jobs(lambda n, p: [*(u for some in p.search().values() for u in some), *p.theory().values()])
-            self._phase(first, "searching the paper's setting, testing its theory", later, models)
-            for name, (near, _) in self._settings().items():
-                self._progress.say(f"{TITLES[name]}: nearest to the paper is {near.name}")
-            later = self._jobs(lambda n, p: _fourth(p, *self._setting(n)))
-            third = self._jobs(lambda n, p: _third(p, *self._setting(n)))
-            self._phase(third, "table 1: naive and aware attacks, and the search for the worst case", later, models)
-            fourth = self._jobs(lambda n, p: worst_units(p, self._stores[n], *self._setting(n)))
-            self._phase(fourth, "table 1: the worst case", [], models)
-        if 2 in self._config.tables:
-            self._progress.audit_begins()
-            for name in self._data:
+        for name in self._data:
+            for what, units in self._phases(name) if 1 in self._config.tables else ():
+                self._do(name, what, units)
+                if self._too_late():
+                    return
+            if 2 in self._config.tables:
                 self._audit(name)
+                if self._too_late():
+                    return
 
-    def _settings(self) -> dict[str, tuple[Setting, Setting]]:
-        return {name: self._setting(name) for name in self._plans}
+    def say_what_is_left(self, interrupted: bool) -> None:
+        """A line, if that is why the run ended."""
+        self._expect()
+        pieces, minutes = self._progress.pieces_left(), self._progress.minutes_left()
+        if pieces and (interrupted or self._too_late()):
+            why = "interrupted" if interrupted else "time is up"
+            self._progress.say(f"{why}: {pieces} pieces are left, about {minutes:.0f} min")
 
-    def _setting(self, name: str) -> tuple[Setting, Setting]:
-        found = tried(self._stores[name], self._plans[name].search())
-        return nearest(found, name), strongest(found)
+    def _phases(self, name: str) -> Iterator[tuple[str, list[Unit]]]:
+        """What is to be done for table 1 and section 3, each phase known when the one before it is done."""
+        plan, store = self._plans[name], self._stores[name]
+        yield "training victims", _dear_first(plan.trainings())
+        yield "searching the paper's setting", _dear_first(u for some in plan.search().values() for u in some)
+        if (settings := chosen(store, plan)) is None:
+            return  # it is too late
+        self._progress.say(f"{TITLES[name]}: nearest to the paper is {settings[0].name}")
+        table, portfolio = _table_1(plan, settings)
+        theory = _dear_first(plan.theory().values())
+        yield "table 1: naive and aware attacks, search for the worst case, section 3", [*table, *portfolio, *theory]
+        worst = [worst_units(store, plan, settings, cell) for cell in CELLS]
+        yield "table 1: the worst case", _dear_first(u for some in worst if not isinstance(some, str) for u in some)
 
-    def _jobs(self, units: Callable[[str, Plan], Sequence[Unit]]) -> list[tuple[UnitStore, Unit]]:
-        return [
-            (self._stores[name], unit)
-            for name, plan in self._plans.items()
-            for unit in self._stores[name].missing(units(name, plan))
-        ]
+    def _left(self, name: str) -> list[Unit]:
+        """The units of table 1 that are not done: of phases yet unknown a guess."""
+        plan, store = self._plans[name], self._stores[name]
+        settings, known = _guess(plan), False
+        with suppress(ValueError):  # all of the search failed: there is nothing more to do
+            found = chosen(store, plan)
+            settings, known = found or settings, found is not None
+        units = [*plan.trainings(), *(u for some in plan.search().values() for u in some), *plan.theory().values()]
+        units += [u for some in _table_1(plan, settings) for u in some]
+        other = replace(settings[1], attack=replace(settings[1].attack, tv=0.5))  # no attack of the portfolio's
+        for cell in CELLS:
+            worst = worst_units(store, plan, settings, cell) if known else NOT_FINISHED
+            units += plan.worst(other, cell, settings[0]) if isinstance(worst, str) else worst
+        return store.missing(units)
 
-    def _phase(self, jobs: Jobs, what: str, later: Jobs, models: int) -> None:
+    def _expect(self) -> None:
+        """Tell the progress what is left in all."""
+        units = [u for name in self._data if 1 in self._config.tables for u in self._left(name)]
+        of = costs(units)
         for kind in ("training", "attack", "theory"):
-            count, cost = costs([u for _, u in (*jobs, *later)]).get(kind, (0, 0.0))
-            self._progress.expect(kind, count, cost)
+            self._progress.expect(kind, *of.get(kind, (0, 0.0)))
+        models = sum(len(self._models_left(name)) for name in self._data) if 2 in self._config.tables else 0
         self._progress.expect("models", models, float(models))
-        if not jobs:
+
+    def _do(self, name: str, what: str, units: Sequence[Unit]) -> None:
+        store, data = self._stores[name], self._data[name]
+        missing = store.missing(units)
+        if not missing:
             return
-        self._progress.say(f"{what}: {len(jobs)} pieces; about {self._progress.minutes_left():.0f} min left in all")
+        self._begin(f"{TITLES[name]}, {what}: {len(missing)} pieces")
         if self._spread:
-            run_units(jobs, self._by_fingerprint, self._progress)
+            run_units([(store, u) for u in missing], {store.fingerprint: data}, self._progress, self._until)
             return
         torch.set_num_threads(1)
-        for store, unit in jobs:
+        for unit in missing:
+            if self._too_late():
+                return
             try:
-                self._progress.ended(unit, store.run(unit, self._by_fingerprint[store.fingerprint]))
+                self._progress.ended(unit, store.run(unit, data))
             except (ValueError, FloatingPointError) as error:
                 store.fail(unit, str(error))
                 self._progress.ended(unit, None, str(error))
 
-    def _audits_left(self) -> int:
-        if 2 not in self._config.tables:
-            return 0
-        config, left = audit_config(self._config.budget, self._config.seed), 0
-        for name, dataset in self._data.items():
-            store = open_shadows(self._root / f"membership-{name}", config, dataset.fingerprint(), {})
-            left += sum(not store.path(config, arm, m, kind).exists() for kind, arm, m in store.jobs(config))
-        return left
-
     def _audit(self, name: str) -> None:
-        config, dataset = audit_config(self._config.budget, self._config.seed), self._data[name]
-        store = open_shadows(self._root / f"membership-{name}", config, dataset.fingerprint(), {})
+        config, data, store = self._audit_config, self._data[name], self._shadows(name)
         store.clear_failures()
-        self._progress.say(f"table 2, {TITLES[name]}: {config.models} models of {len(config.arms)} defences")
-        if self._spread:
-            train_shadows(config, dataset, store, self._progress)
+        if not (left := self._models_left(name)):
             return
-        for kind, arm, model in store.jobs(config):
+        self._begin(f"{TITLES[name]}, table 2: {len(left)} models of {len(config.arms)} defences")
+        self._progress.audit_begins()
+        if self._spread:
+            train_shadows(config, data, store, self._progress, self._until)
+            return
+        for kind, arm, model in left:
+            if self._too_late():
+                return
             try:
-                store.run(config, arm, model, kind, dataset)
+                store.run(config, arm, model, kind, data)
                 self._progress.finished("models", store.arm_id(config, arm), {"kind": kind, "model": model})
             except (ValueError, FloatingPointError) as error:
                 store.fail(config, arm, model, kind, str(error))
                 self._progress.failed("models", arm.name, str(error))
 
+    def _begin(self, what: str) -> None:
+        self._expect()
+        self._progress.say(f"{what}; about {self._progress.minutes_left():.0f} min left in all")
 
-def _guess(plan: Plan) -> list[Unit]:
-    """What the last two phases will be like, as long as the search has not said so."""
+    def _shadows(self, name: str) -> ShadowStore:
+        return open_shadows(self._root / f"membership-{name}", self._audit_config, self._stores[name].fingerprint, {})
+
+    def _models_left(self, name: str) -> list[tuple[Kind, Arm, int]]:
+        config, store = self._audit_config, self._shadows(name)
+        return [(k, arm, m) for k, arm, m in store.jobs(config) if not store.path(config, arm, m, k).exists()]
+
+    def _too_late(self) -> bool:
+        return self._until is not None and time.time() >= self._until
+
+
+def _dear_first(units: Iterable[Unit]) -> list[Unit]:
+    """So that at the end of a phase no processor waits for long."""
+    return sorted(units, key=lambda unit: -unit.cost)
+
+
+def _guess(plan: Plan) -> tuple[Setting, Setting]:
+    """What the search may choose, as long as it has not."""
     settings = plan.budget.search(plan.seed)
-    return [*_third(plan, settings[0], settings[-1]), *_fourth(plan, settings[0], settings[-1])]
+    return settings[0], settings[-1]
 
 
-def _third(plan: Plan, near: Setting, strong: Setting) -> list[Unit]:
-    table = [u for some in plan.table(near).values() for u in some]
-    tuning = [u for cell in CELLS for some in plan.portfolio(near, strong, cell).values() for u in some]
-    return [*table, *tuning]
-
-
-def _fourth(plan: Plan, near: Setting, strong: Setting) -> list[Unit]:
-    """A guess at the last phase: another attack for each cell."""
-    other = replace(strong, attack=replace(strong.attack, tv=0.5))
-    return [u for cell in CELLS for u in plan.worst(other, cell, near)]
-
-
-def worst_units(plan: Plan, store: UnitStore, near: Setting, strong: Setting) -> list[Unit]:
-    """The attacks of the worst case, as far as one was chosen."""
-    found: list[Unit] = []
-    for cell in CELLS:
-        chosen = {s: f for s, f in tried(store, plan.portfolio(near, strong, cell)).items() if f.ssim is not None}
-        if chosen:
-            found += plan.worst(strongest(chosen), cell, near)
-    return found
+def _table_1(plan: Plan, settings: tuple[Setting, Setting]) -> tuple[list[Unit], list[Unit]]:
+    """The attacks at the nearest setting, and those among which the worst case is sought."""
+    table = [u for some in plan.table(settings[0]).values() for u in some]
+    portfolio = [u for cell in CELLS for some in plan.portfolio(*settings, cell).values() for u in some]
+    return _dear_first(table), _dear_first(portfolio)
 
 
 def _log(tracker: Tracker, report: Report, root: Path) -> None:
@@ -230,4 +273,6 @@ def _log(tracker: Tracker, report: Report, root: Path) -> None:
             metrics, parameters = report.metrics(dataset, cell), {"dataset": dataset, "compressor": cell[0]}
             name = f"{TITLES[dataset]} {cell[0]}" + (f" {cell[1]}" if cell[1] else "")
             reason = report.failure(dataset, cell) if not metrics else ""
+            if not metrics and not reason:
+                continue  # not finished
             tracker.measured(f"{dataset}/{cell[0]}/{cell[1]}", name, parameters | {"rank": cell[1]}, metrics, reason)

@@ -105,7 +105,7 @@ def test_theory() -> None:
     assert theory_claims(broken)[0].verdict == "not reproduced"
     below = [*rows, theory_row(("powersgd", 1), discarded=0.7, svd=0.7)]  # better than the best of its rank
     assert theory_claims(below)[0].verdict == "not reproduced"
-    bound = [theory_row(cell, aware_at_truth=0.1) for cell in COMPRESSED]
+    bound = [theory_row(CELLS[0]), *(theory_row(cell, aware_at_truth=0.1) for cell in COMPRESSED)]
     assert theory_claims(bound)[1].verdict == "not decided at this sample size"
     assert theory_claims([theory_row(("none", None))]) == []
 

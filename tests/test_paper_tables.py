@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from paper_fixtures import MICRO, digits
 
@@ -41,10 +45,11 @@ def program() -> ModuleType:
 def run(root: Path, **changes: Any) -> Any:
     from raytrust.paper_tables import PaperConfig, open_run, run_paper
 
+    hours = changes.pop("hours", None)
     config = replace(PaperConfig(MICRO, datasets=("mnist",)), **changes)
     data = {"mnist": digits()}
     open_run(root, config, data, {})
-    return run_paper(config, data, root, spread=False)
+    return run_paper(config, data, root, spread=False, hours=hours)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +140,74 @@ def test_a_unit_that_fails_is_a_row_without_a_number(tmp_path: Path, monkeypatch
     assert not (tmp_path / "table2.csv").exists()
 
 
+# --- a run that is cut short ---
+
+
+def statuses(root: Path, table: int = 1) -> list[str]:
+    return [r["status"] for r in csv.DictReader(StringIO((root / f"table{table}.csv").read_text()))]
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 12])
+def test_an_interrupted_run_reports_what_is_finished(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pieces: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work, done = UnitStore.run, []
+
+    def stops(self: UnitStore, unit: Any, data: Any) -> float:
+        if len(done) == pieces:
+            raise KeyboardInterrupt
+        done.append(unit)
+        return work(self, unit, data)
+
+    with monkeypatch.context() as context:
+        context.setattr(UnitStore, "run", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert "interrupted: " in capsys.readouterr().out
+    found = statuses(tmp_path)
+    assert len(found) == 3 * len(CELLS)
+    assert set(found) <= {"finished", "not finished"}
+    assert ("finished" in found) == (pieces > 1)  # of which one is the search
+    assert set(statuses(tmp_path, 2)) == {"not finished"}
+    for row in csv.DictReader(StringIO((tmp_path / "table1.csv").read_text())):
+        assert (row["ours"] == "") == (row["status"] == "not finished")
+    page = (tmp_path / "report.html").read_text()
+    assert "failed" not in page.lower()
+    assert "Not finished: " in page
+    assert page.count(">reproduced<") == 0
+    run(tmp_path)
+    for name in ("table1.csv", "table2.csv"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_run_whose_time_is_up_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run(tmp_path, hours=1e-9)
+    assert report.unfinished == (4 * len(CELLS), 4 * len(CELLS))
+    text = capsys.readouterr().out
+    left = re.search(r"time is up: (\d+) pieces are left, about \d+ min", text)
+    assert left is not None
+    assert int(left[1]) > 100
+    assert run(tmp_path, hours=1.0).unfinished[0] == 0
+    assert "pieces are left" not in capsys.readouterr().out
+
+
+def test_one_data_set_after_another_and_table_1_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raytrust.paper_tables import PaperConfig, _Run
+
+    data = {"mnist": digits(), "cifar10": replace(digits(), name="cifar10")}
+    run = _Run(PaperConfig(MICRO, datasets=("mnist", "cifar10")), data, tmp_path, Progress(1), spread=False)
+    order: list[tuple[str, str]] = []
+    monkeypatch.setattr(_Run, "_phases", lambda self, name: [("a", []), ("b", [])])
+    monkeypatch.setattr(_Run, "_do", lambda self, name, what, units: order.append((name, what)))
+    monkeypatch.setattr(_Run, "_audit", lambda self, name: order.append((name, "audit")))
+    run.all()
+    assert order == [(name, what) for name in ("mnist", "cifar10") for what in ("a", "b", "audit")]
+
+
 def test_rows_as_csv() -> None:
     setting = Setting(Victim(width=4), InversionConfig("naive"))
     rows = [
@@ -175,6 +248,8 @@ def test_the_time_left_follows_from_what_was_measured(capsys: pytest.CaptureFixt
         (["--data-dir", "nowhere"], "nowhere/cifar10.npz"),
         (["--images", "1"], "Expected images=1 to be at least 2."),
         (["--seed", "-1"], "Expected seed=-1 to be at least 0."),
+        (["--hours", "0"], "Expected hours=0 to be positive and finite."),
+        (["--hours", "nan"], "Expected hours=nan to be positive and finite."),
         (["--cpus", "100000"], "Expected cpus=100000 to be at most the number of CPUs"),
         (["--budget", "huge"], "--budget"),
         (["--resume", "nowhere"], "Expected resume='nowhere' to hold a run"),
@@ -204,17 +279,47 @@ def test_a_directory_in_use_is_refused(program: ModuleType, finished: Path, caps
     assert f"give --resume {finished}" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_command_on_ray_gives_the_same_tables_twice(tmp_path: Path) -> None:
-    """As a user runs it, on digits in the place of MNIST."""
-    import numpy as np
+# --- true processes ---
 
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """As a user runs it, on digits in the place of MNIST."""
     data = digits()
     arrays = {n: getattr(data, n).numpy() for n in ("train_images", "train_labels", "test_images", "test_labels")}
     np.savez(tmp_path / "mnist.npz", **{k: v[:, 0] if v.ndim == 4 else v for k, v in arrays.items()})
-    for name in ("a", "b"):
-        command = [sys.executable, str(PROGRAM), "--budget", "tiny", "--datasets", "mnist", "--cpus", "2"]
-        command += ["--data-dir", str(tmp_path), "--output", str(tmp_path / name)]
-        subprocess.run(command, check=True, timeout=1200, cwd=tmp_path)
+    command = [sys.executable, str(PROGRAM), "--budget", "tiny", "--datasets", "mnist", "--cpus", "2"]
+    return [*command, "--data-dir", str(tmp_path)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_on_ray_an_interrupted_run_and_a_whole_one_come_to_the_same(command: list[str], tmp_path: Path) -> None:
+    """Ctrl-C amid the attacks, then no time at all, then the rest; beside a run without interruption."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run([*command, "--output", str(whole)], check=True, timeout=1200, cwd=tmp_path)
+    begun = subprocess.Popen(
+        [*command, "--output", str(parts)], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert begun.stdout is not None
+    for line in begun.stdout:
+        if "table 1: naive" in line:
+            break
+    until = time.monotonic() + 600
+    while len(list((parts / "units").glob("*.json"))) < 30 and time.monotonic() < until:
+        time.sleep(0.1)
+    os.killpg(begun.pid, signal.SIGINT)  # as a terminal sends it: to the workers, too
+    rest = begun.stdout.read()
+    assert begun.wait(timeout=120) == 130
+    assert re.search(r"interrupted: \d+ pieces are left, about \d+ min", rest), rest
+    assert f"--resume {parts}" in rest
+    assert "Traceback" not in rest
+    assert set(statuses(parts)) <= {"finished", "not finished"}
+    resume = [sys.executable, str(PROGRAM), "--resume", str(parts), "--cpus", "2"]
+    short = subprocess.run([*resume, "--hours", "1e-6"], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert short.returncode == 0, short.stderr
+    assert re.search(r"time is up: \d+ pieces are left", short.stdout), short.stdout
+    assert f"Not finished. Go on with: python {PROGRAM} --resume {parts}" in short.stdout
+    subprocess.run(resume, check=True, timeout=1200, cwd=tmp_path)
     for table in ("table1.csv", "table2.csv"):
-        assert (tmp_path / "a" / table).read_bytes() == (tmp_path / "b" / table).read_bytes()
+        assert (parts / table).read_bytes() == (whole / table).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
@@ -14,10 +15,13 @@ from raytrust.data import Dataset
 from raytrust.shadows import Kind, ShadowStore
 
 
-def train_shadows(config: MembershipConfig, data: Dataset, store: ShadowStore, listener: Listener) -> None:
+def train_shadows(
+    config: MembershipConfig, data: Dataset, store: ShadowStore, listener: Listener, until: float | None = None
+) -> None:
     """Train every model that the store does not hold. One that fails is recorded with its reason; the others go on.
 
-    The listener hears of each model under its arm's id; the result's keys are "kind" and "model".
+    until: by the clock, when the last model may be begun; the others are left out, and the listener is not told.
+    It hears of each model under its arm's id; the result's keys are "kind" and "model".
     """
     jobs = [job for job in store.jobs(config) if not store.path(config, job[1], job[2], job[0]).exists()]
     if not jobs:
@@ -27,7 +31,7 @@ def train_shadows(config: MembershipConfig, data: Dataset, store: ShadowStore, l
     waiting: dict[Any, tuple[Kind, Any, int]] = {}
     for kind, arm, model in jobs:
         place = config.arms.index(arm)
-        waiting[task.remote(store, to_dict(config), place, model, kind, [data_ref])] = (kind, arm, model)
+        waiting[task.remote(store, to_dict(config), place, model, kind, [data_ref], until)] = (kind, arm, model)
         listener.started("models", store.arm_id(config, arm), arm.name)
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=0.5)
@@ -35,17 +39,27 @@ def train_shadows(config: MembershipConfig, data: Dataset, store: ShadowStore, l
         for ref in done:
             kind, arm, model = waiting.pop(ref)
             try:
-                ray.get(ref)
-                listener.finished("models", store.arm_id(config, arm), {"kind": kind, "model": model})
+                if ray.get(ref):
+                    listener.finished("models", store.arm_id(config, arm), {"kind": kind, "model": model})
             except ray.exceptions.RayError as error:
                 store.fail(config, arm, model, kind, one_line(error))
                 listener.failed("models", store.arm_id(config, arm), one_line(error))
 
 
 def _train(
-    store: ShadowStore, config: dict[str, Any], place: int, model: int, kind: Kind, data: list[ray.ObjectRef]
-) -> None:
-    """A model of the arm at this place. Wrapped in a list, the data stays a reference until it is needed."""
+    store: ShadowStore,
+    config: dict[str, Any],
+    place: int,
+    model: int,
+    kind: Kind,
+    data: list[ray.ObjectRef],
+    until: float | None,
+) -> bool:
+    """A model of the arm at this place, unless it is too late. Wrapped in a list, the data stays a reference until it
+    is needed."""
+    if until is not None and time.time() >= until:
+        return False
     torch.set_num_threads(1)
     audit = from_dict(MembershipConfig, config)
     store.run(audit, audit.arms[place], model, kind, ray.get(data[0]))
+    return True

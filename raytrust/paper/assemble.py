@@ -19,15 +19,16 @@ from raytrust.paper.rows import membership_rows, similarity_row, with_percent
 from raytrust.paper.selection import (
     AWARE,
     NAIVE,
+    NOT_FINISHED,
     WORST,
     Found,
     Plan,
+    chosen,
     common_nearest,
     join,
-    nearest,
     plan_for,
-    strongest,
     tried,
+    worst_units,
 )
 from raytrust.paper.units import Attack, UnitStore
 from raytrust.paper.verdicts import Claim, Table, protection
@@ -94,9 +95,16 @@ class Report:
         return found
 
     def failure(self, dataset: str, cell: Cell) -> str:
+        """Why a cell failed, empty if it didn't."""
         rows = [r for r in (*self.table_1, *self.table_2) if r["dataset"] == dataset and r["status"] == "failed"]
         reasons = [r["reason"] for r in rows if (r["compressor"], r["rank_or_level"]) == cell]
-        return reasons[0] if reasons else "not finished"
+        return reasons[0] if reasons else ""
+
+    @property
+    def unfinished(self) -> tuple[int, int]:
+        """(how many figures of table 1 and rows of table 2 are not finished, of how many)."""
+        rows = [*self.table_1, *(row for audit in self.audits.values() for row in audit)]
+        return sum(r["status"] == NOT_FINISHED for r in rows), len(rows)
 
 
 def audit_config(budget: Budget, seed: int) -> MembershipConfig:
@@ -133,36 +141,34 @@ def assemble(
 
 def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
     name = plan.dataset
-    search = report.search[name] = tried(store, plan.search())
-    near = report.nearest[name] = nearest(search, name)
-    strong, images = strongest(search), report.images.setdefault(name, {})
-    table = plan.table(near)
-    count = 0
+    report.search[name], images = tried(store, plan.search()), report.images.setdefault(name, {})
+    settings = chosen(store, plan)
+    if settings is not None:
+        report.nearest[name] = settings[0]
+        report.portfolio[name] = sum(len(plan.portfolio(*settings, cell)) for cell in CELLS)
     for cell in CELLS:
-        kinds: dict[str, tuple[Setting, list[Attack]]] = {
-            kind: (Setting(near.victim, table[cell, kind][0].attack), table[cell, kind]) for kind in (NAIVE, AWARE)
-        }
-        portfolio = tried(store, plan.portfolio(near, strong, cell))
-        count += len(portfolio)
-        finished = {s: f for s, f in portfolio.items() if f.ssim is not None}
-        if finished:
-            units = plan.worst(strongest(finished), cell, near)
-            kinds[WORST] = Setting(units[0].victim, units[0].attack), units
-        for kind, (setting, units) in kinds.items():
-            found = join(store, units)
+        for kind, units in _attacks(plan, store, settings, cell).items():
+            found = Found(None, units) if isinstance(units, str) else join(store, units)
+            setting = None if isinstance(units, str) else Setting(units[0].victim, units[0].attack)
             report.table_1.append(similarity_row(name, cell, kind, setting, found))
             if found.ssim is not None:
-                parts = [store.images(u) for u in units]
+                parts = [store.images(u) for u in units if isinstance(u, Attack)]
                 images[cell, kind] = np.concatenate([p["reconstructions"] for p in parts]), found.ssim
                 report.originals[name] = np.concatenate([p["originals"] for p in parts])
-        if WORST not in kinds:
-            reasons = sorted({f.reason for f in portfolio.values()})
-            report.table_1.append(similarity_row(name, cell, WORST, near, Found(None, "; ".join(reasons))))
-    report.portfolio[name] = count
     for (step, cell), unit in plan.theory().items():
         figures = store.figures(unit)
         if figures is not None:
             report.theory.append({"dataset": name, "step": step, "cell": cell, "n": len(unit.images), **figures})
+
+
+def _attacks(
+    plan: Plan, store: UnitStore, settings: tuple[Setting, Setting] | None, cell: Cell
+) -> dict[str, list[Attack] | str]:
+    """The units behind each figure of a cell, or why there are none."""
+    if settings is None:
+        return dict.fromkeys((NAIVE, AWARE, WORST), NOT_FINISHED)
+    table = plan.table(settings[0])
+    return {kind: table[cell, kind] for kind in (NAIVE, AWARE)} | {WORST: worst_units(store, plan, settings, cell)}
 
 
 def _membership(report: Report, name: str, data: Dataset, root: Path) -> None:
@@ -171,6 +177,9 @@ def _membership(report: Report, name: str, data: Dataset, root: Path) -> None:
     pool = draw_pool(config, data)
     labels = data.test_labels.numpy()
     audit = report.audits[name] = [membership_row(store, config, arm, pool, labels) for arm in config.arms]
+    for row in audit:
+        if row.get("reason") == NOT_FINISHED:
+            row["status"] = NOT_FINISHED
     train = config.train
     setting = (
         f"{config.models} {train.model.name}s of width {train.model.width}, {train.steps} steps of {train.batch_size} "

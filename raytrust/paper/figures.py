@@ -66,9 +66,11 @@ def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
 
 def frontier(report: Report, path: Path) -> None:
     """SSIM by defence and the bytes that it sends, a row a data set: the paper's and ours, with 95 % intervals."""
-    fig = Figure(figsize=(11, 0.9 + 3.6 * len(report.datasets)), dpi=150)
-    axes = fig.subplots(len(report.datasets), 2, sharey="row", squeeze=False)
-    for line, dataset in zip(axes, report.datasets, strict=True):
+    done = {r["dataset"] for r in report.table_1 if r["status"] == "finished"}
+    datasets = [d for d in report.datasets if d in done]
+    fig = Figure(figsize=(11, 0.9 + 3.6 * len(datasets)), dpi=150)
+    axes = fig.subplots(len(datasets), 2, sharey="row", squeeze=False)
+    for line, dataset in zip(axes, datasets, strict=True):
         for ax, (method, name) in zip(line, (("powersgd", "PowerSGD"), ("topk", "Top-K")), strict=True):
             cells = [c for c in CELLS if c[0] == method]
             _curves(ax, report, dataset, [*cells, CELLS[0]])

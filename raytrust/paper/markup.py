@@ -13,6 +13,7 @@ STYLE = """:root{color-scheme:light}
 body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:1.2rem auto;padding:0 1rem;color:#1d1d1f;background:#fff}
 h1{font-size:1.45rem;line-height:1.25;margin:.2rem 0 .4rem}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
 h3{font-size:1rem;margin:1.2rem 0 .3rem}p{max-width:62rem;margin:.4rem 0}
+.warning{border-left:5px solid #D55E00;padding:.2rem .7rem}
 .answer{font-size:1.08rem;max-width:62rem}
 .cards{display:grid;grid-template-columns:repeat(3,1fr);gap:.8rem;margin:.6rem 0}
 .card{border:1px solid #ccc;border-top:5px solid #777;border-radius:4px;padding:.5rem .8rem;min-width:0}

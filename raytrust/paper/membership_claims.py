@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from raytrust.paper.selection import NOT_FINISHED
 from raytrust.paper.verdicts import OVERTURNED, REPRODUCED, UNDECIDED, UNTESTED, Claim, Verdict
 from raytrust.published import TABLE_2, TITLES
 
@@ -14,10 +15,12 @@ Row = dict[str, Any]
 
 
 def membership_claims(audits: Mapping[str, Sequence[Row]]) -> list[Claim]:
-    """Those about membership inference. audits: the rows of each data set's audit, in the order of the cells."""
+    """Those about membership inference. audits: the rows of each data set's audit, in the order of the cells; one that
+    is not finished decides nothing."""
     if not audits:
         return []
-    return [_insensitive(audits), _unreliable(audits), _high_levels(audits)]
+    whole = {d: rows for d, rows in audits.items() if all(r["status"] != NOT_FINISHED for r in rows)}
+    return [_insensitive(whole), _unreliable(whole), _high_levels(whole)]
 
 
 def _insensitive(audits: Mapping[str, Sequence[Row]]) -> Claim:

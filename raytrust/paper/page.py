@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from raytrust.paper.assemble import Report, distance_to_paper
 from raytrust.paper.markup import STYLE, Lines, escape, table
 from raytrust.paper.plan import Setting, attack_name
 from raytrust.paper.sections import frontier_section, table_1_section, table_2_section, theory_section
-from raytrust.paper.selection import AWARE, NAIVE, WORST
+from raytrust.paper.selection import AWARE, NAIVE, NOT_FINISHED, WORST
 from raytrust.paper.verdicts import REPRODUCED, Table
 from raytrust.published import CELLS, CITATION, TABLE_1, TITLES, title_of
 from raytrust.report import human_bytes
@@ -36,6 +37,8 @@ def page(report: Report, root: Path) -> str:
 
 # --- the first screen ---
 
+REST = {"not decided": "Not decided at this sample size", "failed": "Failed", NOT_FINISHED: "Not finished"}
+
 
 def _first_screen(report: Report) -> str:
     found = {d: report.verdicts(d) for d in report.datasets} if report.table_1 else {}
@@ -51,12 +54,9 @@ def _first_screen(report: Report) -> str:
 
     cards = ""
     if found:
-        undecided = sum(len(of.get("not decided", [])) for of in found.values())
-        more = (
-            f"<details><summary>Not decided at this sample size: {undecided} cells</summary>"
-            f"{items('not decided')}</details>"
-            if undecided
-            else ""
+        counts = Counter({v: sum(len(of.get(v, [])) for of in found.values()) for v in REST})
+        more = "".join(
+            f"<details><summary>{REST[v]}: {n} cells</summary>{items(v)}</details>" for v, n in counts.items() if n
         )
         cards = (
             f'<div class="cards"><div class="card yes"><h3>Protects</h3><p>Even at worst, less than half of the '
@@ -67,13 +67,20 @@ def _first_screen(report: Report) -> str:
             f"{items('does not protect')}{more}</div>"
             f'<div class="card price"><h3>At what price</h3>{_price(report)}</div></div>'
         )
+    missing, total = report.unfinished
+    banner = (
+        f'<p class="warning">Not finished: {missing} of {total} figures of table 1 and rows of table 2 are missing. '
+        "The run can be resumed.</p>"
+        if missing
+        else ""
+    )
     images = max((r["n"] or 0 for r in report.table_1), default=0)
     about = (
         f"Budget “{report.budget.name}”: {images} images a cell; " if images else ""
     ) + f"seed {report.seed}. Intervals: 95 %, bootstrap over images; over models for membership."
     return (
         "<h1>Does gradient compression protect the training images? The paper, side by side with a stronger attacker"
-        f'</h1><p class="answer">{_answer(report, found)}</p>{cards}<p class="small">{escape(CITATION)}. '
+        f'</h1>{banner}<p class="answer">{_answer(report, found)}</p>{cards}<p class="small">{escape(CITATION)}. '
         f"{escape(about)} SSIM: 1 is a copy.</p>"
     )
 
@@ -190,11 +197,16 @@ def _settings(report: Report) -> str:
         order = sorted(found, key=lambda s: (found[s].mean is None, distance_to_paper(found[s], dataset) or 0.0))
         lines += [_tried(s, report, dataset) for s in order]
         paper = TABLE_1[dataset]["none", None].mean
+        worst = (
+            f"<p>For the worst case of its 11 cells, {report.portfolio[dataset]} attacks of "
+            f"{report.budget.tuning_iterations} iterations were compared on the tuning images.</p>"
+            if dataset in report.portfolio
+            else ""
+        )
         parts.append(
             f"<h3>{TITLES[dataset]}: the paper's {paper:.4f} was sought among {len(found)} settings, on "
-            f"{report.budget.tuning} tuning images</h3><p>For the worst case of its 11 cells, "
-            f"{report.portfolio[dataset]} attacks of {report.budget.tuning_iterations} iterations were compared on the "
-            f"tuning images.</p><details open><summary>Settings, nearest first</summary>{table(lines)}</details>"
+            f"{report.budget.tuning} tuning images</h3>{worst}"
+            f"<details open><summary>Settings, nearest first</summary>{table(lines)}</details>"
         )
     if report.common is not None and len(report.search) > 1:
         setting, distance = report.common
@@ -204,8 +216,9 @@ def _settings(report: Report) -> str:
 
 
 def _tried(setting: Setting, report: Report, dataset: str) -> list[str]:
-    found, mark = report.search[dataset][setting], "nearest" if setting == report.nearest[dataset] else ""
+    found, mark = report.search[dataset][setting], "nearest" if setting == report.nearest.get(dataset) else ""
     if found.mean is None:
-        return [mark, setting.victim.name, attack_name(setting.attack), f"failed: {found.reason}", "-"]
+        text = f"failed: {found.reason}" if found.status == "failed" else found.status
+        return [mark, setting.victim.name, attack_name(setting.attack), text, "-"]
     distance = found.mean - TABLE_1[dataset]["none", None].mean
     return [mark, setting.victim.name, attack_name(setting.attack), f"{found.mean:.3f}", f"{distance:+.3f}"]

@@ -61,6 +61,9 @@ class Progress:
         minutes, seconds = divmod(round(self._printed), 60)
         print(f"[{minutes}:{seconds:02d}] {text}", file=self._stream, flush=True)
 
+    def pieces_left(self) -> int:
+        return sum(self._counts.values())
+
     def minutes_left(self) -> float:
         left = 0.0
         for kind, cost in self._left.items():
@@ -76,7 +79,7 @@ class Progress:
             before, measured = self._measured.get(kind, (0.0, 0.0))
             self._measured[kind] = before + seconds, measured + cost
         if time.monotonic() - self._started - self._printed >= self._every:
-            total = self._done + sum(self._counts.values())
+            total = self._done + self.pieces_left()
             self.say(f"{self._done}/{total} pieces done ({kind}), about {self.minutes_left():.0f} min left")
 
 

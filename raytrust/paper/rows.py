@@ -28,7 +28,7 @@ TABLE_2_COLUMNS = (
 )  # fmt: skip
 
 
-def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting, found: Found) -> Row:
+def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | None, found: Found) -> Row:
     """A row of table 1. `ssim`, image by image, and the floors are kept for the report; the CSV leaves them out."""
     paper = TABLE_1[dataset][cell]
     row: Row = {
@@ -41,18 +41,19 @@ def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting, foun
         "attack": attack,
         "bytes_per_step": found.bytes,
         "gradient_bytes": found.gradient_bytes,
-        "setting": setting.name,
+        "setting": setting.name if setting else "",
         "ssim": found.ssim,
         "mean_image_ssim": found.mean_image_ssim,
         "other_image_ssim": found.other_image_ssim,
-        "reason": found.reason,
+        "status": found.status,
+        "reason": found.reason if found.status == "failed" else "",
     }
     names = ("ours", "ours_std", "interval_low", "interval_high", "n")
     if found.ssim is None:
-        return row | dict.fromkeys(names) | {"status": "failed"}
+        return row | dict.fromkeys(names)
     interval = bootstrap_interval(found.ssim) or (None, None)
     figures = (float(np.mean(found.ssim)), float(np.std(found.ssim, ddof=1)), *interval, len(found.ssim))
-    return row | dict(zip(names, figures, strict=True)) | {"status": "finished"}
+    return row | dict(zip(names, figures, strict=True))
 
 
 def with_percent(rows: Sequence[Row]) -> list[Row]:
@@ -84,8 +85,9 @@ def membership_rows(dataset: str, audit: Sequence[Row], cells: Sequence[Cell], s
             "loss_pct": paper.loss,
             "cross_entropy_pct": paper.cross_entropy,
         }
-        if line["status"] == "failed":
-            rows.append(base | {"status": "failed", "reason": line["reason"], "setting": setting})
+        if line["status"] != "finished":
+            reason = line["reason"] if line["status"] == "failed" else ""
+            rows.append(base | {"status": line["status"], "reason": reason, "setting": setting})
             continue
         for rule in line["grid"]:
             key = rule["signal"], rule["per_class"], rule["origin"]

@@ -42,7 +42,7 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
                 *(_ssim(row) for row in rows),
                 "-" if percent is None else f"{percent:.0f}",
                 human_bytes(rows[0]["bytes_per_step"]) if rows[0] else "-",
-                worst["setting"] if worst else "-",
+                worst["setting"] if worst and worst["setting"] else "-",
             ]
         )
     floor = next((r for r in report.table_1 if r["dataset"] == dataset and r["status"] == "finished"), None)
@@ -59,9 +59,15 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
         if grid.exists()
         else ""
     )
+    near = report.nearest.get(dataset)
+    setting = (
+        f"Ours at {near.name}, the setting that came nearest to the paper's "
+        f"{TABLE_1[dataset]['none', None].mean:.4f} without compression."
+        if near
+        else "The search for the paper's setting is not finished."
+    )
     note = (
-        f"Mean SSIM [95 % interval]. Ours at {report.nearest[dataset].name}, the setting that came nearest to the "
-        f"paper's {TABLE_1[dataset]['none', None].mean:.4f} without compression. Worst case: the strongest attack and "
+        f"Mean SSIM [95 % interval]. {setting} Worst case: the strongest attack and "
         f"victim on other images, run on these; it need not be the greatest here.{floors_}"
     )
     return f"<h2>Table 1, {TITLES[dataset]}</h2><p>{escape(note)}</p>{table(lines)}{figure}"
@@ -70,8 +76,8 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
 def _ssim(row: dict[str, Any] | None) -> str:
     if row is None:
         return "-"
-    if row["status"] == "failed":
-        return f"failed: {row['reason']}"
+    if row["status"] != "finished":
+        return f"failed: {row['reason']}" if row["status"] == "failed" else row["status"]
     interval = "" if row["interval_low"] is None else f" [{row['interval_low']:.3f}, {row['interval_high']:.3f}]"
     return f"{row['ours']:.3f}{interval}"
 
@@ -121,8 +127,8 @@ def table_2_section(report: Report, dataset: str) -> str:
     for i, cell in enumerate(CELLS):
         row = report.audit(dataset, cell)
         if row is None:
-            failure = report.failure(dataset, cell)
-            lines.append([title_of(cell), f"failed: {failure}", *[""] * (len(heads) + 2)][: len(lines[0])])
+            text = f"failed: {audit[i]['reason']}" if audit[i]["status"] == "failed" else audit[i]["status"]
+            lines.append([title_of(cell), text, *[""] * (len(heads) + 2)][: len(lines[0])])
             continue
         own = [_rule(rows, cell, n) for n in near]
         cells = [f"{paper:.2f} / {text}" for paper, text in zip(TABLE_2[dataset][cell], own, strict=True)]

@@ -17,6 +17,7 @@ from raytrust.paper.units import Attack, Theory, Training, Unit, UnitStore
 from raytrust.published import CELLS, TABLE_1, Cell, defence_of
 
 NAIVE, AWARE, WORST = "as in the paper", "compression-aware", "worst case"
+NOT_FINISHED = "not finished"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """What several units over different images found, joined. ssim is None where one failed, and `reason` says why."""
+    """What several units over different images found, joined. ssim is None where one failed, and `reason` says why, or
+    is not finished."""
 
     ssim: list[float] | None
     reason: str = ""
@@ -120,6 +122,13 @@ class Found:
     mean_image_ssim: float | None = None
     other_image_ssim: float | None = None
     matching: list[float] | None = None
+
+    @property
+    def status(self) -> str:
+        """ "finished", "failed" or NOT_FINISHED."""
+        if self.ssim is not None:
+            return "finished"
+        return NOT_FINISHED if self.reason == NOT_FINISHED else "failed"
 
     @property
     def mean(self) -> float | None:
@@ -134,7 +143,7 @@ def join(store: UnitStore, units: Sequence[Attack]) -> Found:
     parts = [store.figures(unit) for unit in units]
     done = [p for p in parts if p is not None]
     if len(done) < len(parts):
-        return Found(None, "not finished")
+        return Found(None, NOT_FINISHED)
 
     def all_of(name: str) -> list[float]:
         return [value for part in done for value in part[name]]
@@ -151,6 +160,27 @@ def join(store: UnitStore, units: Sequence[Attack]) -> Found:
 
 def tried(store: UnitStore, units: Mapping[Setting, Sequence[Attack]]) -> dict[Setting, Found]:
     return {setting: join(store, some) for setting, some in units.items()}
+
+
+def chosen(store: UnitStore, plan: Plan) -> tuple[Setting, Setting] | None:
+    """The nearest setting and the strongest one. None until the search is finished: they might be others then.
+
+    Raises ValueError if all of it failed.
+    """
+    found = tried(store, plan.search())
+    if any(f.status == NOT_FINISHED for f in found.values()):
+        return None
+    return nearest(found, plan.dataset), strongest(found)
+
+
+def worst_units(store: UnitStore, plan: Plan, settings: tuple[Setting, Setting], cell: Cell) -> list[Attack] | str:
+    """The attacks of a cell's worst case; or why there are none: its search failed, or is not finished."""
+    found = tried(store, plan.portfolio(*settings, cell))
+    if any(f.status == NOT_FINISHED for f in found.values()):
+        return NOT_FINISHED
+    if all(f.ssim is None for f in found.values()):
+        return "; ".join(sorted({f.reason for f in found.values()}))
+    return plan.worst(strongest(found), cell, settings[0])
 
 
 def nearest(found: Mapping[Setting, Found], dataset: str) -> Setting:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytrust.metrics import mean_interval
-from raytrust.paper.selection import AWARE, NAIVE, WORST
+from raytrust.paper.selection import AWARE, NAIVE, NOT_FINISHED, WORST
 from raytrust.published import TITLES, Cell, title_of
 
 Row = dict[str, Any]
@@ -21,6 +21,7 @@ REPRODUCED: Verdict = "reproduced"
 OVERTURNED: Verdict = "overturned"
 UNDECIDED: Verdict = "not decided at this sample size"
 UNTESTED: Verdict = "not tested"
+NO_CONTROL = "the attack does not reconstruct uncompressed images either"
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,30 @@ class Claim:
 class Table:
     """SSIM of table 1 by data set, cell and attack, image by image, of what is finished.
 
-    datasets: those whose attack works at all: without compression its mean SSIM, with its interval, lies above that of
-    a random other image. notes: why the others are left out, for no figure of theirs says anything of compression.
+    works: the data sets whose attack works at all: without compression its mean SSIM, with its interval, lies above
+    that of a random other image. datasets: those of them on which both attacks are finished, so that a claim about all
+    defences can be decided. notes: why the others are left out.
     """
 
     def __init__(self, rows: Sequence[Row]):
-        self._ssim = {
-            (r["dataset"], (r["compressor"], r["rank_or_level"]), r["attack"]): np.asarray(r["ssim"])
-            for r in rows
-            if r["status"] == "finished"
-        }
+        found = {(r["dataset"], (r["compressor"], r["rank_or_level"]), r["attack"]): r for r in rows}
+        self._status = {key: r["status"] for key, r in found.items()}
+        self._ssim = {key: np.asarray(r["ssim"]) for key, r in found.items() if r["status"] == "finished"}
         controls = {r["dataset"]: r for r in rows if r["compressor"] == "none" and r["attack"] == NAIVE}
-        works = {name: _works(row) for name, row in controls.items()}
-        self.datasets = [name for name, good in works.items() if good]
+        missing = {r["dataset"] for r in rows if r["status"] == NOT_FINISHED and r["attack"] != WORST}
+        self.works = [name for name, row in controls.items() if _works(row)]
+        self.datasets = [name for name in self.works if name not in missing]
         self.notes = [
-            f"{TITLES[name]} left out: the attack does not reconstruct uncompressed images either"
-            for name, good in works.items()
-            if not good
+            f"{TITLES[name]} left out: {NOT_FINISHED if name in missing else NO_CONTROL}"
+            for name in controls
+            if name not in self.datasets
         ]
 
     def ssim(self, dataset: str, cell: Cell, attack: str) -> NDArray[np.float64] | None:
         return self._ssim.get((dataset, cell, attack))
+
+    def status(self, dataset: str, cell: Cell, attack: str) -> str:
+        return self._status.get((dataset, cell, attack), NOT_FINISHED)
 
     def pair(
         self, dataset: str, one: tuple[Cell, str], other: tuple[Cell, str]
@@ -101,20 +105,24 @@ def share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> tuple[float,
 
 
 def protection(table: Table, dataset: str, cell: Cell) -> tuple[str, str]:
-    """("protects" | "only seems to" | "does not protect" | "not decided", what it rests on) for one cell.
+    """("protects" | "only seems to" | "does not protect" | "not decided" | "failed" | "not finished", what it rests on)
+    for one cell.
 
     By what is left of the uncompressed SSIM: it protects if under the worst case, with its interval, less than half is
     left; it only seems to if that holds for the naive attack alone, and knowing the compressor is a certain gain (by
     image) or the two shares' intervals are apart; it does not protect if more than half is left to the naive attack
     already.
     """
-    if dataset not in table.datasets:
-        return "not decided", f"{title_of(cell)}: the attack does not reconstruct uncompressed images either"
+    needed = [*((c, kind) for c in (cell, ("none", None)) for kind in (NAIVE, WORST)), (cell, AWARE)]
+    for status in ("failed", NOT_FINISHED):
+        if any(table.status(dataset, *key) == status for key in needed):
+            return status, title_of(cell)
+    if dataset not in table.works:
+        return "not decided", f"{title_of(cell)}: {NO_CONTROL}"
     plain = table.ssim(dataset, ("none", None), NAIVE)
     naive, worst = table.ssim(dataset, cell, NAIVE), table.ssim(dataset, cell, WORST)
     aware, top = table.ssim(dataset, cell, AWARE), table.ssim(dataset, ("none", None), WORST)
-    if plain is None or naive is None or worst is None or top is None or aware is None:
-        return "not decided", f"{title_of(cell)}: not finished"
+    assert plain is not None and naive is not None and worst is not None and top is not None and aware is not None  # noqa: PT018
     before, after = share(naive, plain), share(worst, top)
     gain = mean_interval(aware - naive)
     if before is None or after is None or gain is None:

@@ -30,7 +30,8 @@ def write_report(report: Report, root: Path) -> None:
     """Write everything that there are figures for; each file whole or not at all."""
     if report.table_1:
         replace_file(root / "table1.csv", to_csv(report.table_1, TABLE_1_COLUMNS).encode())
-        frontier(report, root / "frontier.png")
+        if any(row["status"] == "finished" for row in report.table_1):
+            frontier(report, root / "frontier.png")
         for dataset in report.originals:
             reconstruction_grid(report, dataset, root / f"figure1_{dataset}.png")
     if report.table_2:
