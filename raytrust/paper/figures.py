@@ -25,17 +25,18 @@ STYLES = {  # attack: colour, marker, name in the legend
     AWARE: (ORANGE, "s", "ours, attacker knows the compressor"),
     WORST: (GREEN, "D", "ours, worst case over settings"),
 }
+ROWS = {NAIVE: "as in\nthe paper", AWARE: "knows the\ncompressor", WORST: "worst\ncase"}
 MOST_SHOWN = 5  # images of figure 1
 
 
 def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
-    """Figure 1: a column an image's original and each defence; for each image a row as in the paper and a row by an
-    attacker who knows the compressor. SSIM stands below each."""
+    """Figure 1: a column the originals and each defence; for each image a row as in the paper, one by an attacker who
+    knows the compressor, and one of the worst case. SSIM stands below each."""
     originals, found = report.originals[dataset], report.images[dataset]
     shown = min(MOST_SHOWN, len(originals))
     side, gap, left, top, foot = 0.82, 0.07, 0.8, 0.5, 0.17  # inches
     pitch, width = side + foot, left + (1 + len(CELLS)) * (side + gap) + 0.08
-    height = top + shown * (2 * pitch + 0.14)
+    height = top + shown * (len(ROWS) * pitch + 0.14)
     fig = Figure(figsize=(width, height), dpi=150)
     ax = fig.add_axes((0, 0, 1, 1))
     ax.axis("off")
@@ -51,13 +52,13 @@ def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
         x = left + column * (side + gap) + side / 2
         ax.text(x, top - 0.08, name.replace(" ", "\n"), fontsize=8, ha="center", va="bottom", linespacing=1.1)
     for i in range(shown):
-        for j, (kind, label) in enumerate(((NAIVE, "as in\nthe paper"), (AWARE, "knows the\ncompressor"))):
-            y = top + i * (2 * pitch + 0.14) + j * pitch
+        for j, (kind, label) in enumerate(ROWS.items()):
+            y = top + i * (len(ROWS) * pitch + 0.14) + j * pitch
             ax.text(0.06, y + side / 2, label, fontsize=7, va="center")
             if j == 0:
                 draw(0, y, originals[i], "")
             for column, cell in enumerate(CELLS, start=1):
-                if (cell, kind) in found and not (j == 1 and cell[0] == "none"):
+                if (cell, kind) in found and not (kind == AWARE and cell[0] == "none"):
                     images, ssim = found[cell, kind]
                     draw(column, y, images[i], f"{ssim[i]:.2f}")
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="auto")

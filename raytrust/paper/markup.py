@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,20 +25,22 @@ th,td{padding:.28rem .6rem;border-bottom:1px solid #ddd;text-align:left;vertical
 td.n,th.n{white-space:nowrap}td.long{min-width:20rem}
 .card th,.card td{padding:.18rem .35rem}
 th{border-bottom:2px solid #999}tbody tr:nth-child(even){background:#f7f7f8}
-.wide{overflow-x:auto}img{max-width:100%;height:auto}.wide img{max-width:none;width:1200px}
+.wide{overflow-x:auto}img{height:auto}
 .badge{display:inline-block;padding:.05rem .5rem;border-radius:3px;color:#fff;background:#666;font-size:12px}
 .reproduced{background:#007a5a}.overturned{background:#b34700}.not-reproduced{background:#5b4a8a}
 details{margin:.6rem 0}summary{cursor:pointer}.small{font-size:13px;color:#444}
 @media(max-width:700px){.cards{grid-template-columns:1fr}body{font-size:14px;padding:0 .7rem}h1{font-size:1.2rem}
 .claims td,.claims th{display:block;border:0;padding:.1rem 0}.claims tr{display:block;border-bottom:1px solid #ccc;
-padding:.5rem 0}.claims thead{display:none}.wide img{width:860px}}"""
+padding:.5rem 0}.claims thead{display:none}}"""
 
 
 def image(path: Path, what: str) -> str:
     if not path.exists():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<div class="wide"><img alt="{escape(what)}" src="data:image/png;base64,{data}"></div>'
+    content = path.read_bytes()
+    width = struct.unpack(">I", content[16:20])[0] * 2 // 3  # of a PNG at 150 dpi, so that its text is the page's size
+    data = base64.b64encode(content).decode()
+    return f'<div class="wide"><img alt="{escape(what)}" width="{width}" src="data:image/png;base64,{data}"></div>'
 
 
 def table(lines: Lines) -> str:

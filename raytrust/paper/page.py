@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raytrust.metrics import bootstrap_interval
 from raytrust.paper.assemble import Report, distance_to_paper
 from raytrust.paper.markup import STYLE, Lines, escape, table
 from raytrust.paper.plan import Setting, attack_name
@@ -55,8 +56,11 @@ def _first_screen(report: Report) -> str:
     cards = ""
     if found:
         counts = Counter({v: sum(len(of.get(v, [])) for of in found.values()) for v in REST})
+        most = sum(len(texts) for of in found.values() for texts in of.values()) / 2
         more = "".join(
-            f"<details><summary>{REST[v]}: {n} cells</summary>{items(v)}</details>" for v, n in counts.items() if n
+            f"<details{' open' if n > most else ''}><summary>{REST[v]}: {n} cells</summary>{items(v)}</details>"
+            for v, n in counts.items()
+            if n
         )
         cards = (
             f'<div class="cards"><div class="card yes"><h3>Protects</h3><p>Even at worst, less than half of the '
@@ -64,8 +68,8 @@ def _first_screen(report: Report) -> str:
             f'<div class="card seems"><h3>Only seems to</h3><p>Less than half is left to the published attack, but not '
             f"to an attacker who knows the compressor or has a better setting.</p>{items('only seems to')}"
             "<p><b>Does not protect</b>, not even from the published attack:</p>"
-            f"{items('does not protect')}{more}</div>"
-            f'<div class="card price"><h3>At what price</h3>{_price(report)}</div></div>'
+            f"{items('does not protect')}</div>"
+            f'<div class="card price"><h3>At what price</h3>{_price(report)}</div></div>{more}'
         )
     missing, total = report.unfinished
     banner = (
@@ -98,6 +102,7 @@ def _answer(report: Report, found: dict[str, dict[str, list[str]]]) -> str:
         return "Membership inference only: see the claims below."
     counts = {v: sum(len(of.get(v, [])) for of in found.values()) for v in ("protects", "only seems to")}
     total = sum(len(texts) for of in found.values() for texts in of.values())
+    what = "defences" if len(found) == 1 else "pairs of defence and data set"
     gains = _gains(report)
     gain = (
         f" Knowing the compressor raises the SSIM of what is reconstructed by a factor of {np.median(gains):.1f} "
@@ -106,7 +111,7 @@ def _answer(report: Report, found: dict[str, dict[str, list[str]]]) -> str:
         else ""
     )
     return (
-        f"Of {total} compressed cells, {counts['protects']} protect against the worst attack that we found, and "
+        f"Of {total} {what}, {counts['protects']} protect against the worst attack that we found, and "
         f"{counts['only seems to']} only seem to.{gain}{_means(report)}"
     )
 
@@ -132,7 +137,7 @@ def _means(report: Report) -> str:
 def _gains(report: Report) -> list[float]:
     """How many times the naive SSIM the aware attack reaches, by cell, where both are above 0.01."""
     found = []
-    for dataset in report.datasets:
+    for dataset in Table(report.table_1).works:
         for cell in CELLS[1:]:
             naive, aware = (report.row(dataset, cell, kind) for kind in (NAIVE, AWARE))
             if naive and aware and naive["ours"] and aware["ours"] and min(naive["ours"], aware["ours"]) > 0.01:
@@ -193,7 +198,7 @@ def _settings(report: Report) -> str:
         "of the same rank, values and indices counted.</p>",
     ]
     for dataset, found in report.search.items():
-        lines: Lines = [["", "victim", "attack", "mean SSIM", "distance to the paper's"]]
+        lines: Lines = [["", "victim", "attack", "mean SSIM [95 %]", "distance to the paper's"]]
         order = sorted(found, key=lambda s: (found[s].mean is None, distance_to_paper(found[s], dataset) or 0.0))
         lines += [_tried(s, report, dataset) for s in order]
         paper = TABLE_1[dataset]["none", None].mean
@@ -220,5 +225,6 @@ def _tried(setting: Setting, report: Report, dataset: str) -> list[str]:
     if found.mean is None:
         text = f"failed: {found.reason}" if found.status == "failed" else found.status
         return [mark, setting.victim.name, attack_name(setting.attack), text, "-"]
-    distance = found.mean - TABLE_1[dataset]["none", None].mean
-    return [mark, setting.victim.name, attack_name(setting.attack), f"{found.mean:.3f}", f"{distance:+.3f}"]
+    distance, interval = found.mean - TABLE_1[dataset]["none", None].mean, bootstrap_interval(found.ssim or [])
+    text = f"{found.mean:.3f}" + ("" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]")
+    return [mark, setting.victim.name, attack_name(setting.attack), text, f"{distance:+.3f}"]

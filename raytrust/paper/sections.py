@@ -27,24 +27,26 @@ def frontier_section(root: Path) -> str:
 
 
 def table_1_section(report: Report, dataset: str, root: Path) -> str:
-    lines: Lines = [["defence", "the paper", "% of its original", "ours, as in the paper", "knows the compressor"]]
-    lines[0] += ["worst case", "% of original, at worst", "bytes a step", "worst case is"]
+    lines: Lines = [["defence", "paper (std)", "ours, as in the paper", "knows the compressor", "worst case"]]
+    lines[0] += ["% left, paper", "% left, ours", "% left, worst", "n", "bytes"]
+    behind: Lines = [["defence", "worst case is"]]
     for cell in CELLS:
         paper = TABLE_1[dataset][cell]
         rows = [report.row(dataset, cell, kind) for kind in (NAIVE, AWARE, WORST)]
-        worst = rows[2]
-        percent = None if worst is None else worst["ours_percent_of_original"]
+        percents = [None if row is None else row["ours_percent_of_original"] for row in (rows[0], rows[2])]
+        known = [row["n"] for row in rows if row is not None and row["n"] is not None]
         lines.append(
             [
                 title_of(cell),
-                f"{paper.mean:.4f} (std {paper.std:.4f})",
-                f"{paper.percent:g}",
+                f"{paper.mean:.4f} ({paper.std:.4f})",
                 *(_ssim(row) for row in rows),
-                "-" if percent is None else f"{percent:.0f}",
-                human_bytes(rows[0]["bytes_per_step"]) if rows[0] else "-",
-                worst["setting"] if worst and worst["setting"] else "-",
+                f"{paper.percent:g}",
+                *("-" if percent is None else f"{percent:.0f}" for percent in percents),
+                str(known[0]) if known else "-",
+                human_bytes(rows[0]["bytes_per_step"]) if rows[0] and rows[0]["bytes_per_step"] else "-",
             ]
         )
+        behind.append([title_of(cell), rows[2]["setting"] if rows[2] and rows[2]["setting"] else "-"])
     floor = next((r for r in report.table_1 if r["dataset"] == dataset and r["status"] == "finished"), None)
     floors_ = (
         f" Floors: the data set's mean image reaches {floor['mean_image_ssim']:.2f}, a random other image "
@@ -54,7 +56,8 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
     )
     grid = root / f"figure1_{dataset}.png"
     figure = (
-        f"<h3>Figure 1, {TITLES[dataset]}</h3><p>Below each image its SSIM to the original.</p>"
+        f"<h3>Figure 1, {TITLES[dataset]}</h3><p>Below each image its SSIM to the original. The worst case may "
+        "be one of another victim.</p>"
         f"{image(grid, f'reconstructions, {TITLES[dataset]}')}"
         if grid.exists()
         else ""
@@ -67,10 +70,12 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
         else "The search for the paper's setting is not finished."
     )
     note = (
-        f"Mean SSIM [95 % interval]. {setting} Worst case: the strongest attack and "
+        f"Mean SSIM [95 % interval, bootstrap] over n images; per cent left of the SSIM without compression; "
+        f"bytes that a worker sends a step. {setting} Worst case: the strongest attack and "
         f"victim on other images, run on these; it need not be the greatest here.{floors_}"
     )
-    return f"<h2>Table 1, {TITLES[dataset]}</h2><p>{escape(note)}</p>{table(lines)}{figure}"
+    more = f"<details><summary>The setting behind each worst case</summary>{table(behind)}</details>"
+    return f"<h2>Table 1, {TITLES[dataset]}</h2><p>{escape(note)}</p>{table(lines)}{more}{figure}"
 
 
 def _ssim(row: dict[str, Any] | None) -> str:
@@ -85,6 +90,10 @@ def _ssim(row: dict[str, Any] | None) -> str:
 # --- section 3 ---
 
 
+def _range(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+
+
 def theory_section(report: Report, root: Path) -> str:
     lines: Lines = [["data set", "step", "defence", "attainable cosine", "naive reaches", "aware reaches"]]
     lines[0] += ["naive distance at the truth", "aware distance at the truth", "naive SSIM", "aware SSIM", "n"]
@@ -96,9 +105,9 @@ def theory_section(report: Report, root: Path) -> str:
                 TITLES[f["dataset"]],
                 str(f["step"]),
                 title_of(f["cell"]),
-                *(f"{np.mean(f[name]):.3f}" for name in names),
+                *(_range(f[name]) for name in names),
                 *(f"{np.mean(f[name]):.1e}" for name in truths),
-                *(f"{np.mean(f[name]):.3f}" for name in ("naive_ssim", "aware_ssim")),
+                *(_range(f[name]) for name in ("naive_ssim", "aware_ssim")),
                 str(f["n"]),
             ]
         )
@@ -112,7 +121,8 @@ def theory_section(report: Report, root: Path) -> str:
         "only what was sent: at the true image that distance is 0, as without compression. What then protects is only "
         "that fewer numbers were sent, of which the bound says nothing.</p>"
         f"{image(root / 'theory.png', 'cosines over training')}"
-        f"<details><summary>All figures of section 3</summary>{table(lines)}</details>"
+        "<details><summary>All figures of section 3: means over n images [least, greatest]</summary>"
+        f"{table(lines)}</details>"
     )
 
 
