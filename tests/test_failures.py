@@ -145,6 +145,32 @@ def test_a_failure_in_the_result_is_a_failure() -> None:
     assert not passing.stop_all()
 
 
+def test_figures_pass_as_text_by_tune_which_keeps_every_number() -> None:
+    listener = Listener()
+    relay(listener).on_trial_complete(trial(ssim=0.5, figures='{"ssim": [0.5]}'))
+    assert listener.told == [("finished", "attacks", "a", {"run": "a", "ssim": 0.5, "figures": {"ssim": [0.5]}})]
+
+
+@pytest.mark.parametrize(("concurrent", "rounds"), [(1, [500, 500, 200]), (50, [500, 500, 200]), (100, [1000, 200])])
+def test_rounds_keep_actors_warm(
+    concurrent: int, rounds: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten trials each, or more."""
+    sizes: list[int] = []
+
+    class Tuner:
+        def __init__(self, *_: Any, tune_config: Any, **__: Any):
+            sizes.append(tune_config.num_samples)
+
+        def fit(self) -> range:
+            return range(sizes[-1])
+
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    store = phases.Store(tmp_path, "data")
+    phases._tune("attacks", None, None, 1200, concurrent, store, relay(Listener()))
+    assert sizes == rounds
+
+
 def test_an_error_of_the_driver_ends_the_phase_and_fails_no_trial() -> None:
     """Tune would take it for the trial's, and try that again."""
     error = OSError(28, "No space left on device")

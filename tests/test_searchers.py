@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.tune.search import Searcher
 
+from raytrust.cluster import searchers
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch, sampled_defence
 from raytrust.config import Defence, PowerSGDConfig, TopKConfig, from_dict
 
@@ -195,7 +196,7 @@ def test_runs_start_from_different_attacks_and_a_seed_repeats_them() -> None:
 
 
 def test_every_run_has_a_study_of_its_own() -> None:
-    searcher = attack_search({"a": 2, "b": 2})
+    searcher = attack_search({"a": 3, "b": 3})
     for i, value in enumerate((0.1, 0.2, math.nan, 0.4)):
         searcher.suggest(f"{i}")
         searcher.on_trial_result(f"{i}", {"ssim": value, "training_iteration": 1})
@@ -207,7 +208,7 @@ def test_every_run_has_a_study_of_its_own() -> None:
 
 @pytest.mark.parametrize("result", [{"ssim": math.nan}, {"ssim": None}, {}, None])
 def test_an_attack_without_a_finite_ssim_has_failed(result: Any) -> None:
-    searcher = attack_search({"a": 1})
+    searcher = attack_search({"a": 2})
     searcher.suggest("0")
     searcher.on_trial_complete("0", result, error=result is None)
     assert states(searcher._studies["a"]._ot_study) == [TrialState.FAIL]
@@ -218,9 +219,34 @@ def test_known_attacks_are_learned_where_the_space_holds_them() -> None:
     inside = {"objective": "aware", "tv": 0.5, "restarts": 2, "iterations": 60, "seed": 0}
     known = [(inside, 0.4), (inside | {"objective": "naive"}, 0.9), (inside | {"tv": 0.0}, 0.8)]
     searcher = attack_search({"a": 1, "b": 1}, {"a": known}, space)
-    (trial,) = searcher._studies["a"]._ot_study.trials
+    for name in "ab":
+        searcher.suggest(name)
+    trial, _ = searcher._studies["a"]._ot_study.trials
     assert (trial.value, trial.params) == (0.4, {"objective": "aware", "tv": 0.5, "restarts": 2})
-    assert searcher._studies["b"]._ot_study.trials == []
+    assert states(searcher._studies["b"]._ot_study) == [TrialState.RUNNING]
+
+
+def test_the_driver_holds_the_studies_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of runs. A study stays as long as one of its trials is on its way."""
+    monkeypatch.setattr(searchers, "WINDOW", 3)
+    searcher = attack_search({f"{i}": 4 for i in range(20)})
+    running: list[str] = []
+    suggested, most = [], 0
+    for trial in range(81):
+        if trial % 3 == 2 or trial == 80:
+            while len(running) > 1:
+                searcher.on_trial_complete(running.pop(), {"ssim": 0.5})
+        found = searcher.suggest(f"{trial}")
+        if isinstance(found, dict):
+            running.append(f"{trial}")
+            suggested.append(found["run"])
+        most = max(most, len(searcher._studies))
+    assert found == Searcher.FINISHED
+    assert sorted(suggested) == sorted(4 * [f"{i}" for i in range(20)])
+    assert suggested[:6] == ["0", "1", "2"] * 2
+    assert 3 <= most <= 3 + 3  # those that take turns, and those of the trials on their way
+    searcher.on_trial_complete(running.pop(), {"ssim": 0.5})
+    assert searcher._studies == searcher._owner == {}
 
 
 def test_the_search_moves_towards_what_worked() -> None:

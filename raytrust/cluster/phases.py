@@ -6,6 +6,7 @@ with its reason, and the others go on.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, 
 from raytrust.data import Dataset
 from raytrust.store import Split, Store, read_json
 
-ROUND = 500  # trials
+ROUND = 500  # trials that Tune holds in memory, at least
+SHARE = 10  # trials of a round for each that runs at once, so that its actors stay warm
 OBJECTIVES = ("leakage", "accuracy", "bytes_per_step")
 
 
@@ -87,7 +89,7 @@ def search_attacks(
     known, budget = {}, {}
     for run, train in runs.items():
         found = store.attacks(train, "tuning")
-        known[run] = [(f["attack"], float(np.mean(f["ssim"]))) for f in found]
+        known[run] = [({k: f["attack"][k] for k in space}, float(np.mean(f["ssim"]))) for f in found]
         portfolio = sweep.portfolio_against(train.defence)
         tried = sum(from_dict(InversionConfig, f["attack"]) not in portfolio for f in found)
         budget[run] = sweep.attack_trials - tried
@@ -203,7 +205,7 @@ def _try_attack(train: TrainConfig, settings: dict[str, Any], store: Store) -> d
     (figures,) = found
     return {
         "ssim": float(np.mean(figures["ssim"])),
-        "figures": figures,
+        "figures": json.dumps(figures),  # Tune keeps a history of every number that it sees
         "attack_seconds": figures["seconds"],
         "wall_seconds": time.perf_counter() - started,
     }
@@ -228,8 +230,9 @@ def _attack_task(
 
 def _tune(name: str, trainable: Any, search: Any, samples: int, concurrent: int, store: Store, relay: _Relay) -> None:
     """Run `samples` trials, in rounds: Tune keeps all trials of a run in memory."""
-    for first in range(0, samples, ROUND):
-        size = min(ROUND, samples - first)
+    most = max(ROUND, SHARE * concurrent)
+    for first in range(0, samples, most):
+        size = min(most, samples - first)
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -290,7 +293,10 @@ class _Relay(tune.Callback, tune.Stopper):
         self._pass(lambda: self._fail(trial, last_error(trial)))
 
     def _finish(self, trial: Any) -> None:
-        self._listener.finished(self._phase, self._key(trial.config)[0], {**trial.config, **trial.last_result})
+        result = {**trial.config, **trial.last_result}
+        if "figures" in result:
+            result["figures"] = json.loads(result["figures"])
+        self._listener.finished(self._phase, self._key(trial.config)[0], result)
 
     def _fail(self, trial: Any, reason: str) -> None:
         if self._failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.tune.search.optuna import OptunaSearch
 from raytrust.config import Defence, PowerSGDConfig, TopKConfig, to_dict
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+WINDOW = 256  # runs that take turns; the driver holds the studies of these alone
 Results = dict[str, float]
 
 
@@ -83,7 +85,8 @@ class AttackSearch(Searcher):
     """Suggests {"run": ..., <attack settings>}: one Optuna study for each captured run, which maximises its own SSIM.
 
     budget: run -> how many attacks to try. known: run -> finished (settings, SSIM), from which its study learns.
-    One study over all runs would learn to attack the runs that are easy to attack.
+    One study over all runs would learn to attack the runs that are easy to attack. At most WINDOW runs take turns; a
+    study is forgotten when its budget is spent, so that memory does not grow with the number of runs.
     """
 
     def __init__(
@@ -94,32 +97,44 @@ class AttackSearch(Searcher):
         seed: int,
     ):
         super().__init__(metric="ssim", mode="max")
-        domains = OptunaSearch.convert_search_space(space)
+        self._domains = OptunaSearch.convert_search_space(space)
+        self._known = known
+        # Distinct but reproducible seeds: with one seed all studies would try the same first settings.
+        self._seeds = {run: seed + i for i, run in enumerate(budget)}
         self._left = {run: n for run, n in budget.items() if n > 0}
+        self._waiting = deque(self._left)
+        self._turns: deque[str] = deque()
         self._studies: dict[str, OptunaSearch] = {}
-        self._owner: dict[str, str] = {}
-        for i, run in enumerate(budget):
-            # Distinct but reproducible seeds: with one seed all studies would try the same first settings.
-            study = OptunaSearch(domains, metric="ssim", mode="max", seed=seed + i)
-            for settings, value in known.get(run, []):
-                parameters = {k: settings[k] for k in domains}
-                if _inside(parameters, domains):
-                    study.add_evaluated_point(parameters, value)
-            self._studies[run] = study
+        self._owner: dict[str, str] = {}  # of trials on their way
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if not self._left:
+        while self._waiting and len(self._turns) < WINDOW:
+            self._turns.append(self._waiting.popleft())
+        if not self._turns:
             return self.FINISHED
-        run = next(iter(self._left))
-        left = self._left.pop(run) - 1
-        if left:
-            self._left[run] = left  # to the end: runs take turns
+        run = self._turns.popleft()
+        self._left[run] -= 1
+        if self._left[run]:
+            self._turns.append(run)
         self._owner[trial_id] = run
+        if run not in self._studies:
+            self._studies[run] = self._study(run)
         return {"run": run, **(self._studies[run].suggest(trial_id) or {})}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         values = _finite(result, ["ssim"])
-        self._studies[self._owner[trial_id]].on_trial_complete(trial_id, values, error=error or values is None)
+        run = self._owner.pop(trial_id)
+        self._studies[run].on_trial_complete(trial_id, values, error=error or values is None)
+        if not self._left[run] and run not in self._owner.values():
+            del self._studies[run]
+
+    def _study(self, run: str) -> OptunaSearch:
+        study = OptunaSearch(self._domains, metric="ssim", mode="max", seed=self._seeds[run])
+        for settings, value in self._known.get(run, []):
+            parameters = {k: settings[k] for k in self._domains}
+            if _inside(parameters, self._domains):
+                study.add_evaluated_point(parameters, value)
+        return study
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Only completed trials count."""
