@@ -145,6 +145,14 @@ class Store:
             for path in self.root.glob(pattern):
                 path.unlink()
 
+    def defence(self, run: str) -> Defence:
+        """That of a run of this id. Raises ValueError if there is none that was begun or has failed."""
+        if (begun := read_json(self.root / "captures" / run / "config.json")) is not None:
+            return from_dict(TrainConfig, begun["train"]).defence
+        if (failed := read_json(self.root / "failures" / f"{run}.json")) is not None:
+            return from_dict(Defence, failed["defence"])
+        raise ValueError(f"Expected run={run!r} to be one of {self.root}, but there is no trace of it.")
+
     def defences(self, base: TrainConfig) -> list[Defence]:
         """The defences of all runs of this sweep that were begun, in the order in which they were begun."""
         found = []

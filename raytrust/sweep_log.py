@@ -153,9 +153,7 @@ class SweepLog:
 
     def _train(self, key: str) -> TrainConfig:
         if key not in self._trains:
-            for defence in audited_defences(self._sweep, self._store):
-                train = replace(self._sweep.train, defence=defence)
-                self._trains[self._store.run_id(train)] = train
+            self._trains[key] = replace(self._sweep.train, defence=self._store.defence(key))
         return self._trains[key]
 
     def _parameters(self, train: TrainConfig) -> dict[str, Any]:

@@ -287,6 +287,16 @@ def test_failures(store: Store) -> None:
     store.clear_failures()
 
 
+def test_a_run_s_id_leads_to_its_defence(store: Store) -> None:
+    """As soon as it is begun, or has failed before that."""
+    begun, failed = with_defence(DEFENCES[1]), with_defence(DEFENCES[2])
+    store.begin(begun)
+    store.fail(failed, "its machine was lost")
+    assert [store.defence(store.run_id(train)) for train in (begun, failed)] == [DEFENCES[1], DEFENCES[2]]
+    with pytest.raises(ValueError, match="there is no trace of it"):
+        store.defence(store.run_id(with_defence(DEFENCES[3])))
+
+
 def test_a_directory_holds_one_sweep(tmp_path: Path) -> None:
     sweep = SweepConfig(train=TRAIN)
     root = tmp_path / "output"
