@@ -1,13 +1,14 @@
-"""What a sweep costs beyond training and attacks: seconds a trial, driver memory, MLflow calls, object store.
+"""What a sweep costs beyond training and attacks, and what 10,000 trials on 100 nodes would: a model, checked.
 
-    python benchmarks/cluster.py                              # 8, 64 and 512 trials on 1 node, 64 on 2 and 4
+    python benchmarks/cluster.py                              # 8, 64, 512 and 2048 trials on 1 node, 64 on 2 and 4
     python benchmarks/cluster.py --trials 8 64 --nodes 1 2
+    python benchmarks/cluster.py --trials 8 --nodes 1 --defences 4    # the outer search too: a Train group a defence
 
 A trial is an attack of one iteration on a captured step of a tiny network, as the inner search runs it: Optuna suggests
-it, a warm actor runs it, the store keeps it, MLflow (sqlite) hears of it. Each row has a process and a cluster of its
-own; a node has one CPU, and all nodes are processes on this machine. A line through the two smallest sizes predicts the
-largest, and then what 10,000 trials on 100 nodes cost. --defences N also measures the outer search, which starts a
-Train group each time.
+it, a warm actor runs it, the store keeps it, MLflow (sqlite) hears of it; 8 attacks on each defence. Each row has a
+process and a cluster of its own; a node has one CPU, and all nodes are processes on this machine. Lines through the two
+smallest sizes predict the others; lines through the two largest lead to 10,000 trials. What 100 nodes ask of Ray's own
+servers is not in it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,8 @@ from raytrust.config import (
     SweepConfig,
     TrainConfig,
 )
-from raytrust.data import load
-from raytrust.store import open_store
+from raytrust.data import Dataset, load
+from raytrust.store import Store, open_store
 from raytrust.sweep_log import SweepLog
 from raytrust.tracking import default_uri
 from raytrust.train import Evaluation, Step, train
@@ -50,6 +52,7 @@ TRAIN = TrainConfig(
     model=ModelConfig("convnet", width=2), capture=CaptureConfig((0,), 1, 1), workers=1, batch_size=8, steps=1
 )
 ATTACK = InversionConfig("naive", iterations=1)
+ATTACKS = 8  # on each defence
 SPACE = {"tv": tune.loguniform(1e-3, 1.0), "step_size": tune.loguniform(0.03, 1.0)}
 DEFENCES = {
     "compressor": tune.choice(["powersgd"]),
@@ -57,6 +60,11 @@ DEFENCES = {
     "error_feedback": tune.choice([False, True]),
 }
 TARGET_TRIALS, TARGET_NODES = 10_000, 100
+ATTACK_SECONDS = 60.0  # of an attack on a GPU: what the driver's time is compared with
+HEAD = 8 * 1024  # MiB of memory of the smallest head in deploy/
+ROUND_TRIP = 0.02  # seconds: a call of a tracking server that is not on this machine
+COPY = 60_000 * 32 * 32 * 3 / 2**20  # MiB: CIFAR-10, of which each node's object store has a copy during training
+OBJECTS = 0.3 * 14 * 1024  # MiB: Ray's share of a worker's memory in deploy/
 
 
 class Meter:
@@ -66,6 +74,7 @@ class Meter:
         self._log = log
         self.points: list[tuple[float, float]] = []  # seconds, MiB
         self.busy = 0.0
+        self.actors: set[int] = set()
         self.failures: list[str] = []
 
     def started(self, phase: str, key: str, what: str) -> None:
@@ -73,6 +82,7 @@ class Meter:
 
     def finished(self, phase: str, key: str, result: dict[str, Any]) -> None:
         self._log.finished(phase, key, result)
+        self.actors.add(result["pid"])
         self.busy += result["attack_seconds"] + result.get("train_seconds", 0.0)
         self.points.append((time.perf_counter(), resident()))
 
@@ -101,20 +111,47 @@ def store_bytes() -> int:
     return used
 
 
-def count_calls() -> Counter[str]:
-    """From now on, the calls of MLflow's client."""
-    from mlflow import MlflowClient
+class Calls:
+    """From now on, how many calls of MLflow's client there are, and the seconds that they take."""
 
-    calls: Counter[str] = Counter()
-    for name in ("create_run", "get_run", "log_batch", "set_tag", "set_terminated", "update_run", "search_runs"):
-        call = getattr(MlflowClient, name)
+    def __init__(self) -> None:
+        from mlflow import MlflowClient
 
-        def counted(*arguments: Any, _name: str = name, _call: Any = call, **named: Any) -> Any:
-            calls[_name] += 1
-            return _call(*arguments, **named)
+        self.count, self.seconds = 0, 0.0
+        for name in ("create_run", "get_run", "log_batch", "set_tag", "set_terminated", "update_run", "search_runs"):
+            setattr(MlflowClient, name, self._counted(getattr(MlflowClient, name)))
 
-        setattr(MlflowClient, name, counted)
-    return calls
+    def _counted(self, call: Any) -> Any:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                self.count += 1
+                self.seconds += time.perf_counter() - started
+
+        return counted
+
+
+def trained(store: Store, defences: Sequence[Defence], data: Dataset) -> None:
+    """Train here, one step each, and keep the captures."""
+    for defence in defences:
+        config = replace(TRAIN, defence=defence)
+        directory = store.begin(config)
+        for record in train(config, data, LocalChannel()):
+            match record:
+                case Capture():
+                    save_capture(directory, record)
+                case Step(sent_bytes=sent, gradient_bytes=dense, loss=loss):
+                    sizes = {"bytes_per_step": sent, "dense_bytes": dense, "losses": [loss], "seconds": 1.0}
+                case Evaluation(correct=correct, n=n):
+                    store.finish_training(config, {"correct": correct, "n_test": n, **sizes})
+
+
+def files(root: Path) -> tuple[int, float]:
+    """How many there are, and their KiB."""
+    sizes = [path.stat().st_size for path in root.rglob("*") if path.is_file()]
+    return len(sizes), sum(sizes) / 1024
 
 
 def measure(trials: int, nodes: int, defences: int) -> dict[str, Any]:
@@ -122,40 +159,34 @@ def measure(trials: int, nodes: int, defences: int) -> dict[str, Any]:
     data = load("digits")
     with tempfile.TemporaryDirectory(prefix="rt-") as folder:
         root = Path(folder)
-        listed = (Defence(), *(Defence(PowerSGDConfig(rank)) for rank in range(1, defences)))
-        sweep = SweepConfig("overhead", TRAIN, listed, len(listed), (ATTACK,), trials)
+        count = defences or -(-trials // ATTACKS)
+        listed = (Defence(), *(Defence(PowerSGDConfig(rank)) for rank in range(1, count)))
+        sweep = SweepConfig("overhead", TRAIN, listed, len(listed), (ATTACK,), min(trials, ATTACKS))
         store = open_store(root, sweep, data.fingerprint())
         if not defences:
-            records = list(train(TRAIN, data, LocalChannel()))
-            directory = store.begin(TRAIN)
-            for record in records:
-                if isinstance(record, Capture):
-                    save_capture(directory, record)
-            (step,) = (r for r in records if isinstance(r, Step))
-            (end,) = (r for r in records if isinstance(r, Evaluation))
-            sizes = {"bytes_per_step": step.sent_bytes, "dense_bytes": step.gradient_bytes}
-            figures = {"correct": end.correct, "n_test": end.n, "losses": [step.loss], "seconds": 1.0}
-            store.finish_training(TRAIN, sizes | figures)
+            trained(store, listed, data)
         local = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
         for _ in range(nodes):
             local.add_node(num_cpus=1, resources={"trial_slot": 1}, object_store_memory=100 * 2**20)
         try:
             with cluster(local.address, nodes):
                 log = SweepLog(sweep, store, data, default_uri(root), nodes, print)
-                calls = count_calls()
+                calls = Calls()
                 with log.open_run():
                     meter = Meter(log)
-                    before = resident()
-                    started = time.perf_counter()
+                    before, kept = resident(), files(root)
+                    used, started = time.process_time(), time.perf_counter()
                     if defences:
                         search_defences(sweep, DEFENCES, data, store, meter)
                     else:
-                        search_attacks(sweep, SPACE, [Defence()], store, meter)
-                    wall = time.perf_counter() - started
+                        search_attacks(sweep, SPACE, listed, store, meter)
+                    wall, used = time.perf_counter() - started, time.process_time() - used
                     held = store_bytes()
+                after = files(root)
         finally:
             local.shutdown()
-    count = defences or trials
+        groups = len(list((root / "ray" / "train").glob("*")))
+    count = defences or len(listed) * min(trials, ATTACKS)
     if len(meter.points) != count:
         raise RuntimeError(f"{count - len(meter.points)} of {count} trials failed: {meter.failures[:1]}")
     half = meter.points[count // 2 :]  # from when all actors are warm
@@ -165,10 +196,16 @@ def measure(trials: int, nodes: int, defences: int) -> dict[str, Any]:
         "wall": wall,
         "overhead": (wall - meter.busy / nodes) / count,
         "steady": (half[-1][0] - half[0][0]) / max(1, len(half) - 1) - meter.busy / nodes / count,
+        "cpu": used,
         "before": before,
         "memory": meter.points[-1][1],
-        "calls": sum(calls.values()) / count,
+        "calls": calls.count,
+        "mlflow": calls.seconds,
         "object_store": held / 2**20,
+        "files": after[0] - kept[0],
+        "size": after[1] - kept[1],
+        "actors": len(meter.actors),
+        "groups": groups,
     }
 
 
@@ -178,39 +215,90 @@ def line(first: dict[str, Any], second: dict[str, Any], name: str, at: int) -> f
     return float(first[name] + slope * (at - first["trials"]))
 
 
+def table(*rows: Sequence[str]) -> None:
+    """The first row is the head."""
+    for i, row in enumerate(rows):
+        print("| " + " | ".join(row) + " |")
+        if i == 0:
+            print("|---" * len(row) + "|")
+
+
+COLUMNS = {
+    "trials": "{trials}",
+    "nodes": "{nodes}",
+    "wall, s": "{wall:.1f}",
+    "overhead, s a trial": "{overhead:.3f}",
+    "when warm": "{steady:.3f}",
+    "driver's CPU, s": "{cpu:.1f}",
+    "driver, MiB (before)": "{memory:.0f} ({before:.0f})",
+    "MLflow calls": "{calls}",
+    "their s": "{mlflow:.1f}",
+    "objects, MiB": "{object_store:.3f}",
+    "files": "{files}",
+    "KiB": "{size:.0f}",
+    "processes of trials": "{actors}",
+    "Train groups": "{groups}",
+}
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    columns = ("trials", "nodes", "wall, s", "overhead, s a trial", "when warm", "driver, MiB (before)")
-    print("| " + " | ".join((*columns, "MLflow calls a trial", "objects, MiB")) + " |")
-    print("|---|---|---|---|---|---|---|---|")
-    for r in rows:
-        print(
-            f"| {r['trials']} | {r['nodes']} | {r['wall']:.1f} | {r['overhead']:.2f} | {r['steady']:.2f} | "
-            f"{r['memory']:.0f} ({r['before']:.0f}) | {r['calls']:.1f} | {r['object_store']:.1f} |"
-        )
+    table(list(COLUMNS), *([text.format(**r) for text in COLUMNS.values()] for r in rows))
+
+
+MODELLED = {"wall": "s", "cpu": "s", "memory": "MiB", "calls": "calls", "mlflow": "s", "files": "files", "size": "KiB"}
+
+
+def check(first: dict[str, Any], second: dict[str, Any], others: Sequence[dict[str, Any]]) -> None:
+    """The line through the two smallest sizes beside what was measured."""
+    heads = [f"{r['trials']} trials: measured (predicted)" for r in others]
+    figures = [
+        (f"{name}, {unit}", *(f"{r[name]:.1f} ({line(first, second, name, r['trials']):.1f})" for r in others))
+        for name, unit in MODELLED.items()
+    ]
+    print(f"\nPredicted from {first['trials']} and {second['trials']} trials:\n")
+    table(("", *heads), *figures)
+
+
+def follow(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """The line through the two largest sizes to the target, and which limit is nearest there."""
+    cost = {name: line(a, b, name, TARGET_TRIALS) for name in MODELLED}
+    growth = (b["memory"] - a["memory"]) / (b["trials"] - a["trials"])  # MiB a trial
+    remote = cost["wall"] + cost["calls"] * ROUND_TRIP - cost["mlflow"]
+    ideal = TARGET_TRIALS * ATTACK_SECONDS / TARGET_NODES
+    trials = f"after {(HEAD - a['before']) / growth:,.0f} trials" if growth > 0 else "never"
+    limits = {
+        "driver's memory": (cost["memory"], HEAD, "MiB", trials),
+        "object store of a node": (COPY + b["object_store"], OBJECTS, "MiB", "with larger data, whatever the trials"),
+    }
+    for name, seconds in (("sqlite", cost["wall"]), (f"MLflow at {1000 * ROUND_TRIP:.0f} ms a call", remote)):
+        nodes = TARGET_NODES * ideal / seconds
+        shortest = TARGET_NODES * seconds / TARGET_TRIALS
+        gives = f"with {nodes:,.0f} nodes, or attacks shorter than {shortest:.0f} s"
+        limits[f"driver's time, {name}"] = (seconds, ideal, "s", gives)
+    print(
+        f"\n{TARGET_TRIALS:,} trials on {TARGET_NODES} nodes, {ATTACKS} on each defence, if an attack takes "
+        f"{ATTACK_SECONDS:.0f} s: {cost['calls']:,.0f} MLflow calls ({cost['mlflow']:,.0f} s of them with sqlite), "
+        f"{cost['files']:,.0f} files of {cost['size'] / 1024:,.0f} MiB (tiny images) on the shared storage, "
+        f"{cost['cpu']:,.0f} s of the driver's CPU; its memory grows by {1024 * growth:.1f} kB a trial.\n"
+    )
+    table(
+        ("", "needs", "there is", "share", "gives"),
+        *((n, f"{x:,.0f} {u}", f"{top:,.0f} {u}", f"{x / top:.0%}", g) for n, (x, top, u, g) in limits.items()),
+    )
+    name = max(limits, key=lambda name: limits[name][0] / limits[name][1])
+    print(f"\nWhat gives first: {name}, {limits[name][3]}.")
 
 
 def model(rows: list[dict[str, Any]]) -> None:
-    """Check the line through the two smallest sizes against the largest, then follow it to the target."""
     sizes = sorted((r for r in rows if r["nodes"] == 1), key=lambda r: r["trials"])
-    if len(sizes) < 3:
-        return
-    first, second, largest = sizes[0], sizes[1], sizes[-1]
-    for name, unit in (("wall", "s"), ("memory", "MiB")):
-        guess = line(first, second, name, largest["trials"])
-        print(f"{name} of {largest['trials']} trials: {largest[name]:.0f} {unit}, predicted {guess:.0f} {unit}")
-    a, b = second, largest  # the longest stretch that was measured says most about what is beyond it
-    seconds = line(a, b, "wall", TARGET_TRIALS)
-    print(
-        f"{TARGET_TRIALS:,} trials on {TARGET_NODES} nodes: driver {line(a, b, 'memory', TARGET_TRIALS):,.0f} MiB, "
-        f"{TARGET_TRIALS * b['calls']:,.0f} MLflow calls, object store {b['object_store']:.1f} MiB. The driver alone "
-        f"needs {seconds:,.0f} s: it keeps {TARGET_NODES} nodes busy if an attack takes at least "
-        f"{TARGET_NODES * seconds / TARGET_TRIALS:,.0f} s."
-    )
+    if len(sizes) >= 3:
+        check(sizes[0], sizes[1], sizes[2:])
+        follow(*sizes[-2:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, nargs="+", default=[8, 64, 512])
+    parser.add_argument("--trials", type=int, nargs="+", default=[8, 64, 512, 2048])
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4], help="beyond 1 with the second of --trials")
     parser.add_argument("--defences", type=int, default=0, help="trials of the outer search")
     parser.add_argument("--one", nargs=3, type=int, help=argparse.SUPPRESS)
