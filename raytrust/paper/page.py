@@ -196,7 +196,7 @@ def _settings(report: Report) -> str:
         "first state, Adam with step size 0.1 on the sign of the gradient, falling by 10 after 3/8, 5/8 and 7/8 of the "
         "iterations. SSIM is scikit-image's, 7x7 uniform window, data range 1. Top-K sends as many bytes as PowerSGD "
         "of the same rank, values and indices counted. Behind torchvision's stem (imagenet), batch norm in "
-        "training mode is left out: it would have one value a channel of an image of 32x32 pixels, without variance.</p>",
+        "training mode is left out: one value a channel is left of an image of 32x32 pixels, without variance.</p>",
     ]
     for dataset, found in report.search.items():
         lines: Lines = [["", "victim", "attack", "mean SSIM [95 %]", "distance to the paper's"]]
