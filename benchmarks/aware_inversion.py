@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--precision", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)"
     )
     parser.add_argument("--tv", type=float, default=1e-2, help="(default: %(default)s)")
+    parser.add_argument("--step-size", type=float, default=0.1, help="(default: %(default)s)")
     parser.add_argument("--signed", choices=["none", "hard", "soft"], default="hard", help="(default: %(default)s)")
     parser.add_argument("--schedule", choices=["steps", "cosine"], default="steps", help="(default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="test image to begin with (default: %(default)s)")
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         defences = [parse_defence(text) for text in options.defence or DEFENCES]
         attack = InversionConfig(
             tv=options.tv,
+            step_size=options.step_size,
             iterations=options.iterations,
             restarts=options.restarts,
             precision=options.precision,

@@ -57,7 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
             ssim=options.ssim,
             seed=options.seed,
         )
-        optimiser = InversionConfig(tv=options.tv, iterations=max(1, options.iterations), seed=options.seed)
+        optimiser = InversionConfig(
+            tv=options.tv,
+            step_size=options.step_size,
+            iterations=max(1, options.iterations),
+            signed=options.signed,
+            schedule=options.schedule,
+            seed=options.seed,
+        )
         if not 2 <= options.images <= len(data.test_labels) - 100:
             raise ValueError(f"Expected images={options.images} in [2, {len(data.test_labels) - 100}].")
         if options.auxiliary > len(data.train_labels):
@@ -92,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=16, metavar="N", help=f"private images {default}")
     add("--iterations", type=int, default=200, metavar="N", help=f"of the optimiser, 0 for none {default}")
     add("--tv", type=float, default=1e-2, help=f"the optimiser's weight of total variation {default}")
+    add("--step-size", type=float, default=0.1, help=f"of the optimiser {default}")
+    add("--signed", choices=["none", "hard", "soft"], default="soft", help=f"of the optimiser {default}")
+    add("--schedule", choices=["steps", "cosine", "constant"], default="cosine", help=f"of its steps {default}")
     add("--input", choices=["hashed", "whole"], default="hashed", help=default)
     add("--dimension", type=int, default=4096, help=f"of the hashed input {default}")
     add("--scale", choices=["message", "tensor"], default="message", help=f"how messages are normalised {default}")

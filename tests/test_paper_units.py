@@ -14,7 +14,7 @@ from raytrust.channel import LocalChannel
 from raytrust.compress import build
 from raytrust.config import CaptureConfig, Defence, InversionConfig, PowerSGDConfig, TopKConfig
 from raytrust.data import Dataset
-from raytrust.paper.plan import BUDGETS, Setting, Victim
+from raytrust.paper.plan import BUDGETS, STRONG_STEP, Setting, Victim
 from raytrust.paper.selection import AWARE, NAIVE, Found, Plan, common_nearest, join, nearest, strongest
 from raytrust.paper.theory import compare
 from raytrust.paper.units import Attack, Theory, Training, UnitStore
@@ -142,7 +142,8 @@ def test_a_plan_keeps_tuning_and_evaluation_apart(data: Dataset) -> None:
     assert table[("none", None), NAIVE] == table[("none", None), AWARE]
     assert table[CELLS[1], NAIVE] != table[CELLS[1], AWARE]
     portfolio = plan.portfolio(near, near, CELLS[1])
-    assert {s.attack.objective for s in portfolio} == {"naive", "aware"}
+    kinds = {(s.attack.objective, s.attack.step_size) for s in portfolio}
+    assert kinds == {(o, step) for o in ("naive", "aware") for step in (near.attack.step_size, STRONG_STEP)}
     assert {i for some in portfolio.values() for u in some for i in u.images} == set(plan.tuning)
     with pytest.raises(ValueError, match="at least 21 test images, got 20"):
         Plan("mnist", MICRO, 19, 20, 0)

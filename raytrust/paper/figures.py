@@ -33,10 +33,11 @@ def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
     """Figure 1: a column the originals and each defence; for each image a row as in the paper, one by an attacker who
     knows the compressor, and one of the worst case. SSIM stands below each."""
     originals, found = report.originals[dataset], report.images[dataset]
+    rows = {kind: label for kind, label in ROWS.items() if any(of == kind for _, of in found)}
     shown = min(MOST_SHOWN, len(originals))
     side, gap, left, top, foot = 0.82, 0.07, 0.8, 0.5, 0.17  # inches
     pitch, width = side + foot, left + (1 + len(CELLS)) * (side + gap) + 0.08
-    height = top + shown * (len(ROWS) * pitch + 0.14)
+    height = top + shown * (len(rows) * pitch + 0.14)
     fig = Figure(figsize=(width, height), dpi=150)
     ax = fig.add_axes((0, 0, 1, 1))
     ax.axis("off")
@@ -52,8 +53,8 @@ def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
         x = left + column * (side + gap) + side / 2
         ax.text(x, top - 0.08, name.replace(" ", "\n"), fontsize=8, ha="center", va="bottom", linespacing=1.1)
     for i in range(shown):
-        for j, (kind, label) in enumerate(ROWS.items()):
-            y = top + i * (len(ROWS) * pitch + 0.14) + j * pitch
+        for j, (kind, label) in enumerate(rows.items()):
+            y = top + i * (len(rows) * pitch + 0.14) + j * pitch
             ax.text(0.06, y + side / 2, label, fontsize=7, va="center")
             if j == 0:
                 draw(0, y, originals[i], "")

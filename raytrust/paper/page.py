@@ -100,9 +100,12 @@ def _list(lines: Sequence[str], most: int = 5) -> str:
 def _answer(report: Report, found: dict[str, dict[str, list[str]]]) -> str:
     if not found:
         return "Membership inference only: see the claims below."
-    counts = {v: sum(len(of.get(v, [])) for of in found.values()) for v in ("protects", "only seems to")}
+    kinds = ("protects", "only seems to", "does not protect", *REST)
+    counts = {v: sum(len(of.get(v, [])) for of in found.values()) for v in kinds}
     total = sum(len(texts) for of in found.values() for texts in of.values())
     what = "defences" if len(found) == 1 else "pairs of defence and data set"
+    others = [f", {counts['does not protect']} do not"] if counts["does not protect"] else []
+    others += [f", {counts[v]} {REST[v][0].lower() + REST[v][1:]}" for v in REST if counts[v]]
     gains = _gains(report)
     gain = (
         f" Knowing the compressor raises the SSIM of what is reconstructed by a factor of {np.median(gains):.1f} "
@@ -112,7 +115,7 @@ def _answer(report: Report, found: dict[str, dict[str, list[str]]]) -> str:
     )
     return (
         f"Of {total} {what}, {counts['protects']} protect against the worst attack that we found, and "
-        f"{counts['only seems to']} only seem to.{gain}{_means(report)}"
+        f"{counts['only seems to']} only seem to{''.join(others)}.{gain}{_means(report)}"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -91,16 +92,21 @@ class Plan:
         return found
 
     def portfolio(self, nearest: Setting, strongest: Setting, cell: Cell) -> dict[Setting, list[Attack]]:
-        """What is tried on tuning images for the worst case of a cell: both objectives, several TV weights, the victim
-        that is nearest to the paper and the one that leaks most without compression."""
+        """What is tried on tuning images for the worst case of a cell: both objectives, the published attack with the
+        TV weights that the search chose and the strong one with several, on the victim that is nearest to the paper and
+        the one that leaks most without compression."""
         b, found = self.budget, {}
-        weights = dict.fromkeys((nearest.attack.tv, strongest.attack.tv, *b.portfolio))
+        published = dict.fromkeys((nearest.attack.tv, strongest.attack.tv))
+        naive = [
+            *(b.attack(tv, b.tuning_iterations, 1, self.seed) for tv in published),
+            *(b.strong_attack(tv, self.seed) for tv in b.portfolio),
+        ]
         plain = isinstance(defence_of(cell).compressor, DenseConfig)
+        objectives: tuple[Literal["naive", "aware"], ...] = ("naive",) if plain else ("naive", "aware")
         for victim in dict.fromkeys((nearest.victim, strongest.victim)):
-            for tv in weights:
-                naive = b.attack(tv, b.tuning_iterations, 1, self.seed)
-                for attack in (naive,) if plain else (naive, replace(naive, objective="aware")):
-                    setting = Setting(victim, attack)
+            for attack in naive:
+                for objective in objectives:
+                    setting = Setting(victim, replace(attack, objective=objective))
                     found[setting] = self.attacks(setting, defence_of(cell), self.tuning)
         return found
 
