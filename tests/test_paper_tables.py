@@ -71,6 +71,8 @@ def test_every_cell_has_its_rows(finished: Path) -> None:
     assert rows[0]["ssim_mean"] == "0.8685"
     for row in rows:
         assert float(row["interval_low"]) <= float(row["ours"]) <= float(row["interval_high"])
+    for naive, aware, worst in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
+        assert float(worst["ours"]) >= max(float(naive["ours"]), float(aware["ours"]))
     rules = list(csv.DictReader(StringIO((finished / "table2.csv").read_text())))
     assert list(rules[0]) == list(TABLE_2_COLUMNS)
     assert len(rules) == len(CELLS) * 6 * 2 * 3  # signals, thresholds, origins

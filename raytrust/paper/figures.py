@@ -106,8 +106,8 @@ def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
                 ax.plot([at, at], [row["interval_low"], row["interval_high"]], color=colour, linewidth=1.4)
     if floor is not None:
         ax.axhline(floor, color="0.6", linestyle=":", linewidth=1)
-        ax.annotate("a random other image", (0.01, floor), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                    textcoords="offset points", fontsize=7, color="0.35", ha="left")  # fmt: skip
+        ax.annotate("a random other image", (0.995, floor), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                    textcoords="offset points", fontsize=7, color="0.35", ha="right")  # fmt: skip
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
     ax.set_xlim(-0.6, len(cells) - 0.4)
     low, high = ax.get_ylim()

@@ -71,8 +71,8 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
     )
     note = (
         f"Mean SSIM [95 % interval, bootstrap] over n images; per cent left of the SSIM without compression; "
-        f"bytes that a worker sends a step. {setting} Worst case: the strongest attack and "
-        f"victim on other images, run on these; it need not be the greatest here.{floors_}"
+        f"bytes that a worker sends a step. {setting} Worst case: the greatest of "
+        f"these two and of the attack and victim that were the strongest on other images.{floors_}"
     )
     more = f"<details><summary>The setting behind each worst case</summary>{table(behind)}</details>"
     return f"<h2>Table 1, {TITLES[dataset]}</h2><p>{escape(note)}</p>{table(lines)}{more}{figure}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -128,6 +128,7 @@ class Found:
     mean_image_ssim: float | None = None
     other_image_ssim: float | None = None
     matching: list[float] | None = None
+    identified: list[bool] | None = None
 
     @property
     def status(self) -> str:
@@ -151,7 +152,7 @@ def join(store: UnitStore, units: Sequence[Attack]) -> Found:
     if len(done) < len(parts):
         return Found(None, NOT_FINISHED)
 
-    def all_of(name: str) -> list[float]:
+    def all_of(name: str) -> list[Any]:
         return [value for part in done for value in part[name]]
 
     return Found(
@@ -161,6 +162,7 @@ def join(store: UnitStore, units: Sequence[Attack]) -> Found:
         mean_image_ssim=float(np.mean(all_of("mean_image_ssim"))),
         other_image_ssim=float(np.mean(all_of("other_image_ssim"))),
         matching=all_of("matching"),
+        identified=all_of("identified"),
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 
+from raytrust.evaluate import DISTRACTORS
 from raytrust.metrics import mean_interval
 from raytrust.paper.selection import AWARE, NAIVE, NOT_FINISHED, WORST
 from raytrust.published import TITLES, Cell, title_of
@@ -21,7 +23,7 @@ REPRODUCED: Verdict = "reproduced"
 OVERTURNED: Verdict = "overturned"
 UNDECIDED: Verdict = "not decided at this sample size"
 UNTESTED: Verdict = "not tested"
-NO_CONTROL = "the attack does not reconstruct uncompressed images either"
+NO_CONTROL = "uncompressed images are not reconstructed beyond chance either"
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Claim:
 class Table:
     """SSIM of table 1 by data set, cell and attack, image by image, of what is finished.
 
-    works: the data sets whose attack works at all: without compression its mean SSIM, with its interval, lies above
-    that of a random other image. datasets: those of them on which both attacks are finished, so that a claim about all
-    defences can be decided. notes: why the others are left out.
+    works: the data sets whose attack works at all: without compression its reconstructions are nearer to the private
+    image than to 99 others more often than chance would have it (binomial, 2.5 %). datasets: those of them on which
+    both attacks are finished, so that a claim about all defences can be decided. notes: why the others are left out.
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -71,9 +73,10 @@ class Table:
 
 
 def _works(row: Row) -> bool:
-    if row["status"] != "finished" or (interval := mean_interval(row["ssim"])) is None:
+    if row["status"] != "finished":
         return False
-    return bool(interval[0] > row["other_image_ssim"])
+    right = row["identified"]
+    return bool(binom.sf(sum(right) - 1, len(right), 1 / (DISTRACTORS + 1)) < 0.025)
 
 
 def above_zero(differences: Sequence[NDArray[np.float64]]) -> Verdict:
