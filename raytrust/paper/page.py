@@ -105,7 +105,7 @@ def _answer(report: Report, found: dict[str, dict[str, list[str]]]) -> str:
     total = sum(len(texts) for of in found.values() for texts in of.values())
     what = "defences" if len(found) == 1 else "pairs of defence and data set"
     others = [f", {counts['does not protect']} do not"] if counts["does not protect"] else []
-    others += [f", {counts[v]} {REST[v][0].lower() + REST[v][1:]}" for v in REST if counts[v]]
+    others += [f"; {REST[v][0].lower() + REST[v][1:]}: {counts[v]}" for v in REST if counts[v]]
     gains = _gains(report)
     gain = (
         f" Knowing the compressor raises the SSIM of what is reconstructed by a factor of {np.median(gains):.1f} "
@@ -196,9 +196,9 @@ def _settings(report: Report) -> str:
         "were tried on uncompressed gradients of tuning images (the last of the test set), and the one whose mean SSIM "
         "comes nearest to the paper's is used for its table, on other images (the first of the test set). Common to "
         "all: one image a gradient, its label known, what one worker sends, no error feedback, compressors in their "
-        "first state, Adam with step size 0.1 on the sign of the gradient, falling by 10 after 3/8, 5/8 and 7/8 of the "
-        "iterations. SSIM is scikit-image's, 7x7 uniform window, data range 1. Top-K sends as many bytes as PowerSGD "
-        "of the same rank, values and indices counted. Behind torchvision's stem (imagenet), batch norm in "
+        "first state. The steps schedule falls by 10 after 3/8, 5/8 and 7/8 of the iterations. SSIM is scikit-image's, "
+        "7x7 uniform window, data range 1. Top-K sends as many bytes as PowerSGD of the same rank, values and indices "
+        "counted. Behind torchvision's stem (imagenet), batch norm in "
         "training mode is left out: one value a channel is left of an image of 32x32 pixels, without variance.</p>",
     ]
     for dataset, found in report.search.items():
