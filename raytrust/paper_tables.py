@@ -60,7 +60,7 @@ def open_run(root: Path, config: PaperConfig, data: dict[str, Dataset], options:
     for name, dataset in data.items():
         plan_for(name, dataset, config.budget, config.images, config.seed)
         if 2 in config.tables:
-            draw_pool(audit_config(config.budget, config.seed), dataset)
+            draw_pool(audit_config(config.budget, config.seed, dataset), dataset)
     identity: dict[str, Any] = {"config": asdict(config), "data": {name: d.fingerprint() for name, d in data.items()}}
     identity["id"] = digest(str(identity))  # compares what JSON would change, such as tuples
     path = root / "paper.json"
@@ -130,7 +130,7 @@ class _Run:
     ):
         self._config, self._root, self._progress, self._spread, self._until = config, root, progress, spread, until
         self._data = data
-        self._audit_config = audit_config(config.budget, config.seed)
+        self._audits = {name: audit_config(config.budget, config.seed, d) for name, d in data.items()}
         self._stores = {name: UnitStore(root, d.fingerprint()) for name, d in data.items()}
         self._plans = {name: plan_for(name, d, config.budget, config.images, config.seed) for name, d in data.items()}
 
@@ -214,7 +214,7 @@ class _Run:
                 self._progress.ended(unit, None, str(error))
 
     def _audit(self, name: str) -> None:
-        config, data, store = self._audit_config, self._data[name], self._shadows(name)
+        config, data, store = self._audits[name], self._data[name], self._shadows(name)
         store.clear_failures()
         if not (left := self._models_left(name)):
             return
@@ -238,10 +238,10 @@ class _Run:
         self._progress.say(f"{what}; about {self._progress.minutes_left():.0f} min left in all")
 
     def _shadows(self, name: str) -> ShadowStore:
-        return open_shadows(self._root / f"membership-{name}", self._audit_config, self._stores[name].fingerprint, {})
+        return open_shadows(self._root / f"membership-{name}", self._audits[name], self._stores[name].fingerprint, {})
 
     def _models_left(self, name: str) -> list[tuple[Kind, Arm, int]]:
-        config, store = self._audit_config, self._shadows(name)
+        config, store = self._audits[name], self._shadows(name)
         return [(k, arm, m) for k, arm, m in store.jobs(config) if not store.path(config, arm, m, k).exists()]
 
     def _too_late(self) -> bool:

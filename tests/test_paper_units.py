@@ -172,4 +172,6 @@ def test_every_budget_makes_a_plan() -> None:
         wanted = {(s.victim.stem, s.victim.width, s.victim.steps) for s in settings if s.victim.steps}
         wanted |= {(v.stem, v.width, v.steps) for v in plan.theory_victims if v.steps}
         assert wanted <= trained
-        assert len(budget.membership_config(0).defences) == len(CELLS)
+        assert len(budget.membership_config(0, 10**6).defences) == len(CELLS)
+        few = budget.membership_config(0, 1080)
+        assert few.points == min(budget.membership["points"], 1080)

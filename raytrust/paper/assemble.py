@@ -107,8 +107,8 @@ class Report:
         return sum(r["status"] == NOT_FINISHED for r in rows), len(rows)
 
 
-def audit_config(budget: Budget, seed: int) -> MembershipConfig:
-    return budget.membership_config(seed)
+def audit_config(budget: Budget, seed: int, data: Dataset) -> MembershipConfig:
+    return budget.membership_config(seed, len(data.train_labels))
 
 
 def assemble(
@@ -179,7 +179,7 @@ def _attacks(
 
 
 def _membership(report: Report, name: str, data: Dataset, root: Path) -> None:
-    config = audit_config(report.budget, report.seed)
+    config = audit_config(report.budget, report.seed, data)
     store = ShadowStore(root, data.fingerprint())
     pool = draw_pool(config, data)
     labels = data.test_labels.numpy()

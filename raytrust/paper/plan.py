@@ -150,9 +150,16 @@ class Budget:
         attack = self.attack(tv, self.tuning_iterations, 1, seed)
         return replace(attack, step_size=STRONG_STEP, signed="soft", schedule="cosine")
 
-    def membership_config(self, seed: int) -> MembershipConfig:
-        """The audit behind table 2: all defences with error feedback, as the paper describes them."""
-        options = dict(self.membership)
+    def membership_config(self, seed: int, images: int) -> MembershipConfig:
+        """The audit behind table 2: all defences with error feedback, as the paper describes them.
+
+        images: for training. Where there are fewer than the budget's points, all that is counted in points shrinks.
+        """
+        share = min(1.0, images / self.membership["points"])
+        counts = {
+            name: int(share * self.membership[name]) for name in ("points", "mislabelled", "duplicates", "guesses")
+        }
+        options = self.membership | counts
         names = ("model", "width", "steps", "learning_rate", "batch_size")
         train = {name: options.pop(name) for name in names}
         return MembershipConfig(
