@@ -63,8 +63,9 @@ def _first_screen(report: Report) -> str:
             if n
         )
         cards = (
-            f'<div class="cards"><div class="card yes"><h3>Protects</h3><p>Even at worst, less than half of the '
-            f"uncompressed SSIM is left, with its interval.</p>{items('protects')}</div>"
+            f'<div class="cards"><div class="card yes"><h3>Protects</h3><p>Under the worst attack tried, less than '
+            "half of the uncompressed SSIM is left, with its interval. That is not nothing.</p>"
+            f"{items('protects')}</div>"
             f'<div class="card seems"><h3>Only seems to</h3><p>Less than half is left to the published attack, but not '
             f"to an attacker who knows the compressor or has a better setting.</p>{items('only seems to')}"
             "<p><b>Does not protect</b>, not even from the published attack:</p>"
@@ -114,7 +115,7 @@ def _answer(report: Report, found: dict[str, dict[str, list[str]]]) -> str:
         else ""
     )
     return (
-        f"Of {total} {what}, {counts['protects']} protect against the worst attack that we found, and "
+        f"Of {total} {what}, {counts['protects']} protect against the worst attack that we found, "
         f"{counts['only seems to']} only seem to{''.join(others)}.{gain}{_means(report)}"
     )
 
@@ -129,10 +130,12 @@ def _means(report: Report) -> str:
         for kind in (NAIVE, AWARE, WORST):
             known = [r["ours"] for c in CELLS[1:] if (r := report.row(dataset, c, kind)) and r["ours"] is not None]
             means.append(f"{np.mean(known):.2f}" if known else "-")
+        top = report.row(dataset, ("none", None), WORST)
         if plain is not None and plain["ours"] is not None:
+            most = "-" if top is None or top["ours"] is None else f"{top['ours']:.2f}"
             found.append(
                 f"{TITLES[dataset]}, mean SSIM over cells: {means[0]} to the published attack, {means[1]} to one who "
-                f"knows the compressor, {means[2]} at worst; {plain['ours']:.2f} without compression."
+                f"knows the compressor, {means[2]} at worst; without compression {plain['ours']:.2f}, at worst {most}."
             )
     return " " + " ".join(found)
 

@@ -130,7 +130,8 @@ def protection(table: Table, dataset: str, cell: Cell) -> tuple[str, str]:
     gain = mean_interval(aware - naive)
     if before is None or after is None or gain is None:
         return "not decided", f"{title_of(cell)}: no interval"
-    text = f"{title_of(cell)}: {_percent(before)} left of the SSIM under the naive attack, {_percent(after)} at worst"
+    text = f"{title_of(cell)}: {_percent(before)} left of the SSIM under the naive attack, {_percent(after)} at worst: "
+    text += f"{worst.mean():.2f} of {top.mean():.2f}"
     if after[2] < 0.5:
         return "protects", text
     if before[1] > 0.5:
