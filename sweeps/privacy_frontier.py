@@ -52,7 +52,7 @@ DEFENCE_SPACE = {
 ATTACK_SPACE = {
     "objective": tune.choice(["naive", "aware"]),
     "tv": tune.loguniform(1e-3, 1.0),
-    "step_size": tune.loguniform(0.03, 1.0),
+    "step_size": tune.loguniform(0.03, 3.0),
     "signed": tune.choice(["none", "hard", "soft"]),
     "schedule": tune.choice(["steps", "cosine"]),
     "restarts": tune.choice([1, 2]),
@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                   capture_steps=(0, 20), batch_size=16, tv=0.03, step_size=1.0, signed="none", schedule="steps",
                   portfolio=("aware",)),
     "paper": dict(trials=11, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, width=64,
-                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.1, signed="soft", schedule="cosine",
+                  capture_steps=(0, 200), batch_size=64, tv=0.01, step_size=0.8, signed="soft", schedule="cosine",
                   portfolio=("naive", "aware")),
 }  # fmt: skip
 RUN = cli.Directory("privacy_frontier", "a sweep", "sweep.json", ("trials", "address", "parallel", "tracking_uri"))
