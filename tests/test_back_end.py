@@ -57,8 +57,9 @@ class Postgres:
         return done.stdout
 
     def ask(self, question: str) -> str:
-        where = ("--host", "127.0.0.1", "--port", str(self.port), "--username", "mlflow", "--dbname", "postgres")
-        return self._run("psql", *where, "--tuples-only", "--no-align", "--command", question).strip()
+        options = "options='-c default_transaction_read_only=off'"  # of this session, whatever the database's default
+        database = f"dbname=postgres user=mlflow host=127.0.0.1 port={self.port} {options}"
+        return self._run("psql", "--dbname", database, "--tuples-only", "--no-align", "--command", question).strip()
 
     def read_only(self, on: bool) -> None:
         self.ask(f"ALTER DATABASE postgres SET default_transaction_read_only = {'on' if on else 'off'}")
