@@ -50,6 +50,7 @@ def peak(*lists: list[Tensor]) -> float:
 @example([torch.Size((0,)), torch.Size((3, 0)), torch.Size(())], "random", 1.0, torch.float32)
 @example([torch.Size((1,))], "negative", 1e30, torch.float32)
 @example([torch.Size((7, 3)), torch.Size((5,))], "zero", 1.0, torch.bfloat16)
+@example([torch.Size((4, 3))], "ties", 1.0, torch.float32)  # of rank 2, then of rank 3
 @example([torch.Size((5, 4, 3)), torch.Size((17,))], "random", 1e30, torch.float32)
 @example([torch.Size((5, 4, 3)), torch.Size((17,))], "random", 1e-30, torch.float32)
 def test_any_gradient(name: str, shapes: list[torch.Size], kind: str, scale: float, dtype: torch.dtype) -> None:

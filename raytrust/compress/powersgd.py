@@ -22,8 +22,8 @@ class PowerSGD(Base):
     Two all-reduces: the P with the tensors of one dimension, then the Q'. The rank is min(n, m, rank), so the mean of a
     matrix whose smaller side is at most `rank` arrives without loss; so does what each worker sent if n <= m, else it
     lacks what lies outside the span of the mean. The first Q is drawn from `seed`, which all workers share; with
-    `warm_start` the mean Q' is the Q of the next step, else a new one is drawn. Error feedback is not part of this
-    class. Factors are held and sent transposed, (r, n) and (r, m) by rows, which is how the products run fastest.
+    `warm_start` the mean Q' is the Q of the next step, but for a matrix of m <= rank and m <= n, whose Q is square and
+    stays; else a new one is drawn. Error feedback is not part of this class. Factors are held and sent transposed, (r, n) and (r, m) by rows, which is how the products run fastest.
 
     We deviate from Algorithm 1 in two points. The basis is by Householder QR instead of Gram-Schmidt, which loses
     orthogonality on gradients whose rank is below `rank` (a classifier's is at most classes - 1). And the warm start is
@@ -59,7 +59,11 @@ class PowerSGD(Base):
             torch.mm(basis, m, out=q)
         mean_qs = self._second.unflatten(channel.all_mean(sent_second))
         if self._config.warm_start:
-            self._q = [q / q.abs().max().clamp_min(_TINY) for q in mean_qs]
+            # A square Q stays as it was drawn, of full rank: after a gradient of lower rank, M Q would miss directions.
+            self._q = [
+                old if q.shape[0] == q.shape[1] else q / q.abs().max().clamp_min(_TINY)
+                for old, q in zip(self._q, mean_qs, strict=True)
+            ]
         else:
             self._q = self._draw()
 
