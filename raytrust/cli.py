@@ -82,7 +82,7 @@ class Directory:
                 flag, noun = name.replace("_", "-"), self.noun.split()[-1]
                 raise ValueError(f"Expected --{flag} not to be given with --resume: the {noun} keeps its own.")
         try:
-            found: dict[str, Any] = json.loads((resume / self.file).read_text())["options"]
+            found: dict[str, Any] = dict(json.loads((resume / self.file).read_text())["options"])
         except (OSError, ValueError, LookupError, TypeError):
             raise ValueError(
                 f"Expected resume={str(resume)!r} to hold {self.noun}, but it holds no {self.file} of one."

@@ -71,3 +71,10 @@ def test_derivatives(sizes: tuple[int, int, int, int]) -> None:
         slopes.append(torch.autograd.grad((product(*leaves) * weights).sum(), leaves))
     for ours, theirs in zip(*slopes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    a, b = (t.requires_grad_() for t in matrices(*SMALL))
+    (slope,) = torch.autograd.grad(Bmm.apply(a, b).square().sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

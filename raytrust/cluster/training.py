@@ -16,7 +16,7 @@ import ray
 import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _setup_torch_process_group, _TorchBackend
+from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from ray.train.v2.api.config import LoggingConfig  # not exported elsewhere
 
 from raytrust.capture import Capture, save_capture
@@ -112,6 +112,7 @@ class _OnLoopbackBackend(_TorchBackend):
             "init_method": f"file://{backend_config.meeting}/{uuid.uuid4().hex}",  # a new one after a worker was lost
             "timeout_s": backend_config.timeout_s,
         }
+        worker_group.execute(_set_torch_distributed_env_vars)
         ray.get([worker_group.execute_single_async(i, _meet, world_rank=i, **group) for i in range(len(worker_group))])
 
 

@@ -23,7 +23,8 @@ class PowerSGD(Base):
     matrix whose smaller side is at most `rank` arrives without loss; so does what each worker sent if n <= m, else it
     lacks what lies outside the span of the mean. The first Q is drawn from `seed`, which all workers share; with
     `warm_start` the mean Q' is the Q of the next step, but for a matrix of m <= rank and m <= n, whose Q is square and
-    stays; else a new one is drawn. Error feedback is not part of this class. Factors are held and sent transposed, (r, n) and (r, m) by rows, which is how the products run fastest.
+    stays; else a new one is drawn. Error feedback is not part of this class. Factors are held and sent transposed,
+    (r, n) and (r, m) by rows, which is how the products run fastest.
 
     We deviate from Algorithm 1 in two points. The basis is by Householder QR instead of Gram-Schmidt, which loses
     orthogonality on gradients whose rank is below `rank` (a classifier's is at most classes - 1). And the warm start is

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # What torch.compile calls for a linear layer. Absent from builds without oneDNN, which multiply as torch does.
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -29,7 +30,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Bmm(torch.autograd.Function):
-    """`bmm`, differentiable once."""
+    """`bmm`, differentiable once; a second derivative is refused."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -37,6 +38,7 @@ class Bmm(torch.autograd.Function):
         return bmm(a, b)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
         return bmm(slopes[0], b.mT), bmm(a.mT, slopes[0])
