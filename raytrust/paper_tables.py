@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,15 @@ class _Run:
         plan, store = self._plans[name], self._stores[name]
         yield "training victims", _dear_first(plan.trainings())
         yield "searching the paper's setting", _dear_first(u for some in plan.search().values() for u in some)
-        if (settings := chosen(store, plan)) is None:
+        theory = _dear_first(plan.theory().values())
+        if (settings := chosen(store, plan)) == NOT_FINISHED:
             return  # it is too late
+        if isinstance(settings, str):
+            self._progress.say(f"{TITLES[name]}: no setting of the search gave a figure: {settings}")
+            yield "section 3", theory
+            return
         self._progress.say(f"{TITLES[name]}: nearest to the paper is {settings[0].name}")
         table, portfolio = _table_1(plan, settings)
-        theory = _dear_first(plan.theory().values())
         yield "table 1: naive and aware attacks, search for the worst case, section 3", [*table, *portfolio, *theory]
         worst = [worst_units(store, plan, settings, cell) for cell in CELLS]
         yield "table 1: the worst case", _dear_first(u for some in worst if not isinstance(some, str) for u in some)
@@ -173,11 +177,11 @@ class _Run:
     def _left(self, name: str) -> list[Unit]:
         """The units of table 1 that are not done: of phases yet unknown a guess."""
         plan, store = self._plans[name], self._stores[name]
-        settings, known = _guess(plan), False
-        with suppress(ValueError):  # all of the search failed: there is nothing more to do
-            found = chosen(store, plan)
-            settings, known = found or settings, found is not None
         units = [*plan.trainings(), *(u for some in plan.search().values() for u in some), *plan.theory().values()]
+        found = chosen(store, plan)
+        if isinstance(found, str) and found != NOT_FINISHED:
+            return store.missing(units)
+        settings, known = (_guess(plan), False) if isinstance(found, str) else (found, True)
         units += [u for some in _table_1(plan, settings) for u in some]
         other = replace(settings[1], attack=replace(settings[1].attack, tv=0.5))  # no attack of the portfolio's
         for cell in CELLS:

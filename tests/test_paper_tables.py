@@ -142,6 +142,33 @@ def test_a_unit_that_fails_is_a_row_without_a_number(tmp_path: Path, monkeypatch
     assert not (tmp_path / "table2.csv").exists()
 
 
+def test_a_data_set_whose_search_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from raytrust.paper_tables import PaperConfig, open_run, run_paper
+
+    other = replace(digits(), name="cifar10", test_images=digits().test_images.flip(-1))
+    data = {"cifar10": other, "mnist": digits()}
+    work, bad = UnitStore._attack, data["cifar10"].fingerprint()
+
+    def breaks(self: UnitStore, unit: Attack, data: Any) -> Any:
+        if self.fingerprint == bad:
+            raise FloatingPointError("All 1 restarts of the attack diverged.")
+        return work(self, unit, data)
+
+    monkeypatch.setattr(UnitStore, "_attack", breaks)
+    config = PaperConfig(MICRO, tables=(1,), datasets=("cifar10", "mnist"))
+    open_run(tmp_path, config, data, {})
+    report = run_paper(config, data, tmp_path, spread=False)
+    found = {d: {(r["status"], r["reason"]) for r in report.table_1 if r["dataset"] == d} for d in data}
+    assert found["cifar10"] == {("failed", "All 1 restarts of the attack diverged.")}
+    assert found["mnist"] == {("finished", "")}
+    assert {t["dataset"] for t in report.theory} == set(data)
+    assert report.unfinished[0] == 0
+    assert "search for the paper&#x27;s setting failed" in (tmp_path / "report.html").read_text()
+    assert "pieces are left" not in capsys.readouterr().out
+
+
 # --- a run that is cut short ---
 
 

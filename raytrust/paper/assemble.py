@@ -143,7 +143,7 @@ def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
     name = plan.dataset
     report.search[name], images = tried(store, plan.search()), report.images.setdefault(name, {})
     settings = chosen(store, plan)
-    if settings is not None:
+    if not isinstance(settings, str):
         report.nearest[name] = settings[0]
         report.portfolio[name] = sum(len(plan.portfolio(*settings, cell)) for cell in CELLS)
     for cell in CELLS:
@@ -169,11 +169,11 @@ def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
 
 
 def _attacks(
-    plan: Plan, store: UnitStore, settings: tuple[Setting, Setting] | None, cell: Cell
+    plan: Plan, store: UnitStore, settings: tuple[Setting, Setting] | str, cell: Cell
 ) -> dict[str, list[Attack] | str]:
     """The units behind each figure of a cell, or why there are none."""
-    if settings is None:
-        return dict.fromkeys((NAIVE, AWARE, WORST), NOT_FINISHED)
+    if isinstance(settings, str):
+        return dict.fromkeys((NAIVE, AWARE, WORST), settings)
     table = plan.table(settings[0])
     return {kind: table[cell, kind] for kind in (NAIVE, AWARE)} | {WORST: worst_units(store, plan, settings, cell)}
 

@@ -11,7 +11,7 @@ import numpy as np
 from raytrust.membership_paper import floors, nearest_cells
 from raytrust.paper.assemble import Report
 from raytrust.paper.markup import Lines, escape, image, table
-from raytrust.paper.selection import AWARE, NAIVE, WORST
+from raytrust.paper.selection import AWARE, NAIVE, NOT_FINISHED, WORST
 from raytrust.published import CELLS, TABLE_1, TABLE_2, TITLES, Cell, title_of
 from raytrust.report import human_bytes
 
@@ -67,7 +67,7 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
         f"Ours at {near.name}, the setting that came nearest to the paper's "
         f"{TABLE_1[dataset]['none', None].mean:.4f} without compression."
         if near
-        else "The search for the paper's setting is not finished."
+        else f"The search for the paper's setting {_search_ended(report, dataset)}."
     )
     note = (
         f"Mean SSIM [95 % interval, bootstrap] over n images; per cent left of the SSIM without compression; "
@@ -76,6 +76,11 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
     )
     more = f"<details><summary>The setting behind each worst case</summary>{table(behind)}</details>"
     return f"<h2>Table 1, {TITLES[dataset]}</h2><p>{escape(note)}</p>{table(lines)}{more}{figure}"
+
+
+def _search_ended(report: Report, dataset: str) -> str:
+    unfinished = any(found.status == NOT_FINISHED for found in report.search[dataset].values())
+    return "is not finished" if unfinished else "failed"
 
 
 def _ssim(row: dict[str, Any] | None) -> str:

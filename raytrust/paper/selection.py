@@ -170,14 +170,14 @@ def tried(store: UnitStore, units: Mapping[Setting, Sequence[Attack]]) -> dict[S
     return {setting: join(store, some) for setting, some in units.items()}
 
 
-def chosen(store: UnitStore, plan: Plan) -> tuple[Setting, Setting] | None:
-    """The nearest setting and the strongest one. None until the search is finished: they might be others then.
-
-    Raises ValueError if all of it failed.
-    """
+def chosen(store: UnitStore, plan: Plan) -> tuple[Setting, Setting] | str:
+    """The nearest setting and the strongest one; or why there are none: the search failed, or is not finished, and they
+    might be others then."""
     found = tried(store, plan.search())
     if any(f.status == NOT_FINISHED for f in found.values()):
-        return None
+        return NOT_FINISHED
+    if all(f.ssim is None for f in found.values()):
+        return "; ".join(sorted({f.reason for f in found.values()}))
     return nearest(found, plan.dataset), strongest(found)
 
 
@@ -192,15 +192,10 @@ def worst_units(store: UnitStore, plan: Plan, settings: tuple[Setting, Setting],
 
 
 def nearest(found: Mapping[Setting, Found], dataset: str) -> Setting:
-    """The setting whose mean SSIM without compression is nearest to the paper's; of equals the first.
-
-    Raises ValueError if none is finished.
-    """
+    """The setting whose mean SSIM without compression is nearest to the paper's; of equals the first. At least
+    one must be finished."""
     target = TABLE_1[dataset]["none", None].mean
     means = {s: f.mean for s, f in found.items() if f.mean is not None}
-    if not means:
-        reasons = sorted({f.reason for f in found.values()})
-        raise ValueError(f"No setting of the search on {dataset} gave a figure: {'; '.join(reasons)}")
     return min(means, key=lambda s: abs(means[s] - target))
 
 
