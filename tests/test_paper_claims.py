@@ -100,25 +100,36 @@ def test_failed_cells_count_for_nothing() -> None:
     assert inversion_claims(rows)[0].verdict == "not tested"
 
 
-def theory_row(cell: Any, **changes: float) -> dict[str, Any]:
+def theory_row(cell: Any, dataset: str = "cifar10", **changes: float) -> dict[str, Any]:
     figures = {"cosine": 0.6, "attainable": 0.6, "error": 0.64, "from_error": 0.6, "discarded": 0.64, "svd": 0.64}
     figures |= {"naive_at_truth": 0.4, "aware_at_truth": 1e-7, "naive_reached": 0.7, "aware_reached": 0.9}
     if cell[0] == "none":
         figures = dict.fromkeys(figures, 0.0) | {"cosine": 1.0, "attainable": 1.0, "from_error": 1.0}
-    return {"cell": cell} | {name: [value] for name, value in (figures | changes).items()}
+    return {"cell": cell, "dataset": dataset} | {name: [value] for name, value in (figures | changes).items()}
 
 
 def test_theory() -> None:
     rows = [theory_row(cell) for cell in CELLS]
-    assert [c.verdict for c in theory_claims(rows)] == ["reproduced", "overturned"]
-    assert "the naive one in 10 of 10" in theory_claims(rows)[1].evidence
+    assert [c.verdict for c in theory_claims(rows, {})] == ["reproduced", "overturned"]
+    assert "the naive one in 10 of 10" in theory_claims(rows, {})[1].evidence
     broken = [*rows, theory_row(("topk", 1), discarded=0.5)]
-    assert theory_claims(broken)[0].verdict == "not reproduced"
+    assert theory_claims(broken, {})[0].verdict == "not reproduced"
     below = [*rows, theory_row(("powersgd", 1), discarded=0.7, svd=0.7)]  # better than the best of its rank
-    assert theory_claims(below)[0].verdict == "not reproduced"
+    assert theory_claims(below, {})[0].verdict == "not reproduced"
     bound = [theory_row(CELLS[0]), *(theory_row(cell, aware_at_truth=0.1) for cell in COMPRESSED)]
-    assert theory_claims(bound)[1].verdict == "not decided at this sample size"
-    assert theory_claims([theory_row(("none", None))]) == []
+    assert theory_claims(bound, {})[1].verdict == "not decided at this sample size"
+    assert theory_claims([], {}) == []  # nothing was asked for
+
+
+def test_section_3_is_decided_on_data_sets_that_are_whole() -> None:
+    rows = [theory_row(cell) for cell in CELLS]
+    for claim in theory_claims(rows, {"cifar10": ["not finished"]}):  # each method was met, but not every step
+        assert claim.verdict == "not tested"
+        assert claim.evidence == "CIFAR-10 left out: of its tests, 1 not finished"
+    broken = [theory_row(cell, "mnist", discarded=0.5, aware_at_truth=0.5) for cell in CELLS]
+    found = theory_claims([*rows, *broken], {"cifar10": [], "mnist": ["not finished", "it broke", "it broke"]})
+    assert [claim.verdict for claim in found] == ["reproduced", "overturned"]
+    assert all("MNIST left out: of its tests, 1 not finished, 2 failed (it broke)" in c.evidence for c in found)
 
 
 def audit_row(name: str, loss: float, messages: float, half: float = 0.01) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def test_an_interrupted_run_reports_what_is_finished(
 
 def test_a_run_whose_time_is_up_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = run(tmp_path, hours=1e-9)
-    assert report.unfinished == (4 * len(CELLS), 4 * len(CELLS))
+    assert report.unfinished == (5 * len(CELLS), 5 * len(CELLS))
     text = capsys.readouterr().out
     left = re.search(r"time is up: (\d+) pieces are left, about \d+ min", text)
     assert left is not None

@@ -42,7 +42,8 @@ Images = dict[tuple[Cell, str], tuple[np.ndarray, list[float]]]
 @dataclass(frozen=True)
 class Report:
     """What the report says. By data set: search (every setting tried, with its figure), nearest, originals, images
-    (reconstructions and SSIM by cell and attack), audits. theory: a row a data set, step and cell.
+    (reconstructions and SSIM by cell and attack), audits, theory_left (of each test of section 3 without figures
+    that it is not finished, or why it failed). theory: a row a data set, step and cell.
     """
 
     budget: Budget
@@ -58,6 +59,7 @@ class Report:
     originals: dict[str, np.ndarray] = field(default_factory=dict)
     images: dict[str, Images] = field(default_factory=dict)
     theory: list[Row] = field(default_factory=list)
+    theory_left: dict[str, list[str]] = field(default_factory=dict)
     audits: dict[str, list[Row]] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     cpu_seconds: float = 0.0
@@ -102,9 +104,10 @@ class Report:
 
     @property
     def unfinished(self) -> tuple[int, int]:
-        """(how many figures of table 1 and rows of table 2 are not finished, of how many)."""
-        rows = [*self.table_1, *(row for audit in self.audits.values() for row in audit)]
-        return sum(r["status"] == NOT_FINISHED for r in rows), len(rows)
+        """(how many figures of table 1, rows of table 2 and tests of section 3 are not finished, of how many)."""
+        states = [row["status"] for row in (*self.table_1, *(r for audit in self.audits.values() for r in audit))]
+        states += [state for left in self.theory_left.values() for state in left]
+        return states.count(NOT_FINISHED), len(states) + len(self.theory)
 
 
 def audit_config(budget: Budget, seed: int, data: Dataset) -> MembershipConfig:
@@ -131,7 +134,7 @@ def assemble(
     common = common_nearest(report.search) if report.search else None
     claims = [
         *(inversion_claims(report.table_1) if 1 in tables else []),
-        *theory_claims(report.theory),
+        *theory_claims(report.theory, report.theory_left),
         *membership_claims(report.audits),
     ]
     seconds = sum(r["cpu_seconds"] for r in report.theory) + 0.0
@@ -164,7 +167,9 @@ def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
                 report.originals[name] = np.concatenate([p["originals"] for p in parts])
     for (step, cell), unit in plan.theory().items():
         figures = store.figures(unit)
-        if figures is not None:
+        if figures is None:
+            report.theory_left.setdefault(name, []).append(store.failure(unit) or NOT_FINISHED)
+        else:
             report.theory.append({"dataset": name, "step": step, "cell": cell, "n": len(unit.images), **figures})
 
 

@@ -74,8 +74,8 @@ def _first_screen(report: Report) -> str:
         )
     missing, total = report.unfinished
     banner = (
-        f'<p class="warning">Not finished: {missing} of {total} figures of table 1 and rows of table 2 are missing. '
-        "The run can be resumed.</p>"
+        f'<p class="warning">Not finished: {missing} of {total} figures of table 1, rows of table 2 and tests of '
+        "section 3 are missing. The run can be resumed.</p>"
         if missing
         else ""
     )
