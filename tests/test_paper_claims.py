@@ -95,6 +95,28 @@ def test_what_is_not_finished_decides_nothing() -> None:
     assert protection(Table(left), "cifar10", ("powersgd", 1)) == protection(Table(rows), "cifar10", ("powersgd", 1))
 
 
+def test_a_claim_about_every_data_set_waits_for_all_of_them() -> None:
+    rows = table(0.05, 0.45, dataset="mnist", plain=0.9) + table(0.05, 0.45)
+    assert [c.verdict for c in inversion_claims(rows)][:2] == ["reproduced", "overturned"]
+    begun = [
+        r | {"status": "not finished"} if r["dataset"] == "cifar10" and r["rank_or_level"] == 50 else r for r in rows
+    ]
+    for claim in inversion_claims(begun):
+        assert claim.verdict in ("not decided at this sample size", "not tested")
+        assert "CIFAR-10 left out: not finished" in claim.evidence
+    assert inversion_claims(begun)[0].verdict == "not decided at this sample size"
+
+
+def test_an_uncompressed_attack_that_failed_is_not_called_one_that_finds_nothing() -> None:
+    rows = [
+        r | {"status": "failed", "reason": "it diverged", "ssim": None, "identified": None}
+        if (r["compressor"], r["attack"]) == ("none", NAIVE)
+        else r
+        for r in table(0.05, 0.45)
+    ]
+    assert Table(rows).notes == ["CIFAR-10 left out: the uncompressed attack failed (it diverged)"]
+
+
 def test_failed_cells_count_for_nothing() -> None:
     rows = [r if r["compressor"] == "none" else r | {"status": "failed", "ssim": None} for r in table(0.05, 0.45)]
     assert inversion_claims(rows)[0].verdict == "not tested"
@@ -157,3 +179,10 @@ def test_membership() -> None:
     low = [audit_row(n, 0.5 if n.startswith("Top-K") and "0" not in n else 0.6, 0.8) for n in names]
     assert membership_claims({"cifar100": low})[2].verdict == "overturned"
     assert membership_claims({}) == []
+    begun = membership_claims({"cifar10": alike, "cifar100": [low[0], low[1] | {"status": "not finished"}]})
+    assert [c.verdict for c in begun] == ["not decided at this sample size"] * 2 + ["not tested"]
+    assert all("CIFAR-100 left out: not finished" in c.evidence for c in begun[:2])
+    assert "CIFAR-100: not finished." in begun[2].evidence
+    broken = membership_claims({"cifar10": alike, "mnist": [alike[0] | {"status": "failed"}, *alike[1:]]})
+    assert broken[0].verdict == "reproduced"
+    assert "MNIST left out: uncompressed SGD failed" in broken[0].evidence

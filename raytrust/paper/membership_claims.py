@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from raytrust.paper.selection import NOT_FINISHED
-from raytrust.paper.verdicts import OVERTURNED, REPRODUCED, UNDECIDED, UNTESTED, Claim, Verdict
+from raytrust.paper.verdicts import OVERTURNED, REPRODUCED, UNDECIDED, UNTESTED, Claim, Verdict, still_open
 from raytrust.published import TABLE_2, TITLES
 
 Row = dict[str, Any]
@@ -16,11 +17,18 @@ Row = dict[str, Any]
 
 def membership_claims(audits: Mapping[str, Sequence[Row]]) -> list[Claim]:
     """Those about membership inference. audits: the rows of each data set's audit, in the order of the cells; one that
-    is not finished decides nothing."""
+    is not finished decides nothing, and leaves open what is about all data sets."""
     if not audits:
         return []
     whole = {d: rows for d, rows in audits.items() if all(r["status"] != NOT_FINISHED for r in rows)}
-    return [_insensitive(whole), _unreliable(whole), _high_levels(whole)]
+    notes = [f"{TITLES[d]} left out: {NOT_FINISHED}" for d in audits if d not in whole]
+    claims = [_insensitive(whole), _unreliable(whole)]
+    if notes:
+        claims = [
+            replace(c, verdict=still_open(c.verdict), evidence="; ".join([c.evidence, *notes] if c.evidence else notes))
+            for c in claims
+        ]
+    return [*claims, _high_levels(whole, NOT_FINISHED if "cifar100" in audits else "not audited here")]
 
 
 def _insensitive(audits: Mapping[str, Sequence[Row]]) -> Claim:
@@ -29,6 +37,7 @@ def _insensitive(audits: Mapping[str, Sequence[Row]]) -> Claim:
     for dataset, rows in audits.items():
         done = [r for r in rows if r["status"] == "finished"]
         if not done or done[0]["name"] != "none":
+            notes.append(f"{TITLES[dataset]} left out: uncompressed SGD failed")
             continue
         counts = {"alike": 0, "lower": 0, "higher": 0, "too wide": 0}
         for row in done[1:]:
@@ -78,7 +87,8 @@ def _unreliable(audits: Mapping[str, Sequence[Row]]) -> Claim:
     )
 
 
-def _high_levels(audits: Mapping[str, Sequence[Row]]) -> Claim:
+def _high_levels(audits: Mapping[str, Sequence[Row]], missing: str) -> Claim:
+    """missing: what to say where CIFAR-100 is not among the audits."""
     table = TABLE_2["cifar100"]
     plain = np.mean(table["none", None])
     drop = {levels: plain - np.mean([table["topk", k] for k in levels]) for levels in ((1, 2, 4), (30, 50))}
@@ -94,7 +104,8 @@ def _high_levels(audits: Mapping[str, Sequence[Row]]) -> Claim:
     quote = "On CIFAR-100, Top-K at levels 30 and 50 leads to a more pronounced decrease of MIA success."
     names = {k: f"Top-K level {k} + EF" for k in (1, 2, 4, 30, 50)}
     if "none" not in done or not set(names.values()) <= set(done):
-        return Claim(quote, UNTESTED, rule, own + " CIFAR-100 was not audited here.")
+        why = "an audit that this needs failed" if "cifar100" in audits else missing
+        return Claim(quote, UNTESTED, rule, f"{own} CIFAR-100: {why}.")
     plain_auc = done["none"]["final"]["loss"]["auc"]
     falls = {k: _difference(done[name]["final"]["loss"]["auc"], plain_auc) for k, name in names.items()}
     high = [d < -half for k, (d, half) in falls.items() if k >= 30]

@@ -41,7 +41,8 @@ class Table:
 
     works: the data sets whose attack works at all: without compression its reconstructions are nearer to the private
     image than to 99 others more often than chance would have it (binomial, 2.5 %). datasets: those of them on which
-    both attacks are finished, so that a claim about all defences can be decided. notes: why the others are left out.
+    both attacks are finished, so that a claim about all defences can be decided. unfinished: the other way round, which
+    leave a claim about all data sets open. notes: why data sets are left out.
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -50,11 +51,12 @@ class Table:
         self._ssim = {key: np.asarray(r["ssim"]) for key, r in found.items() if r["status"] == "finished"}
         controls = {r["dataset"]: r for r in rows if r["compressor"] == "none" and r["attack"] == NAIVE}
         missing = {r["dataset"] for r in rows if r["status"] == NOT_FINISHED and r["attack"] != WORST}
+        self.unfinished = [name for name in controls if name in missing]
         self.works = [name for name, row in controls.items() if _works(row)]
         self.datasets = [name for name in self.works if name not in missing]
         self.notes = [
-            f"{TITLES[name]} left out: {NOT_FINISHED if name in missing else NO_CONTROL}"
-            for name in controls
+            f"{TITLES[name]} left out: {NOT_FINISHED if name in missing else _why_not(row)}"
+            for name, row in controls.items()
             if name not in self.datasets
         ]
 
@@ -77,6 +79,17 @@ def _works(row: Row) -> bool:
         return False
     right = row["identified"]
     return bool(binom.sf(sum(right) - 1, len(right), 1 / (DISTRACTORS + 1)) < 0.025)
+
+
+def _why_not(control: Row) -> str:
+    if control["status"] == "failed":
+        return f"the uncompressed attack failed ({control['reason']})"
+    return NO_CONTROL
+
+
+def still_open(verdict: Verdict) -> Verdict:
+    """What can be said of a claim about all data sets as long as one of them is not finished."""
+    return UNTESTED if verdict == UNTESTED else UNDECIDED
 
 
 def above_zero(differences: Sequence[NDArray[np.float64]]) -> Verdict:
