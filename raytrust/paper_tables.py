@@ -271,12 +271,12 @@ def _table_1(plan: Plan, settings: tuple[Setting, Setting]) -> tuple[list[Unit],
 
 
 def _log(tracker: Tracker, report: Report, root: Path) -> None:
-    """One run a data set and cell, with what the tables say of it."""
+    """One run a data set and cell of which nothing is left to do, with what the tables say of it."""
     for dataset in report.datasets:
         for cell in CELLS:
+            if not report.finished(dataset, cell):
+                continue
             metrics, parameters = report.metrics(dataset, cell), {"dataset": dataset, "compressor": cell[0]}
             name = f"{TITLES[dataset]} {cell[0]}" + (f" {cell[1]}" if cell[1] else "")
             reason = report.failure(dataset, cell) if not metrics else ""
-            if not metrics and not reason:
-                continue  # not finished
             tracker.measured(f"{dataset}/{cell[0]}/{cell[1]}", name, parameters | {"rank": cell[1]}, metrics, reason)

@@ -6,7 +6,8 @@
     python sweeps/paper_tables.py --budget full --address auto
     python sweeps/paper_tables.py --resume results/DIR
 
-The budgets stand in `raytrust/paper/plan.py`.
+The budgets stand in `raytrust/paper/plan.py`. The worst case of a cell is the greatest of three attacks on the
+evaluation images, which is slightly optimistic for the attacker.
 """
 
 from __future__ import annotations

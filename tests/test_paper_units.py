@@ -159,6 +159,8 @@ def test_the_nearest_and_the_strongest_setting() -> None:
     found = common_nearest({"cifar10": cifar, "mnist": mnist})
     assert found is not None
     assert found[0] == b  # off by 0.55 and 0.02, where a is off by 0.02 and 0.77
+    assert common_nearest({"cifar10": cifar, "mnist": mnist | {c: Found(None, "not finished")}}) is None
+    assert common_nearest({"cifar10": {c: Found(None, "broke")}, "mnist": {c: Found([0.8])}}) is None
 
 
 def test_every_budget_makes_a_plan() -> None:

@@ -83,6 +83,8 @@ def _first_screen(report: Report) -> str:
     about = (
         f"Budget “{report.budget.name}”: {images} images a cell; " if images else ""
     ) + f"seed {report.seed}. Intervals: 95 %, bootstrap over images; over models for membership."
+    if images:
+        about += " Worst: the greatest of three attacks on these images, slightly optimistic for the attacker."
     return (
         "<h1>Does gradient compression protect the training images? The paper, side by side with a stronger attacker"
         f'</h1>{banner}<p class="answer">{_answer(report, found)}</p>{cards}<p class="small">{escape(CITATION)}. '
@@ -126,15 +128,16 @@ def _means(report: Report) -> str:
     found = [f"{escape(note)}." for note in notes]
     for dataset in Table(report.table_1).datasets:
         plain = report.row(dataset, ("none", None), NAIVE)
-        means = []
-        for kind in (NAIVE, AWARE, WORST):
-            known = [r["ours"] for c in CELLS[1:] if (r := report.row(dataset, c, kind)) and r["ours"] is not None]
-            means.append(f"{np.mean(known):.2f}" if known else "-")
+        rows = [[report.row(dataset, c, kind) for kind in (NAIVE, AWARE, WORST)] for c in CELLS[1:]]
+        known = [[r["ours"] for r in own if r is not None and r["status"] == "finished"] for own in rows]
+        whole = [own for own in known if len(own) == 3]
+        means = [f"{mean:.2f}" for mean in np.mean(whole, axis=0)] if whole else ["-"] * 3
+        cells = "cells" if len(whole) == len(rows) else f"the {len(whole)} of {len(rows)} cells with all three"
         top = report.row(dataset, ("none", None), WORST)
         if plain is not None and plain["ours"] is not None:
             most = "-" if top is None or top["ours"] is None else f"{top['ours']:.2f}"
             found.append(
-                f"{TITLES[dataset]}, mean SSIM over cells: {means[0]} to the published attack, {means[1]} to one who "
+                f"{TITLES[dataset]}, mean SSIM over {cells}: {means[0]} to the published attack, {means[1]} to one who "
                 f"knows the compressor, {means[2]} at worst; without compression {plain['ours']:.2f}, at worst {most}."
             )
     return " " + " ".join(found)

@@ -12,7 +12,7 @@ import numpy as np
 from raytrust.membership_paper import SIGNALS, nearest_cells
 from raytrust.metrics import bootstrap_interval
 from raytrust.paper.plan import Setting
-from raytrust.paper.selection import Found
+from raytrust.paper.selection import NOT_FINISHED, Found
 from raytrust.published import MEMBERSHIP_ATTACKS, TABLE_1, TABLE_2, Cell
 
 Row = dict[str, Any]
@@ -73,10 +73,10 @@ def membership_rows(dataset: str, audit: Sequence[Row], cells: Sequence[Cell], s
     """The rows of table 2: for each defence every rule, a signal with its thresholds and their origin.
 
     audit: the rows of a membership audit, in the order of the cells. nearest: for which of the paper's columns the rule
-    comes nearest, by `nearest_cells`.
+    comes nearest, by `nearest_rules`.
     """
     best: dict[tuple[str, bool, str], list[str]] = {}
-    for found in nearest_cells(list(audit), dataset):
+    for found in nearest_rules(audit, dataset):
         best.setdefault((found["signal"], found["per_class"], found["origin"]), []).append(found["attack"])
     stands = {s: [a for a in MEMBERSHIP_ATTACKS if s in SIGNALS[a]] for some in SIGNALS.values() for s in some}
     rows = []
@@ -111,6 +111,11 @@ def membership_rows(dataset: str, audit: Sequence[Row], cells: Sequence[Cell], s
                 }
             )
     return rows
+
+
+def nearest_rules(audit: Sequence[Row], dataset: str) -> list[Row]:
+    """`nearest_cells` of an audit; none while a defence is not finished, as others might be nearer then."""
+    return [] if any(r["status"] == NOT_FINISHED for r in audit) else nearest_cells(list(audit), dataset)
 
 
 def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -208,8 +208,11 @@ def strongest(found: Mapping[Setting, Found]) -> Setting:
 def common_nearest(found: Mapping[str, Mapping[Setting, Found]]) -> tuple[Setting, float] | None:
     """The one setting for all data sets of the least mean absolute difference to the paper's SSIMs, and the difference.
 
-    None if none is finished on all of them.
+    None while the search is not finished on one of them, as another might be nearer then, or if no setting gave a
+    figure on all.
     """
+    if any(f.status == NOT_FINISHED for tried in found.values() for f in tried.values()):
+        return None
     distances = {}
     for setting in next(iter(found.values())):
         means = {d: tried[setting].mean for d, tried in found.items() if setting in tried}

@@ -1,0 +1,99 @@
+"""What a report says of a run of which only some is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paper_fixtures import MICRO, digits, fill, table
+
+from raytrust.paper.assemble import Report, assemble
+from raytrust.paper.page import _means
+from raytrust.paper.plan import STRONG_STEP
+from raytrust.paper.rows import membership_rows
+from raytrust.paper.selection import AWARE, NAIVE, WORST, Plan, chosen, plan_for, worst_units
+from raytrust.paper.units import UnitStore
+from raytrust.published import CELLS, TABLE_1
+
+OPEN = CELLS[1]  # of which the naive attack is missing
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> tuple[Path, Plan, UnitStore]:
+    """All of table 1 but the naive attack on one cell. The strong attack is the worst on the tuning images."""
+    data = digits()
+    plan, store = plan_for("mnist", data, MICRO, None, 0), UnitStore(tmp_path, data.fingerprint())
+    for units in plan.search().values():
+        fill(store, units, TABLE_1["mnist"]["none", None].mean)
+    settings = chosen(store, plan)
+    assert not isinstance(settings, str)
+    for (cell, kind), units in plan.table(settings[0]).items():
+        if (cell, kind) != (OPEN, NAIVE):
+            fill(store, units, 0.3)
+    for cell in CELLS:
+        for setting, units in plan.portfolio(*settings, cell).items():
+            fill(store, units, 0.9 if setting.attack.step_size == STRONG_STEP else 0.2)
+        worst = worst_units(store, plan, settings, cell)
+        assert not isinstance(worst, str)
+        fill(store, worst, 0.6)
+    return tmp_path, plan, store
+
+
+def report_of(root: Path) -> Report:
+    return assemble(MICRO, (1,), None, 0, {"mnist": digits()}, root)
+
+
+def test_the_worst_of_three_waits_for_the_three(partial: tuple[Path, Plan, UnitStore]) -> None:
+    root, plan, store = partial
+    found = {(r["rank_or_level"], r["attack"]): r for r in report_of(root).table_1 if r["compressor"] == OPEN[0]}
+    assert [found[OPEN[1], kind]["status"] for kind in (NAIVE, AWARE)] == ["not finished", "finished"]
+    assert (found[OPEN[1], WORST]["status"], found[OPEN[1], WORST]["ours"]) == ("not finished", None)
+    assert found[2, WORST]["ours"] == pytest.approx(0.6)
+    settings = chosen(store, plan)
+    assert not isinstance(settings, str)
+    fill(store, plan.table(settings[0])[OPEN, NAIVE], 0.7)
+    row = report_of(root).row("mnist", OPEN, WORST)
+    assert row is not None
+    assert row["ours"] == pytest.approx(0.7)  # the naive one is the greatest
+
+
+def test_only_whole_cells_are_logged(partial: tuple[Path, Plan, UnitStore]) -> None:
+    from raytrust.paper_tables import _log
+
+    names: list[str] = []
+
+    class Tracker:
+        def measured(self, key: str, name: str, *rest: Any) -> None:
+            names.append(name)
+
+    _log(Tracker(), report_of(partial[0]), partial[0])  # type: ignore[arg-type]
+    assert len(names) == len(CELLS) - 1
+    assert f"MNIST {OPEN[0]} {OPEN[1]}" not in names
+
+
+def test_means_are_over_the_same_cells() -> None:
+    rows = table(0.1, 0.2, noise=0.0)
+    report = Report(MICRO, 0, ("cifar10",), (1,), table_1=rows)
+    assert "mean SSIM over cells: 0.10 to the published attack, 0.20 to one" in _means(report)
+    for row in rows:
+        if (row["compressor"], row["rank_or_level"]) == OPEN:
+            row |= {"ours": 0.9} if row["attack"] != WORST else {"ours": None, "ssim": None, "status": "not finished"}
+    text = "mean SSIM over the 9 of 10 cells with all three: 0.10 to the published attack, 0.20 to one"
+    assert text in _means(report)
+
+
+def test_no_rule_is_the_nearest_until_the_audit_is_finished() -> None:
+    def line(cell: Any, status: str) -> dict[str, Any]:
+        compressor = {"method": cell[0], "rank": cell[1]} if cell[0] != "topk" else None
+        if cell[0] == "topk":
+            compressor = {"method": "topk", "equal_to_rank": cell[1]}
+        values = {"value": 0.6, "low": 0.5, "high": 0.7, "floor": 0.5, "per_class": False, "origin": "shadow"}
+        grid = [values | {"signal": s} for s in ("confidence", "loss", "entropy")]
+        return {"name": str(cell), "arm": {"compressor": compressor}, "status": status, "models": 4, "grid": grid}
+
+    whole = [line(cell, "finished") for cell in CELLS]
+    assert sum(bool(r["nearest"]) for r in membership_rows("mnist", whole, CELLS, "")) == 3 * len(CELLS)
+    begun = [*whole[:-1], line(CELLS[-1], "not finished")]
+    rows = membership_rows("mnist", begun, CELLS, "")
+    assert not any(r.get("nearest") for r in rows)
