@@ -130,7 +130,8 @@ class _Run:
     ):
         self._config, self._root, self._progress, self._spread, self._until = config, root, progress, spread, until
         self._data = data
-        self._audits = {name: audit_config(config.budget, config.seed, d) for name, d in data.items()}
+        audited = data if 2 in config.tables else {}
+        self._audits = {name: audit_config(config.budget, config.seed, d) for name, d in audited.items()}
         self._stores = {name: UnitStore(root, d.fingerprint()) for name, d in data.items()}
         self._plans = {name: plan_for(name, d, config.budget, config.images, config.seed) for name, d in data.items()}
 
@@ -138,12 +139,14 @@ class _Run:
         """Until all is done, or it is too late."""
         for store in self._stores.values():
             store.clear_failures()
+        for name in self._audits:
+            self._shadows(name).clear_failures()
         for name in self._data:
             for what, units in self._phases(name) if 1 in self._config.tables else ():
                 self._do(name, what, units)
                 if self._too_late():
                     return
-            if 2 in self._config.tables:
+            if name in self._audits:
                 self._audit(name)
                 if self._too_late():
                     return
@@ -186,7 +189,10 @@ class _Run:
         other = replace(settings[1], attack=replace(settings[1].attack, tv=0.5))  # no attack of the portfolio's
         for cell in CELLS:
             worst = worst_units(store, plan, settings, cell) if known else NOT_FINISHED
-            units += plan.worst(other, cell, settings[0]) if isinstance(worst, str) else worst
+            if worst == NOT_FINISHED:
+                units += plan.worst(other, cell, settings[0])
+            elif not isinstance(worst, str):
+                units += worst
         return store.missing(units)
 
     def _expect(self) -> None:
@@ -195,7 +201,7 @@ class _Run:
         of = costs(units)
         for kind in ("training", "attack", "theory"):
             self._progress.expect(kind, *of.get(kind, (0, 0.0)))
-        models = sum(len(self._models_left(name)) for name in self._data) if 2 in self._config.tables else 0
+        models = sum(len(self._models_left(name)) for name in self._audits)
         self._progress.expect("models", models, float(models))
 
     def _do(self, name: str, what: str, units: Sequence[Unit]) -> None:
@@ -219,7 +225,6 @@ class _Run:
 
     def _audit(self, name: str) -> None:
         config, data, store = self._audits[name], self._data[name], self._shadows(name)
-        store.clear_failures()
         if not (left := self._models_left(name)):
             return
         self._begin(f"{TITLES[name]}, table 2: {len(left)} models of {len(config.arms)} defences")
@@ -245,8 +250,13 @@ class _Run:
         return open_shadows(self._root / f"membership-{name}", self._audits[name], self._stores[name].fingerprint, {})
 
     def _models_left(self, name: str) -> list[tuple[Kind, Arm, int]]:
+        """The models of table 2 that are not done and not failed."""
         config, store = self._audits[name], self._shadows(name)
-        return [(k, arm, m) for k, arm, m in store.jobs(config) if not store.path(config, arm, m, k).exists()]
+        return [
+            (kind, arm, model)
+            for kind, arm, model in store.jobs(config)
+            if not store.path(config, arm, model, kind).exists() and not store.failed(config, arm, model, kind)
+        ]
 
     def _too_late(self) -> bool:
         return self._until is not None and time.time() >= self._until

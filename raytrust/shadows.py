@@ -294,6 +294,10 @@ class ShadowStore:
             return str(read_json(path)["reason"])
         return None
 
+    def failed(self, config: MembershipConfig, arm: Arm, model: int, kind: Kind) -> bool:
+        """Whether this model failed, and was not tried again."""
+        return self._failure(config, arm, model, kind).exists()
+
     def clear_failures(self) -> None:
         """Forget failures, so that the models are tried again."""
         for path in (self.root / "failures").glob("*.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from paper_fixtures import MICRO, digits, fill, table
 from raytrust.paper.assemble import Report, assemble
 from raytrust.paper.page import _means
 from raytrust.paper.plan import STRONG_STEP
+from raytrust.paper.progress import Progress
 from raytrust.paper.rows import membership_rows
 from raytrust.paper.selection import AWARE, NAIVE, WORST, Plan, chosen, plan_for, worst_units
 from raytrust.paper.units import UnitStore
@@ -70,6 +72,54 @@ def test_only_whole_cells_are_logged(partial: tuple[Path, Plan, UnitStore]) -> N
     _log(Tracker(), report_of(partial[0]), partial[0])  # type: ignore[arg-type]
     assert len(names) == len(CELLS) - 1
     assert f"MNIST {OPEN[0]} {OPEN[1]}" not in names
+
+
+def test_what_failed_is_not_left_to_do(partial: tuple[Path, Plan, UnitStore]) -> None:
+    from raytrust.paper_tables import PaperConfig, _Run
+
+    root, plan, store = partial
+    settings = chosen(store, plan)
+    assert not isinstance(settings, str)
+    run = _Run(PaperConfig(MICRO, datasets=("mnist",)), {"mnist": digits()}, root, Progress(1), spread=False)
+    naive = store.missing(plan.table(settings[0])[OPEN, NAIVE])
+    assert set(run._left("mnist")) == {*naive, *plan.theory().values()}
+    models = run._models_left("mnist")
+    for units in plan.portfolio(*settings, OPEN).values():
+        for unit in units:
+            store.path(unit).unlink(missing_ok=True)
+            store.fail(unit, "it diverged")
+    kind, arm, model = models[0]
+    run._shadows("mnist").fail(run._audits["mnist"], arm, model, kind, "it diverged")
+    assert set(run._left("mnist")) == {*store.missing(naive), *plan.theory().values()}
+    assert run._models_left("mnist") == models[1:]
+
+
+def test_failures_are_forgotten_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of models, too, before any unit: what is left is known at once."""
+    from raytrust.paper_tables import PaperConfig, _Run
+
+    run = _Run(PaperConfig(MICRO, datasets=("mnist",)), {"mnist": digits()}, tmp_path, Progress(1), spread=False)
+    models = run._models_left("mnist")
+    kind, arm, model = models[0]
+    run._shadows("mnist").fail(run._audits["mnist"], arm, model, kind, "it diverged")
+    left: list[int] = []
+    monkeypatch.setattr(_Run, "_phases", lambda self, name: [("a", [])])
+    monkeypatch.setattr(_Run, "_do", lambda self, name, what, units: left.append(len(self._models_left(name))))
+    monkeypatch.setattr(_Run, "_audit", lambda self, name: None)
+    run.all()
+    assert left == [len(models)]
+
+
+def test_table_1_alone_needs_no_images_for_an_audit(tmp_path: Path) -> None:
+    from raytrust.paper_tables import PaperConfig, _Run
+
+    few = replace(digits(), train_images=digits().train_images[:3], train_labels=digits().train_labels[:3])
+    config = PaperConfig(MICRO, datasets=("mnist",))
+    with pytest.raises(ValueError, match="Expected"):
+        _Run(config, {"mnist": few}, tmp_path, Progress(1), spread=False)
+    run = _Run(replace(config, tables=(1,)), {"mnist": few}, tmp_path, Progress(1), spread=False)
+    run._expect()
+    assert not (tmp_path / "membership-mnist").exists()
 
 
 def test_means_are_over_the_same_cells() -> None:

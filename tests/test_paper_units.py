@@ -173,5 +173,5 @@ def test_every_budget_makes_a_plan() -> None:
         wanted |= {(v.stem, v.width, v.steps) for v in plan.theory_victims if v.steps}
         assert wanted <= trained
         assert len(budget.membership_config(0, 10**6).defences) == len(CELLS)
-        few = budget.membership_config(0, 1080)
-        assert few.points == min(budget.membership["points"], 1080)
+        for images in (1080, 1001, 10029):  # the last two are lost to rounding as 1001 / 2000 * 2000
+            assert budget.membership_config(0, images).points == min(budget.membership["points"], images)
