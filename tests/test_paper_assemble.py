@@ -95,19 +95,19 @@ def test_what_failed_is_not_left_to_do(partial: tuple[Path, Plan, UnitStore]) ->
 
 
 def test_failures_are_forgotten_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of models, too, before any unit: what is left is known at once."""
+    """Those of models, too, before any unit is done: what is left is known at once."""
     from raytrust.paper_tables import PaperConfig, _Run
 
     run = _Run(PaperConfig(MICRO, datasets=("mnist",)), {"mnist": digits()}, tmp_path, Progress(1), spread=False)
-    models = run._models_left("mnist")
-    kind, arm, model = models[0]
-    run._shadows("mnist").fail(run._audits["mnist"], arm, model, kind, "it diverged")
-    left: list[int] = []
+    kind, arm, model = run._models_left("mnist")[0]
+    config, models = run._audits["mnist"], run._shadows("mnist")
+    models.fail(config, arm, model, kind, "it diverged")
+    reasons: list[str | None] = []
     monkeypatch.setattr(_Run, "_phases", lambda self, name: [("a", [])])
-    monkeypatch.setattr(_Run, "_do", lambda self, name, what, units: left.append(len(self._models_left(name))))
+    monkeypatch.setattr(_Run, "_do", lambda self, name, what, units: reasons.append(models.failure(config, arm)))
     monkeypatch.setattr(_Run, "_audit", lambda self, name: None)
     run.all()
-    assert left == [len(models)]
+    assert reasons == [None]
 
 
 def test_table_1_alone_needs_no_images_for_an_audit(tmp_path: Path) -> None:
@@ -129,6 +129,8 @@ def test_means_are_over_the_same_cells() -> None:
     for row in rows:
         if (row["compressor"], row["rank_or_level"]) == OPEN:
             row |= {"ours": 0.9} if row["attack"] != WORST else {"ours": None, "ssim": None, "status": "not finished"}
+    begun = Report(MICRO, 0, ("cifar10",), (1,), table_1=[r for r in rows if r["attack"] != WORST])
+    assert "CIFAR-10, in no cell are all three attacks finished; without compression 0.50" in _means(begun)
     text = "mean SSIM over the 9 of 10 cells with all three: 0.10 to the published attack, 0.20 to one"
     assert text in _means(report)
 

@@ -131,15 +131,18 @@ def _means(report: Report) -> str:
         rows = [[report.row(dataset, c, kind) for kind in (NAIVE, AWARE, WORST)] for c in CELLS[1:]]
         known = [[r["ours"] for r in own if r is not None and r["status"] == "finished"] for own in rows]
         whole = [own for own in known if len(own) == 3]
-        means = [f"{mean:.2f}" for mean in np.mean(whole, axis=0)] if whole else ["-"] * 3
         cells = "cells" if len(whole) == len(rows) else f"the {len(whole)} of {len(rows)} cells with all three"
+        means = "in no cell are all three attacks finished"
+        if whole:
+            naive, aware, worst = np.mean(whole, axis=0)
+            means = (
+                f"mean SSIM over {cells}: {naive:.2f} to the published attack, {aware:.2f} to one who knows the "
+                f"compressor, {worst:.2f} at worst"
+            )
         top = report.row(dataset, ("none", None), WORST)
         if plain is not None and plain["ours"] is not None:
             most = "-" if top is None or top["ours"] is None else f"{top['ours']:.2f}"
-            found.append(
-                f"{TITLES[dataset]}, mean SSIM over {cells}: {means[0]} to the published attack, {means[1]} to one who "
-                f"knows the compressor, {means[2]} at worst; without compression {plain['ours']:.2f}, at worst {most}."
-            )
+            found.append(f"{TITLES[dataset]}, {means}; without compression {plain['ours']:.2f}, at worst {most}.")
     return " " + " ".join(found)
 
 

@@ -143,7 +143,7 @@ def table_2_section(report: Report, dataset: str) -> str:
     heads = [
         f"{a}: paper / ours by {near[a]['signal']}, {_thresholds(near[a])}, {near[a]['origin']}"
         if a in near
-        else f"{a}: paper / ours, not finished"
+        else f"{a}: paper / ours"
         for a in MEMBERSHIP_ATTACKS
     ]
     lines: Lines = [["defence", *heads, "accuracy %", "final model: loss AUC", "messages: AUC, first and last step"]]
