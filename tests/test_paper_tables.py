@@ -24,9 +24,10 @@ from raytrust.config import Defence, InversionConfig
 from raytrust.paper.plan import Setting, Victim
 from raytrust.paper.progress import Progress
 from raytrust.paper.rows import TABLE_1_COLUMNS, TABLE_2_COLUMNS, similarity_row, to_csv, with_percent
-from raytrust.paper.selection import NAIVE, Found
+from raytrust.paper.selection import NAIVE, WORST, Found
 from raytrust.paper.units import Attack, UnitStore
 from raytrust.published import CELLS
+from raytrust.shadows import ShadowStore
 from raytrust.store import read_json
 
 PROGRAM = Path(__file__).resolve().parents[1] / "sweeps" / "paper_tables.py"
@@ -176,38 +177,78 @@ def statuses(root: Path, table: int = 1) -> list[str]:
     return [r["status"] for r in csv.DictReader(StringIO((root / f"table{table}.csv").read_text()))]
 
 
-@pytest.mark.parametrize("pieces", [0, 1, 12])
-def test_an_interrupted_run_reports_what_is_finished(
-    finished: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    pieces: int,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    work, done = UnitStore.run, []
+STOPS = (  # phase, kind of its pieces, how many of them are done before
+    ("searching", "attack", 0),
+    ("table 1: naive", "attack", 0),
+    ("table 1: naive", "attack", 12),
+    ("table 1: naive", "theory", 3),
+    ("table 1: the worst case", "attack", 1),
+    ("", "model", 6),
+)
 
-    def stops(self: UnitStore, unit: Any, data: Any) -> float:
-        if len(done) == pieces:
-            raise KeyboardInterrupt
-        done.append(unit)
+
+def interrupt(context: pytest.MonkeyPatch, phase: str, kind: str, pieces: int) -> None:
+    """Ctrl-C in this phase, when so many of its pieces were done."""
+    from raytrust.paper_tables import _Run
+
+    do, work, train, now = _Run._do, UnitStore.run, ShadowStore.run, [""]
+    done: list[str] = []
+
+    def count(what: str) -> None:
+        if now[0].startswith(phase) and what == kind:
+            if len(done) == pieces:
+                raise KeyboardInterrupt
+            done.append(what)
+
+    def marks(self: Any, name: str, what: str, units: Any) -> None:
+        now[0] = what
+        do(self, name, what, units)
+
+    def unit_run(self: UnitStore, unit: Any, data: Any) -> float:
+        count(unit.kind)
         return work(self, unit, data)
 
-    with monkeypatch.context() as context:
-        context.setattr(UnitStore, "run", stops)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
-    assert "interrupted: " in capsys.readouterr().out
-    found = statuses(tmp_path)
-    assert len(found) == 3 * len(CELLS)
-    assert set(found) <= {"finished", "not finished"}
-    assert ("finished" in found) == (pieces > 1)  # of which one is the search
-    assert set(statuses(tmp_path, 2)) == {"not finished"}
-    for row in csv.DictReader(StringIO((tmp_path / "table1.csv").read_text())):
-        assert (row["ours"] == "") == (row["status"] == "not finished")
-    page = (tmp_path / "report.html").read_text()
-    assert "failed" not in page.lower()
-    assert "Not finished: " in page
-    assert page.count(">reproduced<") == 0
+    def model_run(self: ShadowStore, *arguments: Any) -> None:
+        count("model")
+        train(self, *arguments)
+
+    context.setattr(_Run, "_do", marks)
+    context.setattr(UnitStore, "run", unit_run)
+    context.setattr(ShadowStore, "run", model_run)
+
+
+def test_a_run_interrupted_in_every_phase_reports_what_is_finished(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    for phase, kind, pieces in STOPS:
+        with monkeypatch.context() as context:
+            interrupt(context, phase, kind, pieces)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path)
+        assert "interrupted: " in capsys.readouterr().out
+        rows = list(csv.DictReader(StringIO((tmp_path / "table1.csv").read_text())))
+        assert len(rows) == 3 * len(CELLS)
+        for row in rows:
+            assert (row["ours"] == "") == (row["status"] == "not finished")
+        page = (tmp_path / "report.html").read_text()
+        assert "failed" not in page.lower()
+        assert "Not finished: " in page
+        claims = read_json(tmp_path / "results.json")["claims"]
+        theory = {c["verdict"] == "not tested" for c in claims if c["quote"].startswith("Section 3")}
+        found = [{r["status"] for r in some} for some in ([r for r in rows if r["attack"] != WORST], rows[2::3])]
+        seen.append((*found, set(statuses(tmp_path, 2)), theory))
+    some, none, all_ = {"finished", "not finished"}, {"not finished"}, {"finished"}
+    assert seen == [  # naive and aware, worst case, table 2, whether section 3 is left open
+        (none, none, none, {True}),
+        (none, none, none, {True}),
+        (some, none, none, {True}),
+        (all_, seen[3][1], none, {True}),
+        (all_, some, none, {False}),
+        (all_, all_, some, {False}),
+    ]
+    assert "not finished" in seen[3][1]  # the chosen attack of a cell may be one that is done
+    assert {r["nearest"] for r in csv.DictReader(StringIO((tmp_path / "table2.csv").read_text()))} == {""}
     run(tmp_path)
     for name in ("table1.csv", "table2.csv"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
