@@ -306,8 +306,12 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one)))
         return
+    for n in options.trials:
+        if n < 1 or (n > ATTACKS and n % ATTACKS):
+            parser.error(f"Expected trials={n} to be at most {ATTACKS}, or a multiple of it, and at least 1.")
+    options.trials = sorted(set(options.trials))
     jobs = [(n, 1, 0) for n in options.trials]
-    middle = sorted(options.trials)[min(1, len(options.trials) - 1)]
+    middle = options.trials[min(1, len(options.trials) - 1)]
     jobs += [(middle, nodes, 0) for nodes in options.nodes if nodes > 1]
     jobs += [(0, 1, options.defences)] if options.defences else []
     rows = []

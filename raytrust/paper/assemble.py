@@ -8,7 +8,7 @@ by the evaluation images themselves, which the interval leaves out: slightly opt
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,6 @@ class Report:
     theory_left: dict[str, list[str]] = field(default_factory=dict)
     audits: dict[str, list[Row]] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
-    cpu_seconds: float = 0.0
 
     def verdicts(self, dataset: str) -> dict[str, list[str]]:
         """What protects and what only seems to: by verdict, what it rests on for each cell."""
@@ -147,9 +146,7 @@ def assemble(
         *theory_claims(report.theory, report.theory_left),
         *membership_claims(report.audits),
     ]
-    seconds = sum(r["cpu_seconds"] for r in report.theory) + 0.0
-    fields = {**report.__dict__, "common": common, "claims": claims, "cpu_seconds": seconds}
-    return Report(**fields)
+    return replace(report, common=common, claims=claims)
 
 
 def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
@@ -164,10 +161,9 @@ def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
         joined = {kind: Found(None, u) if isinstance(u, str) else join(store, u) for kind, u in attacks.items()}
         if any(joined[kind].status == NOT_FINISHED for kind in (NAIVE, AWARE)):
             attacks[WORST], joined[WORST] = NOT_FINISHED, Found(None, NOT_FINISHED)  # one of them may be the greatest
-        if joined[WORST].mean is not None:  # what is known to work better than the chosen attack is no worse a case
-            top = max(
-                (kind for kind, f in joined.items() if f.mean is not None), key=lambda kind: joined[kind].mean or 0
-            )
+        means = {kind: f.mean for kind, f in joined.items() if f.mean is not None}
+        if WORST in means:  # what is known to work better than the chosen attack is no worse a case
+            top = max(means, key=means.__getitem__)
             attacks[WORST], joined[WORST] = attacks[top], joined[top]
         for kind, units in attacks.items():
             found = joined[kind]
