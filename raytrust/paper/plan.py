@@ -84,7 +84,7 @@ class Budget:
     stems, norms, states (steps of training), tvs, iterations, restarts: the search for the paper's setting takes every
     combination; `search_tvs` limits the TV weights of those that are trained or have batch norm in training mode.
     training: steps of the training run from which the states are taken, in batches of `batch_size`.
-    portfolio: TV weights of the strongest attacks that are tried for the worst case; `tuning_iterations` the length of
+    portfolio: TV weights of the strong attacks that are tried for the worst case; `tuning_iterations` the length of
     its search.
     theory_steps, theory_width, theory_images: when, at which width and on how many images section 3 is tested.
     membership: options of `MembershipConfig` and its training for table 2.
@@ -198,7 +198,7 @@ BUDGETS = {
         portfolio=(1e-2,), theory_steps=(0, 199), theory_iterations=60, membership=_QUICK,
     ),
     "standard": Budget(
-        "standard", images=10, tuning=4, chunk=5, iterations=(100, 300), tuning_iterations=150, states=(0, 400),
+        "standard", images=10, tuning=4, chunk=5, iterations=(100, 300), tuning_iterations=100, states=(0, 400),
         training=400, portfolio=(1e-1, 1e-2, 1e-3), theory_steps=(0, 100, 399), theory_width=32, theory_images=4,
         theory_iterations=200, membership=_STANDARD,
     ),

@@ -56,8 +56,8 @@ class GhostGradient(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = _RULES.get(func)
-        if rule is not None and not kwargs:
-            found = rule(*args)
+        if rule is not None and kwargs.keys() <= {"dim"}:  # by name also where the caller gave it by position
+            found = rule(*args, **kwargs)
             if found is not None:
                 return found
         args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, GhostGradient) else a, (args, kwargs))
@@ -94,8 +94,8 @@ def _square(g: GhostGradient) -> GhostGradient | None:
     return GhostGradient(g.product, "square") if g.form == "flat" else None
 
 
-def _sum(g: GhostGradient, *dim: Any) -> Tensor | None:
-    return g.product.squared_norm() if g.form == "square" and dim in ((1,), (-1,)) else None
+def _sum(g: GhostGradient, dim: Any = None) -> Tensor | None:
+    return g.product.squared_norm() if g.form == "square" and dim in (1, -1) else None
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor | None:
