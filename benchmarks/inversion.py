@@ -8,6 +8,9 @@ An iteration of one restart is the distance of its gradient from the observed on
 ResNet-18 (CIFAR stem, evaluation mode) on 32x32 images. The textbook loop takes one restart at a time, in float32, with
 torch.autograd.grad(create_graph=True). Both are timed in turns in the same run: the median time, and the median of the
 ratios of neighbours. On the CPU: process time of one thread; on a GPU: wall-clock time between synchronisations.
+
+A second table is of whole attacks on several images, each with an observation of its own, as sweeps run them: one
+restart, with its prior and its optimiser; an iteration's time is the difference of a long and a short attack.
 """
 
 from __future__ import annotations
@@ -25,13 +28,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.attacks.inversion import GradientMatcher
+from raytrust.attacks.inversion import GradientMatcher, invert
 from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.channel import LocalChannel, Tap
 from raytrust.compress import View, build
 from raytrust.compress.views import identity_view
-from raytrust.config import CompressorConfig, Defence, ModelConfig, PowerSGDConfig, TopKConfig
+from raytrust.config import (
+    CompressorConfig,
+    Defence,
+    DenseConfig,
+    InversionConfig,
+    ModelConfig,
+    PowerSGDConfig,
+    TopKConfig,
+    TrainConfig,
+)
+from raytrust.data import Dataset
 from raytrust.models import build_model
+from raytrust.train import capture_images
 
 AWARE: dict[str, CompressorConfig] = {
     "aware powersgd-4": PowerSGDConfig(rank=4),
@@ -107,14 +121,48 @@ def measure(objective: str, restarts: int, dtype: str, options: argparse.Namespa
     }
 
 
+def measure_attack(objective: str, images: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Whole attacks on this many images together, in turns with one iteration of the textbook loop."""
+    model_config = ModelConfig("resnet18", width=options.width)
+    model = build_model(model_config, 3, 10, seed=0).eval().to(options.device)
+    view = views(model, options.device)[objective]
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(256, (images, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(images) % 10
+    config = TrainConfig(defence=Defence(AWARE.get(objective, DenseConfig())), model=model_config, workers=1)
+    captures = capture_images(config, Dataset("noise", pixels, labels, pixels, labels, 10), pixels, labels)
+
+    def attack(iterations: int) -> None:
+        kind: Any = objective.split()[0]
+        settings = InversionConfig(kind, tv=1e-2, iterations=iterations, precision=dtype)  # type: ignore[arg-type]
+        invert([(c.seen, settings) for c in captures], options.device)
+
+    x, label = torch.randn(1, 3, 32, 32, generator=generator).to(options.device), labels[:1].to(options.device)
+    textbook(model, x, label, view)
+    attack(1)  # both warm up
+    times = []
+    for _ in range(options.repeats):
+        theirs = seconds(lambda: textbook(model, x, label, view), options.device)
+        short, long = (seconds(lambda n=n: attack(n), options.device) for n in (1, 5))  # type: ignore[misc]
+        times.append((theirs, (long - short) / 4 / images))
+    return {
+        "objective": objective,
+        "images": images,
+        "dtype": dtype,
+        "device": options.device,
+        "ms_per_image": 1e3 * statistics.median(ours for _, ours in times),
+        "ratio_to_textbook": statistics.median(theirs / ours for theirs, ours in times),
+    }
+
+
 def checked(options: argparse.Namespace) -> argparse.Namespace:
-    for name in ("width", "repeats", "restarts"):
+    for name in ("width", "repeats", "restarts", "images"):
         given = getattr(options, name)
         for value in [given] if isinstance(given, str) else given:
             if not (value.isdecimal() and int(value) > 0):
                 raise ValueError(f"Expected {name}={value} to be a whole number of at least 1.")
     options.width, options.repeats = int(options.width), int(options.repeats)
-    options.restarts = [int(count) for count in options.restarts]
+    options.restarts, options.images = ([int(n) for n in counts] for counts in (options.restarts, options.images))
     for name, known in (("objective", OBJECTIVES), ("dtype", tuple(DTYPES)), ("device", ("cpu", "cuda"))):
         chosen = getattr(options, name)
         for value in [chosen] if isinstance(chosen, str) else chosen:
@@ -130,7 +178,8 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", nargs="+", default=OBJECTIVES)
-    parser.add_argument("--restarts", nargs="+", default=("1", "4", "16", "64"))
+    parser.add_argument("--restarts", nargs="*", default=("1", "4", "16", "64"))
+    parser.add_argument("--images", nargs="*", default=("1", "5", "10"))
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--width", default="64")
@@ -151,6 +200,14 @@ def main() -> None:
                 rows.append(row)
                 ms, ratio = row["ms_per_restart"], row["ratio_to_textbook"]
                 print(f"{objective:<18}{restarts:>9}{dtype:>10}{ms:>12.1f}{1e3 / ms:>12.1f}{ratio:>12.2f}", flush=True)
+    print(f"\n{'whole attack':<18}{'images':>9}{'dtype':>10}{'ms/image':>12}{'images/s':>12}{'x textbook':>12}")
+    for objective in options.objective:
+        for dtype in options.dtype:
+            for images in options.images:
+                row = measure_attack(objective, images, dtype, options)
+                rows.append(row)
+                ms, ratio = row["ms_per_image"], row["ratio_to_textbook"]
+                print(f"{objective:<18}{images:>9}{dtype:>10}{ms:>12.1f}{1e3 / ms:>12.1f}{ratio:>12.2f}", flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

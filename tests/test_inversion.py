@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from raytrust.attacks.inversion import (
     total_variation,
 )
 from raytrust.attacks.inversion.gradients import Distance
+from raytrust.attacks.inversion.products import Product
 from raytrust.attacks.inversion.search import Found, Piece
 from raytrust.capture import Capture, Observation
 from raytrust.channel import LocalChannel
@@ -391,6 +392,28 @@ def test_what_was_best_before_a_restart_diverged_is_kept(monkeypatch: pytest.Mon
     assert (found.diverged, found.pick()) == (1, 0)
     assert torch.isfinite(found.images).all()
     assert float(found.objective) == pytest.approx(recompute(seen()[0], attack, found.images[0]), abs=1e-4)
+
+
+@pytest.mark.parametrize("compressor", [None, PowerSGDConfig(rank=2), TopKConfig(level=0.01)], ids=str)
+@pytest.mark.parametrize("objective", ["naive", "aware"])
+def test_no_gradient_is_formed_where_its_factors_are_cheaper(
+    objective: Literal["naive", "aware"], compressor: CompressorConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formed: list[Product] = []
+    form = Product.__dict__["dense"].func
+
+    def watched(product: Product) -> Tensor:
+        formed.append(product)
+        gradients: Tensor = form(product)
+        return gradients
+
+    dense = cached_property(watched)
+    dense.__set_name__(Product, "dense")
+    monkeypatch.setattr(Product, "dense", dense)
+    attack = replace(SHORT, objective=objective, iterations=2)
+    invert([(s, attack) for s in seen(compressor, model="resnet18")[:3]])
+    assert formed
+    assert not any(product.low_rank for product in formed)
 
 
 def test_observations_must_be_of_one_model() -> None:

@@ -92,9 +92,9 @@ class Plan:
         return found
 
     def portfolio(self, nearest: Setting, strongest: Setting, cell: Cell) -> dict[Setting, list[Attack]]:
-        """What is tried on tuning images for the worst case of a cell: the strong attack by both objectives with several
-        TV weights, on the victim that is nearest to the paper and the one that leaks most without compression. The
-        published attack is run on the evaluation images anyway, and was far below in every cell (docs/findings.md).
+        """What is tried on tuning images for the worst case of a cell: the strong attack by both objectives, with
+        several TV weights, on the victim that is nearest to the paper and the one that leaks most without compression.
+        The published attack is run on the evaluation images anyway, and was far below in every cell (docs/findings.md).
         """
         b, found = self.budget, {}
         naive = [b.strong_attack(tv, self.seed) for tv in b.portfolio]

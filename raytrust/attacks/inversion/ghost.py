@@ -28,6 +28,8 @@ class GhostGradient(Tensor):
     @staticmethod
     def __new__(cls, product: Product, form: Form = "whole") -> GhostGradient:
         rows, columns = product.shape[0], product.shape[1:].numel()
+        if form == "whole" and len(product.shape) == 2:
+            form = "matrix"
         shapes = {"whole": product.shape, "matrix": (rows, columns), "transposed": (columns, rows)}
         shape = (product.n, *shapes.get(form, (rows * columns,)))
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=product.dtype, device=product.inputs.device)
@@ -76,7 +78,7 @@ def _flatten(g: GhostGradient, start_dim: int = 0, end_dim: int = -1) -> GhostGr
         return None
     if start_dim == 1:
         return GhostGradient(g.product, "flat") if g.form in ("whole", "matrix", "flat") else None
-    return GhostGradient(g.product, "matrix") if start_dim == 2 and g.form == "whole" else None
+    return GhostGradient(g.product, "matrix") if start_dim == 2 and g.form in ("whole", "matrix") else None
 
 
 def _reshape(g: GhostGradient, *shape: Any) -> GhostGradient | None:
