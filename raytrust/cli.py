@@ -116,6 +116,15 @@ class Directory:
             return 2
 
 
+def start(main: Callable[[], int]) -> int:
+    """The exit code of `main`; 130 after Ctrl-C before the run began, as while libraries load."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("\nInterrupted before anything was begun.", file=sys.stderr)
+        return 130
+
+
 def resumption(root: Path, options: Namespace) -> str:
     """The command that goes on with the run in `root`."""
     address = f" --address {options.address}" if options.address else ""

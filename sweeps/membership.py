@@ -174,4 +174,4 @@ def _dp_sgd(options: argparse.Namespace) -> tuple[DPSGDConfig, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.start(main))

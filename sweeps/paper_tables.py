@@ -119,4 +119,4 @@ def _config(options: argparse.Namespace, datasets: tuple[str, ...]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.start(main))

@@ -196,4 +196,4 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
 
 if __name__ == "__main__":
     os.umask(0o077)  # what a sweep writes shows private images
-    sys.exit(main())
+    sys.exit(cli.start(main))

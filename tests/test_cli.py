@@ -20,6 +20,7 @@ import pytest
 import ray
 from sweep_fixtures import SCRIPT, load_script, save_images
 
+from raytrust import cli
 from raytrust.config import (
     AtomoConfig,
     Defence,
@@ -405,3 +406,12 @@ def test_a_cluster_that_is_not_there_in_a_true_process(tmp_path: Path, closed_po
     assert LINE.match(done.stderr), done.stderr
     assert f"127.0.0.1:{closed_port}" in done.stderr
     assert seconds < 30
+
+
+def test_ctrl_c_while_libraries_load_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert cli.start(interrupted) == 130
+    assert cli.start(lambda: 2) == 2
+    assert capsys.readouterr().err == "\nInterrupted before anything was begun.\n"

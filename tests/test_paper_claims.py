@@ -107,6 +107,14 @@ def test_a_claim_about_every_data_set_waits_for_all_of_them() -> None:
     assert inversion_claims(begun)[0].verdict == "not decided at this sample size"
 
 
+def test_a_comparison_of_data_sets_needs_attacks_that_work_on_both() -> None:
+    cifar, mnist = table(0.05, 0.45), table(0.3, 0.5, dataset="mnist", plain=0.9)
+    assert inversion_claims(cifar + mnist)[6].verdict == "reproduced"
+    blind = [r | {"identified": 10 * [False]} for r in mnist]
+    assert inversion_claims(cifar + blind)[6].verdict == "not tested"
+    assert "MNIST left out" in inversion_claims(cifar + blind)[6].evidence
+
+
 def test_an_uncompressed_attack_that_failed_is_not_called_one_that_finds_nothing() -> None:
     rows = [
         r | {"status": "failed", "reason": "it diverged", "ssim": None, "identified": None}

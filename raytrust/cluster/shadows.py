@@ -20,8 +20,8 @@ def train_shadows(
 ) -> None:
     """Train every model that the store does not hold. One that fails is recorded with its reason; the others go on.
 
-    until: by the clock, when the last model may be begun; the others are left out, and the listener is not told.
-    It hears of each model under its arm's id; the result's keys are "kind" and "model".
+    until: by each machine's clock, when the last model may be begun; the others are left out, and the listener is not
+    told. It hears of each model under its arm's id; the result's keys are "kind" and "model".
     """
     jobs = [job for job in store.jobs(config) if not store.path(config, job[1], job[2], job[0]).exists()]
     if not jobs:

@@ -20,8 +20,8 @@ def run_units(
 ) -> None:
     """Do all units in their order. One that fails is recorded with its reason; the others go on.
 
-    data: by fingerprint. A unit whose machine was lost is tried again. until: by the clock, when the last unit may be
-    begun; those that are not begun by then are left out, and the watcher is not told of them.
+    data: by fingerprint. A unit whose machine was lost is tried again. until: by each machine's clock, when the last
+    unit may be begun; those that are not begun by then are left out, and the watcher is not told of them.
     """
     references = {fingerprint: ray.put(dataset) for fingerprint, dataset in data.items()}
     task = ray.remote(_run).options(num_cpus=1, max_retries=RETRIES)
