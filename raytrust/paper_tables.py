@@ -190,7 +190,7 @@ class _Run:
         for cell in CELLS:
             worst = worst_units(store, plan, settings, cell) if known else NOT_FINISHED
             if worst == NOT_FINISHED:
-                units += plan.worst(other, cell, settings[0])
+                units += plan.worst(other, cell)
             elif not isinstance(worst, str):
                 units += worst
         return store.missing(units)

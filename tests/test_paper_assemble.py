@@ -125,13 +125,13 @@ def test_table_1_alone_needs_no_images_for_an_audit(tmp_path: Path) -> None:
 def test_means_are_over_the_same_cells() -> None:
     rows = table(0.1, 0.2, noise=0.0)
     report = Report(MICRO, 0, ("cifar10",), (1,), table_1=rows)
-    assert "mean SSIM over cells: 0.10 to the published attack, 0.20 to one" in _means(report)
+    assert "mean SSIM over cells: 0.10 as in the paper, 0.20 to one" in _means(report)
     for row in rows:
         if (row["compressor"], row["rank_or_level"]) == OPEN:
             row |= {"ours": 0.9} if row["attack"] != WORST else {"ours": None, "ssim": None, "status": "not finished"}
     begun = Report(MICRO, 0, ("cifar10",), (1,), table_1=[r for r in rows if r["attack"] != WORST])
     assert "CIFAR-10, in no cell are all three attacks finished; without compression 0.50" in _means(begun)
-    text = "mean SSIM over the 9 of 10 cells with all three: 0.10 to the published attack, 0.20 to one"
+    text = "mean SSIM over the 9 of 10 cells with all three: 0.10 as in the paper, 0.20 to one"
     assert text in _means(report)
 
 

@@ -65,7 +65,7 @@ def _resistance(table: Table) -> Claim:
         notes.append(f"{TITLES[dataset]}: lower in {lower} of {len(own)} cells")
         differences += own
     return Claim(
-        "Against the published attack, compressed SGD shows significantly higher resistance than uncompressed SGD.",
+        "Against the attack, compressed SGD shows significantly higher resistance than uncompressed SGD.",
         above_zero(differences),
         f"Naive attack: SSIM without compression less that with it, by image, in every cell. {RULE}",
         "; ".join(notes + table.notes),

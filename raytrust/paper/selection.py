@@ -94,10 +94,10 @@ class Plan:
     def portfolio(self, nearest: Setting, strongest: Setting, cell: Cell) -> dict[Setting, list[Attack]]:
         """What is tried on tuning images for the worst case of a cell: the strong attack by both objectives, with
         several TV weights, on the victim that is nearest to the paper and the one that leaks most without compression.
-        The published attack is run on the evaluation images anyway, and was far below in every cell (docs/findings.md).
+        What is nearest to the paper is run on the evaluation images anyway.
         """
         b, found = self.budget, {}
-        naive = [b.strong_attack(tv, self.seed) for tv in b.portfolio]
+        naive = [b.strong_attack(tv, b.tuning_iterations, 1, self.seed) for tv in b.portfolio]
         plain = isinstance(defence_of(cell).compressor, DenseConfig)
         objectives: tuple[Literal["naive", "aware"], ...] = ("naive",) if plain else ("naive", "aware")
         for victim in dict.fromkeys((nearest.victim, strongest.victim)):
@@ -107,9 +107,10 @@ class Plan:
                     found[setting] = self.attacks(setting, defence_of(cell), self.tuning)
         return found
 
-    def worst(self, chosen: Setting, cell: Cell, like: Setting) -> list[Attack]:
-        """The chosen attack at full length (that of `like`), on the evaluation images."""
-        attack = replace(chosen.attack, iterations=like.attack.iterations, restarts=like.attack.restarts)
+    def worst(self, chosen: Setting, cell: Cell) -> list[Attack]:
+        """The chosen attack at the budget's full length, on the evaluation images."""
+        b = self.budget
+        attack = replace(chosen.attack, iterations=max(b.iterations), restarts=max(b.restarts))
         return self.attacks(replace(chosen, attack=attack), defence_of(cell), self.evaluation)
 
 
@@ -185,7 +186,7 @@ def worst_units(store: UnitStore, plan: Plan, settings: tuple[Setting, Setting],
         return NOT_FINISHED
     if all(f.ssim is None for f in found.values()):
         return "; ".join(sorted({f.reason for f in found.values()}))
-    return plan.worst(strongest(found), cell, settings[0])
+    return plan.worst(strongest(found), cell)
 
 
 def nearest(found: Mapping[Setting, Found], dataset: str) -> Setting:
