@@ -34,7 +34,7 @@ def partial(tmp_path: Path) -> tuple[Path, Plan, UnitStore]:
         if (cell, kind) != (OPEN, NAIVE):
             fill(store, units, 0.3)
     for cell in CELLS:
-        for setting, units in plan.portfolio(*settings, cell).items():
+        for setting, units in plan.portfolio(settings[1].victim, cell).items():
             fill(store, units, 0.9 if setting.attack.step_size == STRONG_STEP else 0.2)
         worst = worst_units(store, plan, settings, cell)
         assert not isinstance(worst, str)
@@ -84,7 +84,7 @@ def test_what_failed_is_not_left_to_do(partial: tuple[Path, Plan, UnitStore]) ->
     naive = store.missing(plan.table(settings[0])[OPEN, NAIVE])
     assert set(run._left("mnist")) == {*naive, *plan.theory().values()}
     models = run._models_left("mnist")
-    for units in plan.portfolio(*settings, OPEN).values():
+    for units in plan.portfolio(settings[1].victim, OPEN).values():
         for unit in units:
             store.path(unit).unlink(missing_ok=True)
             store.fail(unit, "it diverged")

@@ -141,7 +141,7 @@ def test_a_plan_keeps_tuning_and_evaluation_apart(data: Dataset) -> None:
     assert {i for some in table.values() for u in some for i in u.images} == set(plan.evaluation)
     assert table[("none", None), NAIVE] == table[("none", None), AWARE]
     assert table[CELLS[1], NAIVE] != table[CELLS[1], AWARE]
-    portfolio = plan.portfolio(near, near, CELLS[1])
+    portfolio = plan.portfolio(near.victim, CELLS[1])
     kinds = [(s.attack.objective, s.attack.tv, s.attack.step_size) for s in portfolio]
     assert kinds == [(o, tv, STRONG_STEP) for tv in MICRO.portfolio for o in ("naive", "aware")]
     assert {i for some in portfolio.values() for u in some for i in u.images} == set(plan.tuning)
