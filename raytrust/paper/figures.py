@@ -81,14 +81,15 @@ def frontier(report: Report, path: Path) -> None:
             ax.set_xlabel(f"{word}, and bytes that a worker sends a step")
         line[0].set_ylabel("SSIM to the private image (1: a copy)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=9, frameon=False)
+    fig.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=9, frameon=False, columnspacing=1.2)
     fig.tight_layout(rect=(0, 0.42 / fig.get_figheight(), 1, 1))
     _save(fig, path)
 
 
 def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
     """A place for each cell, the last without compression; in each the attacks side by side."""
-    floor, ticks = None, {}
+    floor: float | None = None
+    ticks: dict[int, str] = {}
     for shift, kind in enumerate(("paper", NAIVE, AWARE, WORST)):
         colour, marker, name = STYLES[kind]
         found = {c: report.row(dataset, c, NAIVE if kind == "paper" else kind) for c in cells}
@@ -100,7 +101,7 @@ def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
         ax.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=0.7, alpha=0.95, label=name)
         for at, (cell, row) in zip(x, rows.items(), strict=True):
             label = "none" if cell[0] == "none" else str(cell[1])
-            ticks[cells.index(cell)] = f"{label}\n{human_bytes(row['bytes_per_step'])}"
+            ticks.setdefault(cells.index(cell), f"{label}\n{human_bytes(row['bytes_per_step'])}")
             floor = row["other_image_ssim"] if kind == NAIVE else floor
             if kind != "paper":
                 ax.plot([at, at], [row["interval_low"], row["interval_high"]], color=colour, linewidth=1.4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,12 @@ def _first_screen(report: Report) -> str:
     found = {d: report.verdicts(d) for d in report.datasets} if report.table_1 else {}
 
     def items(*verdicts: str) -> str:
+        """Of the data sets in turns, so that all of them are seen before the list is folded."""
         lines = [
-            f"<li><b>{TITLES[d]}</b> {escape(text)}</li>"
+            [f"<li><b>{TITLES[d]}</b> {escape(text)}</li>" for verdict in verdicts for text in of.get(verdict, [])]
             for d, of in found.items()
-            for verdict in verdicts
-            for text in of.get(verdict, [])
         ]
-        return _list(lines)
+        return _list([line for turn in zip_longest(*lines) for line in turn if line is not None])
 
     cards = ""
     if found:
@@ -92,7 +92,7 @@ def _first_screen(report: Report) -> str:
     )
 
 
-def _list(lines: Sequence[str], most: int = 5) -> str:
+def _list(lines: Sequence[str], most: int = 6) -> str:
     if not lines:
         return "<ul><li>none</li></ul>"
     shown = f"<ul>{''.join(lines[:most])}</ul>"
