@@ -117,11 +117,11 @@ class Directory:
 
 
 def start(main: Callable[[], int]) -> int:
-    """The exit code of `main`; 130 after Ctrl-C before the run began, as while libraries load."""
+    """The exit code of `main`; 130 after Ctrl-C outside the run itself, as while libraries load."""
     try:
         return main()
     except KeyboardInterrupt:
-        print("\nInterrupted before anything was begun.", file=sys.stderr)
+        print("\nInterrupted.", file=sys.stderr)
         return 130
 
 

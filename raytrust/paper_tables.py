@@ -276,7 +276,7 @@ def _guess(plan: Plan) -> tuple[Setting, Setting]:
 def _table_1(plan: Plan, settings: tuple[Setting, Setting]) -> tuple[list[Unit], list[Unit]]:
     """The attacks at the nearest setting, and those among which the worst case is sought."""
     table = [u for some in plan.table(settings[0]).values() for u in some]
-    portfolio = [u for cell in CELLS for some in plan.portfolio(settings[1].victim, cell).values() for u in some]
+    portfolio = [u for cell in CELLS for some in plan.portfolio(settings[1], cell).values() for u in some]
     return _dear_first(table), _dear_first(portfolio)
 
 

@@ -2,8 +2,8 @@
 
 "Trustworthiness of Stochastic Gradient Descent in Distributed Learning": table 1 (SSIM of reconstructions, 10 images a
 cell, ResNet-18) and table 2 (success of membership inference). The paper marks Top-K's levels as equal in compression
-to PowerSGD's ranks; it leaves open the stem, the mode of batch norm, the state of training, the weight of TV, restarts
-and iterations of table 1, and the rules, the points and their number of table 2.
+to PowerSGD's ranks; it leaves open the stem, the mode of batch norm, the state of training, the weight of TV, restarts,
+iterations and the optimiser of table 1, and the rules, the points and their number of table 2.
 """
 
 from __future__ import annotations

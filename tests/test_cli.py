@@ -414,4 +414,4 @@ def test_ctrl_c_while_libraries_load_is_no_traceback(capsys: pytest.CaptureFixtu
 
     assert cli.start(interrupted) == 130
     assert cli.start(lambda: 2) == 2
-    assert capsys.readouterr().err == "\nInterrupted before anything was begun.\n"
+    assert capsys.readouterr().err == "\nInterrupted.\n"

@@ -281,7 +281,12 @@ def all_that_views_do(target: list[Tensor]) -> list[Distance]:
         parts = [g.split([1, 0, len(g) - 1]) for g in grads]
         return torch.cat([cosine(list)([p[i] for p in parts]) for i in (0, 2)])
 
-    return [cosine(list), cosine(entries), cosine(matrices), apart, split]
+    def named(grads: Sequence[Tensor]) -> Tensor:
+        squares = [g.flatten(1).square() for g in grads]
+        kept = sum(s.sum(1, True).squeeze(1) + s.sum(dim=1, keepdim=True).squeeze(1) for s in squares)
+        return kept + sum(s.sum(dim=1) for s in squares)
+
+    return [cosine(list), cosine(entries), cosine(matrices), apart, split, named]
 
 
 @settings(max_examples=40, deadline=None)

@@ -10,7 +10,7 @@ from paper_fixtures import row, table
 
 from raytrust.paper.claims import COMPRESSED, inversion_claims, theory_claims
 from raytrust.paper.membership_claims import membership_claims
-from raytrust.paper.selection import AWARE, NAIVE
+from raytrust.paper.selection import AWARE, NAIVE, WORST
 from raytrust.paper.verdicts import Table, above_zero, protection, share
 from raytrust.published import CELLS, TABLE_1
 
@@ -55,6 +55,19 @@ def test_protection_that_holds_that_only_seems_and_that_is_none() -> None:
     assert protection(seeming, "cifar10", cell)[0] == "only seems to"
     assert protection(none, "cifar10", cell)[0] == "does not protect"
     assert protection(Table(table(0.05, 0.4, n=3, noise=0.3)), "cifar10", cell)[0] == "not decided"
+
+
+def test_a_leakier_victim_does_not_hide_what_is_left_at_the_paper_s() -> None:
+    """40 % at worst, of another victim's SSIM, is no protection where 90 % are left at the paper's."""
+    leakier = {"none": 1.0, "powersgd": 0.4, "topk": 0.4}
+    rows = [
+        r | row("cifar10", cell, WORST, 10 * [leakier[cell[0]]]) if r["attack"] == WORST else r
+        for r in table(0.05, 0.45)
+        for cell in [(r["compressor"], r["rank_or_level"])]
+    ]
+    verdict, text = protection(Table(rows), "cifar10", ("powersgd", 1))
+    assert verdict == "only seems to"
+    assert "91 % [90, 92] at worst: 0.45 of 0.50" in text
 
 
 def test_resistance_and_its_size() -> None:

@@ -141,7 +141,7 @@ def test_a_plan_keeps_tuning_and_evaluation_apart(data: Dataset) -> None:
     assert {i for some in table.values() for u in some for i in u.images} == set(plan.evaluation)
     assert table[("none", None), NAIVE] == table[("none", None), AWARE]
     assert table[CELLS[1], NAIVE] != table[CELLS[1], AWARE]
-    portfolio = plan.portfolio(near.victim, CELLS[1])
+    portfolio = plan.portfolio(near, CELLS[1])
     kinds = [(s.attack.objective, s.attack.tv, s.attack.step_size) for s in portfolio]
     assert kinds == [(o, tv, STRONG_STEP) for tv in MICRO.portfolio for o in ("naive", "aware")]
     assert {i for some in portfolio.values() for u in some for i in u.images} == set(plan.tuning)
@@ -161,6 +161,24 @@ def test_the_nearest_and_the_strongest_setting() -> None:
     assert found[0] == b  # off by 0.55 and 0.02, where a is off by 0.02 and 0.77
     assert common_nearest({"cifar10": cifar, "mnist": mnist | {c: Found(None, "not finished")}}) is None
     assert common_nearest({"cifar10": {c: Found(None, "broke")}, "mnist": {c: Found([0.8])}}) is None
+
+
+def test_what_is_searched_and_at_which_length() -> None:
+    budget = BUDGETS["standard"]
+    plan = Plan("cifar10", budget, budget.images, 960, 0)
+    steps: dict[Victim, set[float]] = {}
+    for setting in plan.search():
+        steps.setdefault(setting.victim, set()).add(setting.attack.step_size)
+    assert len(steps) == 6  # behind one stem no batch norm in training mode
+    assert all(tried == {0.1, STRONG_STEP} for tried in steps.values())
+    leakiest = next(s for s in plan.search() if s.victim.stem == "imagenet" and s.attack.tv == 1e-4)
+    portfolio = plan.portfolio(leakiest, CELLS[1])
+    assert {s.victim for s in portfolio} == {leakiest.victim}
+    assert {s.attack.tv for s in portfolio} == {1e-4, *budget.portfolio}
+    assert {(s.attack.iterations, s.attack.step_size) for s in portfolio} == {(budget.tuning_iterations, STRONG_STEP)}
+    worst = plan.worst(next(iter(portfolio)), CELLS[1])
+    assert {u.attack.iterations for u in worst} == {max(budget.iterations)}
+    assert [i for u in worst for i in u.images] == list(plan.evaluation)
 
 
 def test_every_budget_makes_a_plan() -> None:

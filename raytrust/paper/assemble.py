@@ -155,7 +155,7 @@ def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
     settings = chosen(store, plan)
     if not isinstance(settings, str):
         report.nearest[name] = settings[0]
-        report.portfolio[name] = sum(len(plan.portfolio(settings[1].victim, cell)) for cell in CELLS)
+        report.portfolio[name] = sum(len(plan.portfolio(settings[1], cell)) for cell in CELLS)
     for cell in CELLS:
         attacks = _attacks(plan, store, settings, cell)
         joined = {kind: Found(None, u) if isinstance(u, str) else join(store, u) for kind, u in attacks.items()}

@@ -80,8 +80,8 @@ def frontier(report: Report, path: Path) -> None:
             word = "rank" if method == "powersgd" else "level"
             ax.set_xlabel(f"{word}, and bytes that a worker sends a step")
         line[0].set_ylabel("SSIM to the private image (1: a copy)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=9, frameon=False, columnspacing=1.2)
+    of = {name: h for ax in axes.flat for h, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(of.values(), of, loc="lower center", ncol=len(of), fontsize=9, frameon=False, columnspacing=1.2)
     fig.tight_layout(rect=(0, 0.42 / fig.get_figheight(), 1, 1))
     _save(fig, path)
 

@@ -136,7 +136,7 @@ def _means(report: Report) -> str:
         if whole:
             naive, aware, worst = np.mean(whole, axis=0)
             means = (
-                f"mean SSIM over {cells}: {naive:.2f} as in the paper, {aware:.2f} to one who knows the "
+                f"mean SSIM over {cells}: {naive:.2f} to the attack as in the paper, {aware:.2f} to one who knows the "
                 f"compressor, {worst:.2f} at worst"
             )
         top = report.row(dataset, ("none", None), WORST)
@@ -202,7 +202,8 @@ def _settings(report: Report) -> str:
         "<h2>Every setting, and how it was chosen</h2>",
         "<p>The paper names ResNet-18 and the cosine attack, and leaves open the stem, the mode of batch norm, whether "
         "the model is trained, the weight of total variation (TV), restarts, iterations, and how the objective was "
-        "minimised: as published (Geiping et al. 2020; hard signs, step 0.1) or better. The combinations below "
+        "minimised: as published (Geiping et al. 2020; hard signs, step 0.1) or better (soft signs, step 0.8, cosine "
+        "schedule). The combinations below "
         "were tried on uncompressed gradients of tuning images (the last of the test set), and the one whose mean SSIM "
         "comes nearest to the paper's is used for its table, on other images (the first of the test set). Common to "
         "all: one image a gradient, its label known, what one worker sends, no error feedback, compressors in their "

@@ -83,10 +83,10 @@ class Budget:
     images: evaluated in each cell; tuning: others, on which settings are chosen. chunk: images of a unit of work.
     stems, norms, states (steps of training), tvs, iterations, restarts: the search for the paper's setting takes every
     combination, with the attack as it was published and with the strong one; of victims that are trained or have batch
-    norm in training mode only the published one of the longest length, with `search_tvs`.
+    norm in training mode only the longest, with `search_tvs`.
     training: steps of the training run from which the states are taken, in batches of `batch_size`.
-    portfolio: TV weights of the strong attacks that are tried for the worst case; `tuning_iterations` the length of
-    its search.
+    portfolio: TV weights of the strong attacks that are tried for the worst case, beside the one that was best without
+    compression; `tuning_iterations` the length of its search.
     theory_steps, theory_width, theory_images: when, at which width and on how many images section 3 is tested.
     membership: options of `MembershipConfig` and its training for table 2.
     """
@@ -134,8 +134,7 @@ class Budget:
             if (stem, norm) == ("imagenet", "train"):
                 continue
             plain = state == 0 and norm == "eval"
-            longest = iterations == max(self.iterations)
-            if not plain and (tv not in self.search_tvs or not longest or attack == self.strong_attack):
+            if not plain and (tv not in self.search_tvs or iterations != max(self.iterations)):
                 continue
             victim = Victim(stem, norm, state, self.training if state else 0, self.width, seed)
             found.append(Setting(victim, attack(tv, iterations, restarts, seed)))

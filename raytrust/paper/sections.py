@@ -73,7 +73,8 @@ def table_1_section(report: Report, dataset: str, root: Path) -> str:
     note = (
         f"Mean SSIM [95 % interval, bootstrap] over n images; per cent left of the SSIM without compression; "
         f"bytes that a worker sends a step. {setting} Worst case: the greatest of "
-        f"these two and of the attack and victim that were the strongest on other images. That choice among three "
+        f"these two and of the attack that was the strongest on other images, on the victim that leaks most there "
+        f"without compression. That choice among three "
         f"is made on the n images themselves, which the interval leaves out: slightly optimistic for the attacker."
         f"{floors_}"
     )

@@ -91,18 +91,19 @@ class Plan:
                 found[cell, name] = self.attacks(setting, defence_of(cell), self.evaluation)
         return found
 
-    def portfolio(self, victim: Victim, cell: Cell) -> dict[Setting, list[Attack]]:
-        """What is tried on tuning images for the worst case of a cell: the strong attack by both objectives, with
-        several TV weights, on the victim that leaks most without compression. The one that is nearest to the paper is
-        attacked on the evaluation images anyway.
+    def portfolio(self, strongest: Setting, cell: Cell) -> dict[Setting, list[Attack]]:
+        """What is tried on tuning images for the worst case of a cell: the strong attack by both objectives, with its
+        TV weight that was best without compression and the budget's, on the victim that leaks most without compression.
+        The one that is nearest to the paper is attacked on the evaluation images anyway.
         """
         b, found = self.budget, {}
-        naive = [b.strong_attack(tv, b.tuning_iterations, 1, self.seed) for tv in b.portfolio]
+        tvs = dict.fromkeys((strongest.attack.tv, *b.portfolio))
+        naive = [b.strong_attack(tv, b.tuning_iterations, 1, self.seed) for tv in tvs]
         plain = isinstance(defence_of(cell).compressor, DenseConfig)
         objectives: tuple[Literal["naive", "aware"], ...] = ("naive",) if plain else ("naive", "aware")
         for attack in naive:
             for objective in objectives:
-                setting = Setting(victim, replace(attack, objective=objective))
+                setting = Setting(strongest.victim, replace(attack, objective=objective))
                 found[setting] = self.attacks(setting, defence_of(cell), self.tuning)
         return found
 
@@ -180,7 +181,7 @@ def chosen(store: UnitStore, plan: Plan) -> tuple[Setting, Setting] | str:
 
 def worst_units(store: UnitStore, plan: Plan, settings: tuple[Setting, Setting], cell: Cell) -> list[Attack] | str:
     """The attacks of a cell's worst case; or why there are none: its search failed, or is not finished."""
-    found = tried(store, plan.portfolio(settings[1].victim, cell))
+    found = tried(store, plan.portfolio(settings[1], cell))
     if any(f.status == NOT_FINISHED for f in found.values()):
         return NOT_FINISHED
     if all(f.ssim is None for f in found.values()):

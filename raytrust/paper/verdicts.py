@@ -124,10 +124,10 @@ def protection(table: Table, dataset: str, cell: Cell) -> tuple[str, str]:
     """("protects" | "only seems to" | "does not protect" | "not decided" | "failed" | "not finished", what it rests on)
     for one cell.
 
-    By what is left of the uncompressed SSIM: it protects if under the worst case, with its interval, less than half is
-    left; it only seems to if that holds for the naive attack alone, and knowing the compressor is a certain gain (by
-    image) or the two shares' intervals are apart; it does not protect if more than half is left to the naive attack
-    already.
+    By what is left of the uncompressed SSIM: it protects if at worst, with its interval, less than half is left; it
+    only seems to if that holds for the naive attack alone, and knowing the compressor is a certain gain (by image) or
+    the two shares' intervals are apart; it does not protect if more than half is left to the naive attack already. At
+    worst: the greater share of what the aware attack leaves at the paper's setting, and the worst case at its own.
     """
     needed = [*((c, kind) for c in (cell, ("none", None)) for kind in (NAIVE, WORST)), (cell, AWARE)]
     for status in ("failed", NOT_FINISHED):
@@ -139,12 +139,13 @@ def protection(table: Table, dataset: str, cell: Cell) -> tuple[str, str]:
     naive, worst = table.ssim(dataset, cell, NAIVE), table.ssim(dataset, cell, WORST)
     aware, top = table.ssim(dataset, cell, AWARE), table.ssim(dataset, ("none", None), WORST)
     assert plain is not None and naive is not None and worst is not None and top is not None and aware is not None  # noqa: PT018
-    before, after = share(naive, plain), share(worst, top)
+    before, known, apart = share(naive, plain), share(aware, plain), share(worst, top)
     gain = mean_interval(aware - naive)
-    if before is None or after is None or gain is None:
+    if before is None or known is None or apart is None or gain is None:
         return "not decided", f"{title_of(cell)}: no interval"
+    after, ends = max((known, (aware, plain)), (apart, (worst, top)), key=lambda found: found[0][0])
     text = f"{title_of(cell)}: {_percent(before)} left of the SSIM under the naive attack, {_percent(after)} at worst: "
-    text += f"{worst.mean():.2f} of {top.mean():.2f}"
+    text += f"{ends[0].mean():.2f} of {ends[1].mean():.2f}"
     if after[2] < 0.5:
         return "protects", text
     if before[1] > 0.5:

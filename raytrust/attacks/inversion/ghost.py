@@ -58,7 +58,7 @@ class GhostGradient(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = _RULES.get(func)
-        if rule is not None and kwargs.keys() <= {"dim"}:  # by name also where the caller gave it by position
+        if rule is not None and kwargs.keys() <= _NAMED.get(func, set()):
             found = rule(*args, **kwargs)
             if found is not None:
                 return found
@@ -96,8 +96,8 @@ def _square(g: GhostGradient) -> GhostGradient | None:
     return GhostGradient(g.product, "square") if g.form == "flat" else None
 
 
-def _sum(g: GhostGradient, dim: Any = None) -> Tensor | None:
-    return g.product.squared_norm() if g.form == "square" and dim in (1, -1) else None
+def _sum(g: GhostGradient, dim: Any = None, *more: Any) -> Tensor | None:
+    return g.product.squared_norm() if g.form == "square" and dim in (1, -1) and not more else None
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor | None:
@@ -145,6 +145,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     Tensor.split: _split,
     Tensor.__getitem__: _entries,
 }
+# What a rule takes by name. torch hands on the dim of a split so, also where the caller gave it by position.
+_NAMED = {Tensor.sum: {"dim"}, Tensor.split: {"dim"}}
 _METADATA = {
     Tensor.shape.__get__,  # type: ignore[attr-defined]
     Tensor.dtype.__get__,  # type: ignore[attr-defined]
