@@ -215,7 +215,9 @@ def architectures(draw: st.DrawFn, smooth: bool) -> nn.Module:
         )
         stride = 1 if residual else draw(st.integers(1, 2))
         conv = nn.Conv2d(channels, width, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
-        out = conv(torch.zeros(1, channels, size, size)).shape[2:] if min(size, 7) > dilation * 2 or padding else None
+        rooms = zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
+        fits = all(size + 2 * pad > step * (k - 1) for pad, step, k in rooms)  # type: ignore[operator]
+        out = conv(torch.zeros(1, channels, size, size)).shape[2:] if fits else None
         if out is None or min(out) < 2 or out[0] != out[1]:
             continue
         norm = draw(st.sampled_from([nn.Identity(), nn.BatchNorm2d(width), nn.GroupNorm(1, width)]))
