@@ -181,7 +181,7 @@ class _Batch:
             of = torch.tensor(comparison.pieces)
             owner = self.owner[(self.owner >= of[0]) & (self.owner <= of[-1])] - of[0]
             if len(owner):
-                self._dealt.append((len(owner), partial(comparison.distance, owner=owner.to(self.z.device))))
+                self._dealt.append((len(owner), comparison.of(owner.to(self.z.device))))
 
     def _distance(self, grads: Sequence[Tensor]) -> Tensor:
         counts = [n for n, _ in self._dealt]
@@ -215,25 +215,32 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Consecutive pieces that are compared by one call. distance(grads, owner): owner (n,) says whose candidate it is,
-    counted from the first of these pieces."""
+    """Consecutive pieces that are compared by one call: `of` makes the distance of candidates from whose they are,
+    (n,), counted from the first of these pieces."""
 
     pieces: Sequence[int]
-    distance: Callable[[Sequence[Tensor], Tensor], Tensor]
+    of: Callable[[Tensor], Distance]
 
 
 def _comparisons(pieces: Sequence[Piece]) -> list[_Comparison]:
     result = []
     for key, group in groupby(range(len(pieces)), lambda i: stack_key(pieces[i].view, pieces[i].config)):
         members = list(group)
-        config = pieces[members[0]].config
         if key is not None and len(members) > 1:
-            result.append(_Comparison(members, stack([pieces[i].view for i in members], config).distance))
-            continue
-        for i in members:
-            alone = matching_distance(pieces[i].view, pieces[i].config)
-            result.append(_Comparison([i], lambda grads, owner, alone=alone: alone(grads)))
+            result.append(_stacked([pieces[i] for i in members], members))
+        else:
+            result += [_alone(pieces[i], i) for i in members]
     return result
+
+
+def _stacked(pieces: Sequence[Piece], members: Sequence[int]) -> _Comparison:
+    together = stack([piece.view for piece in pieces], pieces[0].config)
+    return _Comparison(members, lambda owner: partial(together.distance, owner=owner))
+
+
+def _alone(piece: Piece, member: int) -> _Comparison:
+    distance = matching_distance(piece.view, piece.config)
+    return _Comparison([member], lambda owner: distance)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def stack(views: Sequence[View], config: InversionConfig) -> Stack:
     linear = [v.view if isinstance(v, TensorwiseView) else v for v in views]
     kinds = {WholeView: WholeStack, FactorView: FactorStack, SparseView: SparseStack}
     kind = next(kinds[k] for k in kinds if isinstance(linear[0], k))
-    return kind(linear, tensorwise)  # type: ignore[arg-type]
+    return kind(linear, tensorwise)
 
 
 class LinearStack:
