@@ -163,4 +163,4 @@ def same_model(a: Observation, b: Observation) -> bool:
     if (a.model, a.classes, a.image_shape, a.threat) != (b.model, b.classes, b.image_shape, b.threat):
         return False
     first, second = ([*s.weights.values(), *s.buffers.values(), s.mean, s.std] for s in (a, b))
-    return all(map(torch.equal, first, second))
+    return all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))
