@@ -187,7 +187,7 @@ def test_membership() -> None:
     names = [
         "none",
         *(f"PowerSGD rank {r} + EF" for r in (1, 2)),
-        *(f"Top-K level {r} + EF" for r in (1, 2, 4, 30, 50)),
+        *(f"Top-K (bytes of rank {r}) + EF" for r in (1, 2, 4, 30, 50)),
     ]
     alike = [audit_row(n, 0.6, 0.8) for n in names]
     assert [c.verdict for c in membership_claims({"cifar10": alike})] == ["reproduced", "overturned", "not tested"]

@@ -9,14 +9,32 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
+from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from raytrust.config import Defence, PowerSGDConfig, TopKConfig, to_dict
+from raytrust.config import Choice, Defence, LogInteger, LogUniform, PowerSGDConfig, TopKConfig, to_dict
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 WINDOW = 256  # runs that take turns; the driver holds the studies of these alone
 Results = dict[str, float]
+
+
+def domains(space: dict[str, Any]) -> dict[str, Any]:
+    """The space in Ray Tune's words; what is in them already stays."""
+
+    def domain(values: Any) -> Any:
+        match values:
+            case Choice(values=choices):
+                return tune.choice(list(choices))
+            case LogUniform(low=low, high=high):
+                return tune.loguniform(low, high)
+            case LogInteger(low=low, high=high):
+                return tune.lograndint(low, high + 1)
+            case _:
+                return values
+
+    return {name: domain(values) for name, values in space.items()}
 
 
 class DefenceSearch(OptunaSearch):
@@ -34,7 +52,7 @@ class DefenceSearch(OptunaSearch):
         known: Sequence[tuple[Defence, Results]],
         seed: int,
     ):
-        self._domains = OptunaSearch.convert_search_space(space)
+        self._domains = OptunaSearch.convert_search_space(domains(space))
         super().__init__(self._domains, metric=list(objectives), mode=list(objectives.values()), seed=seed)
         self._uniform = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
         self._pending = list(pending)
@@ -101,7 +119,7 @@ class AttackSearch(Searcher):
         together: int = 1,
     ):
         super().__init__(metric="ssim", mode="max")
-        self._domains = OptunaSearch.convert_search_space(space)
+        self._domains = OptunaSearch.convert_search_space(domains(space))
         self._known = known
         self._together = together
         # Distinct but reproducible seeds: with one seed all studies would try the same first settings.

@@ -201,3 +201,14 @@ class LearnedInverterConfig:
         name = f"learned n={self.auxiliary} {size} h={self.hidden}x{self.layers}"
         name += f" scale={self.scale}" if self.scale != "message" else ""
         return name + "".join(f" {x}={getattr(self, x):.2g}" for x in ("dropout", "ssim") if getattr(self, x))
+
+
+NAMED = {
+    "geiping": GEIPING,
+    "modern": MODERN,
+    "dlg": DLG,
+    "idlg": IDLG,
+    "gradinversion": GRAD_INVERSION,
+    "analytic": ANALYTIC,
+}
+"""The attacks of the field by the names that command lines know."""
