@@ -204,18 +204,26 @@ class Store:
 
 
 def open_store(root: Path, sweep: SweepConfig, fingerprint: str, options: dict[str, Any] | None = None) -> Store:
-    """Begin a sweep in `root`, or go on with the same one; how many trials it makes may differ.
+    """Begin a sweep in `root`, or go on with the same one; how many trials it makes may differ, and its attacks, which
+    are then made on what was captured.
 
     options: kept with it, for whoever resumes it. Raises ValueError if `root` holds another sweep.
     """
     path = root / "sweep.json"
-    identity = {"sweep": to_dict(replace(sweep, trials=1)), "data": fingerprint}
-    found = read_json(path)
-    if found is None:
-        write_json(path, {**identity, "options": options or {}})
-    elif {k: found.get(k) for k in identity} != identity:
+    content = {"sweep": to_dict(sweep), "data": fingerprint, "options": options or {}}
+    kept = read_json(path)
+    if kept is not None and _identity(kept) != _identity(content):
         raise ValueError(f"Expected output={str(root)!r} to be empty or to hold this sweep, but it holds another one.")
+    if kept != content:
+        write_json(path, content)
     return Store(root, fingerprint)
+
+
+def _identity(content: dict[str, Any]) -> dict[str, Any]:
+    """What decides which runs a sweep trains and captures."""
+    changeable = ("trials", "portfolio", "attack_trials")
+    sweep = {k: v for k, v in (content.get("sweep") or {}).items() if k not in changeable}
+    return {"sweep": sweep, "data": content.get("data")}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,4 +1,4 @@
-"""Ranges that a search chooses from. Plain values, so that a program can be read and refused without loading a library."""
+"""Ranges that a search chooses from: plain values, so that a program is read and refused without loading a library."""
 
 from __future__ import annotations
 
