@@ -25,8 +25,8 @@ import pytest
 import torch
 from PIL import Image
 
-from raytrust import data
-from raytrust.data import Dataset, load
+from raytrust.data import Dataset, downloads, load
+from raytrust.data.arrays import stratified_split
 
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -194,7 +194,7 @@ def test_split_is_within_one_image_of_a_fifth_of_each_class(counts):
     labels = np.repeat(np.arange(len(counts)), counts)
     images = np.arange(len(labels))
     for seed in range(5):
-        parts = data._split(images, labels, seed)
+        parts = stratified_split(images, labels, seed)
         assert sorted([*parts["train_images"], *parts["test_images"]]) == list(images)
         assert len(parts["test_images"]) == -(-len(labels) // 5)
         for split in ("train", "test"):
@@ -208,7 +208,7 @@ def test_split_gives_every_image_its_fair_chance():
     labels = np.arange(50) % 2
     drawn = np.zeros(50)
     for seed in range(500):
-        drawn[data._split(np.arange(50), labels, seed)["test_images"]] += 1
+        drawn[stratified_split(np.arange(50), labels, seed)["test_images"]] += 1
     assert (np.abs(drawn - 100) < 5 * np.sqrt(500 * 0.2 * 0.8)).all()  # binomial, five standard deviations
 
 
@@ -752,7 +752,7 @@ def test_mnist_is_downloaded_once(tmp_path, serve):
     requests = serve({f"{name}.gz": gzip.compress(content) for name, content in mnist_files().items()}, False)
     dataset = load("mnist", root=tmp_path / "new" / "root")
     assert dataset.fingerprint() == load(npz(tmp_path, **arrays(shape=(28, 28)))).fingerprint()
-    assert set(requests) == {data._TIMEOUT}
+    assert set(requests) == {downloads.TIMEOUT}
     assert socket.getdefaulttimeout() == before
     requests.clear()
     assert equal(load("mnist", root=tmp_path / "new" / "root"), dataset)
@@ -760,7 +760,7 @@ def test_mnist_is_downloaded_once(tmp_path, serve):
 
 
 def test_download_that_stalls_is_given_up(tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(data, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
     before = socket.getdefaulttimeout()
     serve({f"{name}.gz": gzip.compress(content) for name, content in mnist_files().items()}, True)
     start = time.monotonic()
@@ -772,7 +772,7 @@ def test_download_that_stalls_is_given_up(tmp_path, serve, monkeypatch):
 def test_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
     from torchvision import datasets
 
-    monkeypatch.setattr(data, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
     monkeypatch.setenv("no_proxy", "*")
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz")
@@ -783,7 +783,7 @@ def test_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
 
 def test_name_that_is_never_resolved_is_given_up(tmp_path, monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(data, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: release.wait(5) and _Answer())
     start = time.monotonic()
     assert "no answer from https://" in refusal("cifar10", root=tmp_path)
