@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
 def _parser() -> cli.Parser:
     parser = cli.Parser("privacy_frontier.py", __doc__)
     add = parser.add_argument
-    add("--data", metavar="SOURCE", help="digits, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
+    add("--data", metavar="SOURCE", help="digits, faces, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
     add("--preset", choices=list(PRESETS), help="quick: minutes on a laptop; paper: full ResNet-18, 10 images")
     add("--trials", type=int, metavar="N", help="defences in all; those beyond the list are chosen by the search")

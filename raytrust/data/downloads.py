@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from raytrust.data.arrays import KEYS, Arrays
+from raytrust.data.arrays import KEYS, Source
 from raytrust.data.refusals import reason
 
 DEFAULT_ROOT = Path("~/.cache/raytrust")
@@ -23,28 +23,30 @@ TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
 TIMEOUT = 10.0  # seconds that a server may stay silent
 
 
-def torchvision_arrays(name: str, root: Path) -> Arrays:
+def read_torchvision(name: str, root: Path) -> Source:
+    """One of `TORCHVISION`, downloaded to `root` where it is not there."""
     from torchvision import datasets
 
     kind: Any = getattr(datasets, TORCHVISION[name])
 
-    def read(download: bool) -> list[np.ndarray]:
+    def read(download: bool) -> tuple[list[np.ndarray], list[str]]:
         with contextlib.redirect_stdout(sys.stderr):  # some releases report their progress by print
             parts = [kind(root, train=train, download=download) for train in (True, False)]
-        return [np.asarray(array) for part in parts for array in (part.data, part.targets)]
+        return [np.asarray(array) for part in parts for array in (part.data, part.targets)], parts[0].classes
 
     try:
         try:
-            arrays = read(download=False)
+            arrays, classes = read(download=False)
         except RuntimeError:  # torchvision's word for absent
             with _impatient(kind.url if hasattr(kind, "url") else kind.mirrors[0]):
-                arrays = read(download=True)
+                arrays, classes = read(download=True)
     except Exception as error:  # from the network, the disk, or files that an interrupted download left behind
         raise ValueError(
             f"Expected {name} under {root} or a network to fetch it from, but the download failed ({reason(error)}); "
             f"give --data FILE.npz or put the intact files under {root}."
         ) from error
-    return dict(zip(KEYS, arrays, strict=True))
+    names = tuple(name.split(" - ")[-1] for name in classes)  # MNIST's are "0 - zero" and so on
+    return Source(dict(zip(KEYS, arrays, strict=True)), names, ("Test images: the data set's own.",))
 
 
 @contextlib.contextmanager

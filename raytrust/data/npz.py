@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from raytrust.data.arrays import KEYS, Arrays
+from raytrust.data.arrays import KEYS, Source
 from raytrust.data.refusals import reason
 
 
-def npz_arrays(path: Path) -> Arrays:
+def read_npz(path: Path) -> Source:
+    """The four arrays of a file that has MedMNIST's keys."""
     if not path.exists():
         raise ValueError(f"Expected {path} to be a .npz file, but there is no such file.")
     if not zipfile.is_zipfile(path):
@@ -24,7 +25,8 @@ def npz_arrays(path: Path) -> Arrays:
             for reading in (key for key in KEYS if key in held):
                 arrays[reading] = archive[reading]
     except Exception as error:  # a damaged file can make zipfile, zlib and numpy raise nearly anything
-        raise ValueError(f"Expected {reading} in {path} to be readable ({reason(error)}).") from error
+        hint = "; save images and labels as plain arrays, np.stack(list(images))" if "pickle" in str(error) else ""
+        raise ValueError(f"Expected {reading} in {path} to be readable ({reason(error)}){hint}.") from error
     missing = [key for key in KEYS if key not in held]
     if missing:
         raise ValueError(
@@ -33,4 +35,4 @@ def npz_arrays(path: Path) -> Arrays:
     for key, array in arrays.items():
         if not isinstance(array, np.ndarray):  # numpy's answer for a member that is no .npy
             raise ValueError(f"Expected {key} in {path} to be an array, got {type(array).__name__}.")
-    return arrays
+    return Source(arrays, notes=("Test images: as stored in the file.",))
