@@ -65,7 +65,7 @@ def views(model: nn.Module, device: str, size: int) -> dict[str, View]:
     grads = torch.autograd.grad(loss, list(model.parameters()))
     found: dict[str, View] = {"naive": identity_view(grads)}
     for name, config in AWARE.items():
-        tap = Tap(LocalChannel())
+        tap = Tap(LocalChannel(), keep=True)
         shapes = [g.shape for g in grads]
         build(Defence(config), shapes).reduce([g.cpu() for g in grads], tap)
         found[name] = build(Defence(config), shapes).view([m.to(device) for m in tap.messages], "link")

@@ -58,7 +58,7 @@ def without_feedback(capture: Capture) -> Capture:
     defence = Defence(seen.defence.compressor)
     compressor, tap = (
         build(defence, [w.shape for w in seen.weights.values()], names=list(seen.weights)),
-        Tap(LocalChannel()),
+        Tap(LocalChannel(), keep=True),
     )
     compressor.load_public_state(seen.compressor_state)
     compressor.reduce(gradient(capture), tap)
