@@ -50,6 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "store": {"capture", "config", "evaluate"},
     "paper": {
         "attacks",
+        "audit",
         "capture",
         "channel",
         "config",
