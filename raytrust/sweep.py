@@ -14,11 +14,12 @@ from raytrust.cluster.runtime import Listener, cluster
 from raytrust.config import SweepConfig
 from raytrust.data import Dataset
 from raytrust.evaluate import DISTRACTORS
-from raytrust.figures import frontier_figure, reconstructions_figure
+from raytrust.figures import reconstructions_figure
 from raytrust.frontier import Row, audited_defences, drawing, finalists, row, trained_defences
 from raytrust.lock import exclusive
 from raytrust.progress import Progress
-from raytrust.report import frontier_table, mark_pareto, write_rows
+from raytrust.report import frontier_table, judge_rows, write_rows
+from raytrust.reports.frontier_figure import frontier_figure
 from raytrust.store import Store
 from raytrust.sweep_log import SweepLog
 from raytrust.tracking import default_uri
@@ -87,7 +88,7 @@ def _run_alone(
             jobs = [finalists(store, sweep, d) for d in trained_defences(sweep, store, defences)]
             evaluate_attacks(jobs, store, listener)
             wall = time.perf_counter() - started
-            rows = mark_pareto([row(store, sweep, defence) for defence in defences])
+            rows = judge_rows([row(store, sweep, defence) for defence in defences])
             progress.say("drawing the figures")
             artifacts = _write(store, sweep, rows, data)
             log.finish(rows, artifacts, wall)
