@@ -30,7 +30,7 @@ def views_of(name: str, count: int, tensorwise: bool) -> tuple[list[View], Inver
     result: list[View] = []
     for i in range(count):
         compressor = build(defence, model, seed=3)
-        tap = Tap(LocalChannel(), True)
+        tap = Tap(LocalChannel(), keep=True)
         compressor.reduce([g[i] for g in grads], tap)
         result.append(build(defence, model, seed=3).view(tap.messages, "link"))
     return result, config
