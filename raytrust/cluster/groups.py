@@ -13,6 +13,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -67,7 +68,8 @@ class TrainingGroups:
 
     def start(self) -> None:
         """Begin to start a first group, before there is work for it. Returns at once."""
-        self.queue.warm.remote()
+        self.queue.enrol.remote("first")
+        self._begin("first")
 
     def expect(self, jobs: int) -> None:
         """After so many jobs, groups end at once: attacks want their CPUs."""
@@ -103,10 +105,13 @@ class TrainingGroups:
         """Start a group whenever the queue wants one."""
         try:
             while (name := ray.get(self.queue.wanted.remote())) is not None:
-                self._running[name] = threading.Thread(target=self._run, args=(name,), name=name, daemon=True)
-                self._running[name].start()
+                self._begin(name)
         except (ray.exceptions.RayError, RuntimeError) as error:  # also what says that Ray was shut down
             self._lose(one_line(error))
+
+    def _begin(self, name: str) -> None:
+        self._running[name] = threading.Thread(target=self._run, args=(name,), name=name, daemon=True)
+        self._running[name].start()
 
     def _run(self, name: str) -> None:
         """One group, until it ends."""
@@ -148,7 +153,7 @@ class TrainingGroups:
         crew = Crew(name, self.queue, [self._data], self._store, placement.device == "cuda", placement.through_host)
         with tempfile.TemporaryDirectory(prefix="raytrust-") as meeting:
             torch_config = OnLoopback(backend=backend, meeting=meeting) if on_loopback else TorchConfig(backend=backend)
-            TorchTrainer(
+            _Trainer(
                 work,
                 train_loop_config={"crew": crew},
                 torch_config=torch_config,
@@ -164,6 +169,13 @@ class TrainingGroups:
                     logging_config=LoggingConfig(log_level="WARNING"),
                 ),
             ).fit()
+
+
+class _Trainer(TorchTrainer):
+    """Without a manager of Ray's own data sets: it is a process that imports all of Ray Train, and we have none."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ != "DatasetsCallback"]
 
 
 def training_groups(

@@ -57,7 +57,7 @@ class JobQueue:
         self._groups: dict[str, Group] = {}
         self._settled: set[str] = set()
         self._expected: int | None = None
-        self._warm = self._closed = False
+        self._closed = False
         self._bad_starts = 0
         self._broken: str | None = None
         self._changed = asyncio.Event()
@@ -87,15 +87,13 @@ class JobQueue:
         await self._until(lambda: self._closed or self._wants_group())
         if self._closed:
             return None
-        self._warm = False
         name = uuid.uuid4().hex[:12]
         self._groups[name] = Group()
         return name
 
-    async def warm(self) -> None:
-        """Ask for a first group before there is a job."""
-        self._warm = True
-        self._notify()
+    async def enrol(self, name: str) -> None:
+        """A group is on its way before there is a job."""
+        self._groups[name] = Group()
 
     async def expect(self, jobs: int) -> None:
         """From now on, when so many jobs are settled, groups end at once instead of waiting for more."""
@@ -173,8 +171,7 @@ class JobQueue:
 
     def _wants_group(self) -> bool:
         free = sum(group.free for group in self._groups.values())
-        needed = len(self._waiting) > free or (self._warm and not self._groups)
-        return needed and len(self._groups) < self._most and self._broken is None
+        return len(self._waiting) > free and len(self._groups) < self._most and self._broken is None
 
     def _complete(self) -> bool:
         return self._expected is not None and len(self._settled) >= self._expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import time
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def work(arguments: dict[str, Any]) -> None:
         torch.cuda.set_device(device)  # else each process would make a context on GPU 0 too
     rank, queue = ray.train.get_context().get_world_rank(), crew.queue
     data = ray.get(crew.data[0])
+    importlib.import_module("torch._dynamo")  # takes a second or two, which the first optimiser would else spend on it
     state = ProcessState()
     for number in itertools.count():
         job = ray.get(queue.job.remote(crew.name, number, rank))
