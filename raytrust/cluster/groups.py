@@ -30,6 +30,7 @@ from raytrust.cluster.training import Crew, work
 from raytrust.data import Dataset
 from raytrust.store import Store
 
+IDLE = 30.0  # seconds that a group waits for a job before it gives its CPUs back; to start one takes half of it
 ENDING = 30.0  # seconds that workers may take to end
 
 
@@ -54,14 +55,15 @@ class TrainingGroups:
         self.placement = placement
         self.broken: str | None = None
         self._workers, self._store, self._growing, self._say = workers, store, growing, say
+        self._here = ip_address(ray.util.get_node_ip_address()).is_loopback  # nobody else wants the CPUs of idle groups
         self._data = ray.put(data)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.queue = (
             ray.remote(JobQueue)
             .options(num_cpus=0, max_concurrency=100_000, scheduling_strategy=here)  # no node that comes and goes
-            .remote(workers, most, RETRIES)
+            .remote(workers, most, RETRIES, None if self._here else IDLE)
         )
-        self._closed = False
+        self._closed = self._abandoned = False
         self._running: dict[str, threading.Thread] = {}
         self._watcher = threading.Thread(target=self._watch, name="training groups", daemon=True)
         self._watcher.start()
@@ -81,14 +83,18 @@ class TrainingGroups:
             raise ConnectionError(f"The cluster failed, --resume goes on: {self.broken}")
 
     def close(self) -> None:
-        """End all groups, when they have finished what they train, and wait for it."""
+        """End all groups, when they have finished what they train, and wait for it. Raises what `check` does."""
         if self._closed:
             return
+        self.check()
         self._closed = True
-        ray.get(self.queue.close.remote())
-        self._watcher.join(ENDING)
+        try:
+            ray.get(self.queue.close.remote())
+        except ray.exceptions.RayError as error:
+            self.broken = one_line(error)
+            self.check()
         until = time.monotonic() + ENDING
-        for thread in list(self._running.values()):
+        for thread in [self._watcher, *self._running.values()]:
             thread.join(max(0.0, until - time.monotonic()))
         ray.kill(self.queue)
 
@@ -99,7 +105,7 @@ class TrainingGroups:
         if error is None:
             self.close()
         else:
-            self._closed = True  # the cluster ends now, and with it all of this
+            self._closed = self._abandoned = True  # the cluster ends now, and with it all of this
 
     def _watch(self) -> None:
         """Start a group whenever the queue wants one."""
@@ -117,7 +123,8 @@ class TrainingGroups:
         """One group, until it ends."""
         try:
             reason, too_late = self._train(name)
-            self.broken = ray.get(self.queue.ended.remote(name, reason, too_late)) or self.broken
+            if not self._abandoned:
+                self.broken = ray.get(self.queue.ended.remote(name, reason, too_late)) or self.broken
         except Exception as error:  # in a thread nobody else would hear of it
             self._lose(one_line(error))
         finally:
@@ -148,11 +155,10 @@ class TrainingGroups:
 
     def _fit(self, name: str) -> None:
         placement = self.placement
-        on_loopback = ip_address(ray.util.get_node_ip_address()).is_loopback
         backend = "nccl" if placement.device == "cuda" and not placement.through_host else "gloo"
         crew = Crew(name, self.queue, [self._data], self._store, placement.device == "cuda", placement.through_host)
         with tempfile.TemporaryDirectory(prefix="raytrust-") as meeting:
-            torch_config = OnLoopback(backend=backend, meeting=meeting) if on_loopback else TorchConfig(backend=backend)
+            torch_config = OnLoopback(backend=backend, meeting=meeting) if self._here else TorchConfig(backend=backend)
             _Trainer(
                 work,
                 train_loop_config={"crew": crew},

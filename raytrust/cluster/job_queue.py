@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-IDLE = 10.0  # seconds that a group waits for another job before it gives its CPUs back
 GRACE = 60.0  # seconds in which all ranks of a group must have noticed a failure that all of them raise
 BAD_STARTS = 3  # groups in a row that end without having asked for a job
 
@@ -47,10 +46,11 @@ class Group:
 class JobQueue:
     """Hands each job to one group, again if that group is lost, and its outcome to whoever asked for it.
 
-    workers: ranks of a group. most: groups at once. retries: of a job whose group was lost.
+    workers: ranks of a group. most: groups at once. retries: of a job whose group was lost. idle: seconds that a group
+    waits for another job, None for as long as it takes.
     """
 
-    def __init__(self, workers: int, most: int, retries: int, idle: float = IDLE, grace: float = GRACE):
+    def __init__(self, workers: int, most: int, retries: int, idle: float | None, grace: float = GRACE):
         self._workers, self._most, self._retries, self._idle, self._grace = workers, most, retries, idle, grace
         self._jobs: dict[str, Job] = {}
         self._waiting: deque[Job] = deque()

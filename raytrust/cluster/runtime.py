@@ -18,6 +18,7 @@ from typing import Any, Protocol
 # Ray and Tune read these when they are imported.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that asks for something after the end would start another Ray
     "RAY_AIR_NEW_OUTPUT": "0",  # we show progress ourselves
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default, which every training run would wait at its end
     "RAY_TRAIN_METRICS_ENABLED": "0",

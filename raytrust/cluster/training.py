@@ -89,6 +89,8 @@ def work(arguments: dict[str, Any]) -> None:
             raise
         else:
             ray.get(queue.done.remote(crew.name, number, rank, report))
+        if crew.on_cuda:
+            torch.cuda.empty_cache()  # attacks share this GPU
 
 
 def _train(config: TrainConfig, data: Dataset, crew: Crew, rank: int, device: str) -> dict[str, Any]:
