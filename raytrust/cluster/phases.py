@@ -21,11 +21,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.cluster.failures import RETRIES, last_error, one_line, report
+from raytrust.cluster.groups import TrainingGroups
+from raytrust.cluster.placement import Placement, remote_attack
 from raytrust.cluster.runtime import SLOT, Listener, capacity, cluster_device
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
-from raytrust.data import Dataset
 from raytrust.store import Split, Store, read_json
 
 ROUND = 500  # trials that Tune holds in memory, at least
@@ -39,15 +40,16 @@ Requests = Sequence[tuple[TrainConfig, Sequence[InversionConfig]]]
 def search_defences(
     sweep: SweepConfig,
     space: dict[str, Any],
-    data: Dataset,
     store: Store,
     listener: Listener,
+    groups: TrainingGroups,
     parallel: int | None = None,
 ) -> None:
     """Outer search: train defences with Ray Train, capture, attack with the portfolio. Objectives: leakage down,
     accuracy up and, if the sweep asks for it, bytes down. Ends when `sweep.trials` defences are finished or failed.
 
-    parallel: trials at once, for which a cluster may start nodes; what the cluster has room for, if not given.
+    groups: train the defences, and are closed at the end. parallel: trials at once, for which a cluster may start
+    nodes; what the cluster has room for, if not given.
     """
     known, pending = [], []
     for defence in dict.fromkeys([*sweep.defences, *store.defences(sweep.train)]):
@@ -57,13 +59,13 @@ def search_defences(
             pending.append(defence)
     remaining = max(sweep.trials - len(known), len(pending))
     if remaining == 0:
+        groups.close()
         return
     objectives = {"leakage": "min", "accuracy": "max"} | ({"bytes_per_step": "min"} if sweep.bytes_objective else {})
     search = DefenceSearch(space, objectives, pending, known, sweep.train.seed)
-    data_ref = ray.put(data)
-    trainable = tune.with_resources(
-        tune.with_parameters(_defence_trial, sweep=to_dict(sweep), data=[data_ref], store=store), {SLOT: 1}
-    )
+    groups.expect(remaining)
+    shared = {"sweep": to_dict(sweep), "queue": groups.queue, "placement": groups.placement, "store": store}
+    trainable = tune.with_resources(tune.with_parameters(_defence_trial, **shared), {SLOT: 1})
 
     def key(parameters: dict[str, Any]) -> tuple[str, str]:
         defence = from_dict(Defence, parameters["defence"])
@@ -72,8 +74,9 @@ def search_defences(
     def failed(parameters: dict[str, Any], reason: str) -> None:
         store.fail(replace(sweep.train, defence=from_dict(Defence, parameters["defence"])), reason)
 
-    relay = _Relay("defences", listener, key, failed)
+    relay = _Relay("defences", listener, key, failed, groups.check)
     _tune("defences", trainable, search, remaining, parallel or capacity(SLOT), store, relay)
+    groups.close()
 
 
 def search_attacks(
@@ -175,22 +178,30 @@ def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> di
     }
 
 
-def _defence_trial(parameters: dict[str, Any], sweep: dict[str, Any], data: list[Any], store: Store) -> None:
-    """Tune trial of the outer search. Takes no CPU of its own: its Train workers, then its attack tasks do."""
+def _defence_trial(
+    parameters: dict[str, Any], sweep: dict[str, Any], queue: Any, placement: Placement, store: Store
+) -> None:
+    """Tune trial of the outer search. Takes no CPU: training has a group's, and the slot counts for the attack's."""
     config = from_dict(SweepConfig, sweep)
     defence = from_dict(Defence, parameters["defence"])
-    report(lambda: _audit(config, defence, data[0], store), OBJECTIVES)
+    report(lambda: _audit(config, defence, queue, placement, store), OBJECTIVES)
 
 
-def _audit(config: SweepConfig, defence: Defence, data: ray.ObjectRef, store: Store) -> dict[str, Any]:
-    """Train with the defence, let it meet the portfolio, and return what the outer search learns from."""
+def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placement, store: Store) -> dict[str, Any]:
+    """Train with the defence, let it meet the portfolio, and return what the outer search learns from.
+
+    On a CPU the portfolio runs in this process: a task would wait for one of the CPUs that a warm group holds.
+    """
     train = replace(config.train, defence=defence)
-    device = cluster_device()
     started = time.perf_counter()
-    training = train_on_cluster(train, data, store, device)
-    task = _remote_attack(device)
+    training = train_on_cluster(train, store, queue)
     attacks = config.portfolio_against(defence)
-    (figures,) = ray.get(task.remote(store, [(train, attacks)], "tuning", device))
+    requests = [(train, attacks)]
+    if placement.attack_gpu:
+        task = remote_attack(_attack_task, placement)
+        (figures,) = ray.get(task.remote(store, requests, "tuning", placement.device))
+    else:
+        (figures,) = _attack_task(store, requests, "tuning", placement.device)
     objectives = defence_objectives(store, config, defence)
     if objectives is None:
         raise FloatingPointError(f"No attack has a result: {store.attack_failure(train, attacks[0], 'tuning')}")
@@ -199,6 +210,7 @@ def _audit(config: SweepConfig, defence: Defence, data: ray.ObjectRef, store: St
         "attacks": len(figures),
         "attack_seconds": sum(f["seconds"] for f in figures),
         "train_seconds": training["seconds"],
+        "waited_seconds": training.get("waited_seconds", 0.0),
         "wall_seconds": time.perf_counter() - started,
     }
 
@@ -278,8 +290,10 @@ class _Relay(tune.Callback, tune.Stopper):
     Tune would take an error here for one of the trial's, and try it again.
     """
 
-    def __init__(self, phase: str, listener: Listener, key: Any, failed: Any = None):
-        self._phase, self._listener, self._key, self._failed = phase, listener, key, failed
+    def __init__(
+        self, phase: str, listener: Listener, key: Any, failed: Any = None, check: Callable[[], None] = lambda: None
+    ):
+        self._phase, self._listener, self._key, self._failed, self._check = phase, listener, key, failed, check
         self.broken: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -294,6 +308,7 @@ class _Relay(tune.Callback, tune.Stopper):
 
     def on_step_begin(self, **_: Any) -> None:
         self._pass(self._listener.tick)
+        self._pass(self._check)
 
     def on_trial_start(self, trial: Any, **_: Any) -> None:
         self._pass(lambda: self._listener.started(self._phase, *self._key(trial.config)))
