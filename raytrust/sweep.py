@@ -46,17 +46,19 @@ def run_sweep(
     tracking_uri: str | None = None,
     parallel: int | None = None,
     device: Device = "auto",
+    program: Program | None = None,
 ) -> list[Row]:
-    """Run what is not finished yet, write the frontier, and return its rows.
+    """Run what is not finished yet, write the report, say what it found, and return the frontier's rows.
 
     parallel: trials at once on the cluster at `address`, which may start nodes for them; what it has, if not given.
-    device: "auto" is "cuda" where the cluster has GPUs that torch can use.
+    device: "auto" is "cuda" where the cluster has GPUs that torch can use. program: what was called, for the report.
     A defence that fails is a row with its reason. KeyboardInterrupt passes through; what was finished is stored. Raises
     ValueError if another sweep runs in the store's directory, or if the cluster or the tracking store can't be used.
     """
     with exclusive(store.root):
         uri = tracking_uri or default_uri(store.root)
-        return _run_alone(sweep, spaces, data, store, address, cpus, uri, parallel, device)
+        program = program or Program("python sweeps/privacy_frontier.py", data.name, {}, time.monotonic())
+        return _run_alone(sweep, spaces, data, store, address, cpus, uri, parallel, device, program)
 
 
 def _run_alone(
@@ -69,14 +71,17 @@ def _run_alone(
     tracking_uri: str,
     parallel: int | None,
     device: Device,
+    program: Program,
 ) -> list[Row]:
     progress = Progress(_totals(sweep, store), parallel=cpus, evaluation_cost=_evaluation_cost(sweep))
     store.clear_failures()
     others = torch.linspace(0, len(data.test_images) - 1, min(DISTRACTORS, len(data.test_images))).long()
     store.keep_references(data.test_images[others])  # none is private: private images are training images
+    for line in data.summary().splitlines():
+        progress.say(line)
     progress.say(
-        f"{sweep.name}: {sweep.trials} defences on {data.name} ({len(data.train_labels)} training images), "
-        f"{sweep.train.model.name} of width {sweep.train.model.width}, {sweep.train.workers} workers"
+        f"{sweep.trials} defences, {sweep.train.model.name} of width {sweep.train.model.width}, "
+        f"{sweep.train.workers} workers"
     )
     with (
         cluster(address, cpus, slots=2, parallel=parallel),  # while one defence is attacked, the next one is trained
@@ -88,20 +93,41 @@ def _run_alone(
         log = SweepLog(sweep, store, data, tracking_uri, cpus, progress.say)
         with log.open_run():
             listener = _Both(progress, log)
-            started = time.perf_counter()
             search_defences(sweep, spaces.defence, store, listener, groups, parallel)
             defences = audited_defences(sweep, store)
             trained = trained_defences(sweep, store, defences)
             search_attacks(sweep, spaces.attack, trained, store, listener, parallel)
             jobs = [finalists(store, sweep, d) for d in trained_defences(sweep, store, defences)]
             evaluate_attacks(jobs, store, listener)
-            wall = time.perf_counter() - started
             rows = judge_rows([row(store, sweep, defence) for defence in defences])
-            progress.say("drawing the figures")
-            artifacts = _write(store, sweep, rows, data)
+            progress.say("writing the report")
+            wall = time.monotonic() - program.started
+            artifacts = write_report(store, sweep, data, rows, program, _timing(log, wall, cpus), versions())
             log.finish(rows, artifacts, wall)
-    progress.say(f"done; {log.overhead(wall, len(rows)):.1f} s a defence beyond training and attacks")
+    progress.say(f"done: {_timing(log, time.monotonic() - program.started, cpus)}")
+    _conclude(store, sweep, rows, program, tracking_uri)
     return rows
+
+
+def _timing(log: SweepLog, wall: float, cpus: int) -> str:
+    """How long it took, what of it was training and attacks, and what each defence cost besides."""
+    beyond = (wall - log.busy / cpus) / max(1, log.runs)
+    return (
+        f"{wall:.0f} s, of which training and attacks took {log.busy:.0f} CPU seconds on {cpus} CPUs; "
+        f"{beyond:.1f} s a defence besides"
+    )
+
+
+def _conclude(store: Store, sweep: SweepConfig, rows: list[Row], program: Program, tracking_uri: str) -> None:
+    """The end of what the terminal shows: the table, the files, what to do next, the answer in three lines."""
+    print("\n" + frontier_table(rows) + "\n")
+    cli.list_files(store.root, FILES)
+    print(f"\nCompare the runs in the MLflow UI:\n  {ui_command(tracking_uri)}\n\nNext:")
+    for purpose, command in program.next_commands(store.root, sweep):
+        print(f"  {command}    # {purpose}")
+    print()
+    for line in summary_lines(rows, store.root / "report.html"):
+        print(line)
 
 
 def _totals(sweep: SweepConfig, store: Store) -> dict[str, int]:
@@ -119,19 +145,6 @@ def _totals(sweep: SweepConfig, store: Store) -> dict[str, int]:
 def _evaluation_cost(sweep: SweepConfig) -> float:
     """How many attacks of the inner search take as long as evaluating one defence: two attacks on its images."""
     return 2 * sweep.train.capture.evaluation / sweep.train.capture.tuning
-
-
-def _write(store: Store, sweep: SweepConfig, rows: list[Row], data: Dataset) -> list[Path]:
-    """frontier.json, frontier.png and reconstructions.png; those that could be written."""
-    paths = [store.root / name for name in ("frontier.json", "frontier.png", "frontier.txt", "reconstructions.png")]
-    write_rows(paths[0], rows)
-    frontier_figure(rows, paths[1], title=f"{data.name}: accuracy against leakage")
-    paths[2].write_text(frontier_table(rows) + "\n")
-    drawn = [(r["name"], *drawing(store, sweep, r)) for r in rows if r["status"] == "finished"]
-    if not drawn:
-        return paths[:3]
-    reconstructions_figure(drawn[0][3], [(name, images, ssim) for name, images, ssim, _ in drawn], paths[3])
-    return paths
 
 
 class _Both:
