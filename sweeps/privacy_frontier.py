@@ -10,7 +10,6 @@ The tables below are the whole search: edit them to ask another question.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -86,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any) -> int:
     from raytrust.report import frontier_table
+    from raytrust.reports.tracking_uri import default_uri, show_command
     from raytrust.sweep import Spaces, run_sweep
 
     spaces = Spaces(DEFENCE_SPACE, ATTACK_SPACE | {"capture_step": tune.choice(list(sweep.train.capture.steps))})
@@ -103,10 +103,8 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
         )
         print("\n" + frontier_table(rows) + "\n")
         cli.list_files(store.root, ("frontier.json", "frontier.png", "reconstructions.png", "captures"))
-        uri = options.tracking_uri or f"sqlite:///{store.root}/mlflow.db"
-        served = uri.startswith(("http://", "https://"))
-        place = uri if served else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
-        print(f"\nCompare the runs in the MLflow UI:\n  {place}")
+        uri = options.tracking_uri or default_uri(store.root)
+        print(f"\nCompare the runs in the MLflow UI:\n  {show_command(uri)}")
         return 0 if any(row["status"] == "finished" for row in rows) else 1
 
     return RUN.run(store.root, options, work)
@@ -195,5 +193,4 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
 
 
 if __name__ == "__main__":
-    os.umask(0o077)  # what a sweep writes shows private images
     sys.exit(cli.start(main))
