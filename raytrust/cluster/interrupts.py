@@ -47,6 +47,10 @@ def raising(once: bool = False) -> Iterator[Callable[[], None]]:
     take()
     try:
         yield take
+    except KeyboardInterrupt as error:
+        if handler.raised in (None, signal.SIGINT) or isinstance(error, Terminated):
+            raise
+        raise Terminated(handler.raised) from None  # Ray's core passes on that there was a signal, and not which
     finally:
         for number, previous in before.items():
             if not (handler.raised and once and isinstance(previous, _Handler)):
@@ -58,10 +62,10 @@ class _Handler:
         self._once = once
         self._terminals = [descriptor for descriptor in (1, 2) if _is_terminal(descriptor)]
         self.taken: tuple[int, ...] = ()
-        self.raised = False
+        self.raised: int | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
+        self.raised = number
         if self._once:
             for other in self.taken:
                 signal.signal(other, signal.SIG_IGN)

@@ -70,11 +70,12 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
     _most.clear()
     with raising(once=True) as take_signals:
         try:
-            if address is None:
-                _start(cpus, slots)
-            else:
-                _connect(address)
-            take_signals()  # Ray answers SIGTERM with a crash dump
+            with _no_exit_on_sigterm():
+                if address is None:
+                    _start(cpus, slots)
+                else:
+                    _connect(address)
+            take_signals()  # Ray's core has taken SIGTERM, for a crash dump
             if address is not None:
                 _expect_slot(address, GROWTH if parallel else 0.0)
             yield
@@ -120,6 +121,17 @@ def _loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before  # this process may connect to a cluster later
+
+
+@contextmanager
+def _no_exit_on_sigterm() -> Iterator[None]:
+    """While Ray starts it would take SIGTERM, to exit on the spot without a word."""
+    before = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = before
 
 
 def _connect(address: str) -> None:
