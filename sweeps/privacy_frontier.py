@@ -12,7 +12,6 @@ The tables below are the whole search: edit them to ask another question.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -84,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any) -> int:
-    from raytrust.sweep import Program, Spaces, run_sweep
+    from raytrust.reports.frontier_report import Program
+    from raytrust.sweep import Spaces, run_sweep
 
     spaces = Spaces(DEFENCE_SPACE, ATTACK_SPACE | {"capture_step": Choice(sweep.train.capture.steps)})
 
@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
             tracking_uri=options.tracking_uri,
             parallel=options.parallel,
             device=options.device,
-            program=Program(f"python {sys.argv[0]}", options.data, RUN.keep(options)),
+            program=Program(f"python {sys.argv[0]}", options.data, RUN.keep(options), cli.STARTED),
         )
         return 0 if any(row["status"] == "finished" for row in rows) else 1
 
@@ -202,5 +202,4 @@ def _portfolio(options: argparse.Namespace) -> tuple[InversionConfig, ...]:
 
 
 if __name__ == "__main__":
-    os.umask(0o077)  # what a sweep writes shows private images
     sys.exit(cli.start(main))
