@@ -40,7 +40,7 @@ class Reconstructions:
         image, and the mean of their SSIM to it, which is what a random other image can expect.
     history: of how many preceding steps the attacker had the messages, too.
     objective, matching: of the picked restart, one a batch; matching is without priors, None where there is none.
-    diverged: restarts that broke off. seconds: wall.
+    diverged: restarts that broke off. seconds: wall. cpu_seconds: of the process, meanwhile.
     reconstructions, originals: (images, channels, height, width) in [0, 1].
     """
 
@@ -60,6 +60,7 @@ class Reconstructions:
     matching: list[float] | None
     diverged: int
     seconds: float
+    cpu_seconds: float
     reconstructions: Tensor
     originals: Tensor
 
@@ -128,14 +129,14 @@ def evaluate_together(
     All captures are of one model at one step, as those of the untrained model are. The results of each request, in
     order.
     """
-    started = time.perf_counter()
+    watch = _Watch()
     reached = _run(requests, device)
-    seconds = time.perf_counter() - started
+    spent = watch.read()
     total = sum(len(captures) * a.restarts * a.iterations for captures, attacks in requests for a in attacks)
     results = []
     for (captures, attacks), of_request in zip(requests, reached, strict=True):
         floors = _floors(captures, references)
-        shares = [seconds * len(captures) * a.restarts * a.iterations / total for a in attacks]
+        shares = [spent.share(len(captures) * a.restarts * a.iterations / total) for a in attacks]
         results.append([_result(captures, *one, floors) for one in zip(attacks, of_request, shares, strict=True)])
     return results
 
@@ -144,13 +145,13 @@ def _result(
     captures: Sequence[Capture],
     attack: InversionConfig,
     candidates: Sequence[Candidates] | ValueError,
-    seconds: float,
+    spent: _Spent,
     floors: _Floors | None,
 ) -> InversionResult | InversionFailure:
     try:
         if isinstance(candidates, ValueError):
             raise candidates
-        return InversionResult(attack=attack, **vars(_compare(captures, candidates, floors, seconds)))
+        return InversionResult(attack=attack, **vars(_compare(captures, candidates, floors, spent)))
     except (ValueError, FloatingPointError) as error:
         return InversionFailure(attack, error)
 
@@ -168,12 +169,12 @@ def evaluate_learned(
     Raises ValueError if a private image is among the auxiliary ones, and as `train_inverter` does.
     """
     _refuse_private(captures, auxiliary.images)
-    started = time.perf_counter()
+    watch = _Watch()
     inverter = train_inverter(captures[0].seen, auxiliary, config, device)
     images = inverter.reconstruct([c.seen for c in captures])
-    seconds = time.perf_counter() - started
+    spent = watch.read()
     candidates = [Candidates(image[None, None], torch.tensor([inverter.held_out_loss])) for image in images]
-    reached = _compare(captures, candidates, _floors(captures, references), seconds)
+    reached = _compare(captures, candidates, _floors(captures, references), spent)
     return LearnedResult(attack=config, losses=inverter.losses, **vars(reached))
 
 
@@ -191,6 +192,25 @@ def _refuse_private(captures: Sequence[Capture], images: Tensor) -> None:
                     f"Expected auxiliary images without the private ones, got that of capture {capture.index} at "
                     f"{places[key(image)]}."
                 )
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Seconds by the clock, and of this process on CPUs."""
+
+    wall: float
+    cpu: float
+
+    def share(self, part: float) -> _Spent:
+        return _Spent(self.wall * part, self.cpu * part)
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+
+    def read(self) -> _Spent:
+        return _Spent(time.perf_counter() - self._started[0], time.process_time() - self._started[1])
 
 
 Request = tuple[Sequence[Capture], Sequence[InversionConfig]]
@@ -234,7 +254,7 @@ class _Floors:
 
 
 def _compare(
-    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: _Floors | None, seconds: float
+    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: _Floors | None, spent: _Spent
 ) -> Reconstructions:
     picked = [_match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
     oracle: list[float] = []
@@ -263,7 +283,8 @@ def _compare(
         objective=[float(c.objective.min()) for c in candidates],
         matching=None if any(m is None for m in matching) else [float(m) for m in matching if m is not None],
         diverged=sum(c.diverged for c in candidates),
-        seconds=seconds,
+        seconds=spent.wall,
+        cpu_seconds=spent.cpu,
         reconstructions=reconstructions,
         originals=originals,
     )

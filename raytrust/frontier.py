@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from raytrust.audit.verdict import Evidence, image_evidence
+from raytrust.compress import expansion_remark
 from raytrust.config import (
     Defence,
     DenseConfig,
@@ -50,15 +51,18 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     if reason is None and (training is None or worst is None):
         failures = [*store.attack_failures(train, "evaluation"), *store.attack_failures(train, "tuning")]
         reason = f"no attack has a result: {failures[0]}" if failures else "not finished"
+    columns = compressor_columns(defence, training)
+    remark = training and expansion_remark(defence, training["bytes_per_step"], training["dense_bytes"])
     base = {
-        "name": defence.name,
-        **compressor_columns(defence, training),
+        "name": defence.name_with(columns["level"]),
+        **columns,
         "error_feedback": defence.error_feedback,
         "status": "finished" if reason is None else "failed",
         "reason": reason,
         "seeds": [sweep.train.seed],
         "threat": to_dict(sweep.train.threat),
         "run": store.run_id(train),
+        "remarks": [remark] if remark else [],
         "bytes_per_step": training and _integer(training["bytes_per_step"]),
         "compression_ratio": training and training["dense_bytes"] / training["bytes_per_step"],
         "attacks_tried": len({digest(f["attack"]) for f in [*store.attacks(train, "tuning"), *figures]}),

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from raytrust import cli
 from raytrust.cluster.groups import training_groups
 from raytrust.cluster.phases import defence_objectives, evaluate_attacks, search_attacks, search_defences
 from raytrust.cluster.placement import Device
 from raytrust.cluster.runtime import Listener, cluster
-from raytrust.config import SweepConfig
+from raytrust.config import Space, SweepConfig
 from raytrust.data import Dataset
 from raytrust.evaluate import DISTRACTORS
-from raytrust.figures import reconstructions_figure
-from raytrust.frontier import Row, audited_defences, drawing, finalists, row, trained_defences
+from raytrust.frontier import Row, audited_defences, finalists, row, trained_defences
 from raytrust.lock import exclusive
 from raytrust.progress import Progress
-from raytrust.report import frontier_table, judge_rows, write_rows
-from raytrust.reports.frontier_figure import frontier_figure
+from raytrust.report import frontier_table, judge_rows
+from raytrust.reports.frontier_report import FILES, Program, write_report
+from raytrust.reports.summary import summary_lines
+from raytrust.reports.tracking_uri import default_uri, show_command
+from raytrust.reports.versions import versions
 from raytrust.store import Store
 from raytrust.sweep_log import SweepLog
-from raytrust.tracking import default_uri
 
 
 @dataclass(frozen=True)
 class Spaces:
-    """What the search may choose: Ray Tune domains, for the defence and for the attack."""
+    """What the search may choose, for the defence and for the attack."""
 
-    defence: dict[str, Any]
-    attack: dict[str, Any]
+    defence: Space
+    attack: Space
 
 
 def run_sweep(
@@ -90,9 +91,10 @@ def _run_alone(
         if _totals(sweep, store)["defences"]:
             groups.start()
         progress.say("Ray is up; opening the MLflow store")
-        log = SweepLog(sweep, store, data, tracking_uri, cpus, progress.say)
+        log = SweepLog(sweep, store, data, tracking_uri, progress.say)
         with log.open_run():
-            listener = _Both(progress, log)
+            meter = Meter()
+            listener = _All(progress, log, meter)
             search_defences(sweep, spaces.defence, store, listener, groups, parallel)
             defences = audited_defences(sweep, store)
             trained = trained_defences(sweep, store, defences)
@@ -102,27 +104,51 @@ def _run_alone(
             rows = judge_rows([row(store, sweep, defence) for defence in defences])
             progress.say("writing the report")
             wall = time.monotonic() - program.started
-            artifacts = write_report(store, sweep, data, rows, program, _timing(log, wall, cpus), versions())
-            log.finish(rows, artifacts, wall)
-    progress.say(f"done: {_timing(log, time.monotonic() - program.started, cpus)}")
+            artifacts = write_report(store, sweep, data, rows, program, meter.text(wall, cpus), versions())
+            log.finish(rows, artifacts, {"wall_seconds": wall, "overhead_seconds_per_trial": meter.beyond(wall, cpus)})
+    progress.say(f"done: {meter.text(time.monotonic() - program.started, cpus)}")
     _conclude(store, sweep, rows, program, tracking_uri)
     return rows
 
 
-def _timing(log: SweepLog, wall: float, cpus: int) -> str:
-    """How long it took, what of it was training and attacks, and what each defence cost besides."""
-    beyond = (wall - log.busy / cpus) / max(1, log.runs)
-    return (
-        f"{wall:.0f} s, of which training and attacks took {log.busy:.0f} CPU seconds on {cpus} CPUs; "
-        f"{beyond:.1f} s a defence besides"
-    )
+class Meter:
+    """A listener that counts CPU seconds of training and attacks, and the defences that they were spent on."""
+
+    def __init__(self) -> None:
+        self.busy = 0.0
+        self._runs: set[str] = set()
+
+    def started(self, phase: str, key: str, what: str) -> None:
+        pass
+
+    def finished(self, phase: str, key: str, result: dict[str, Any]) -> None:
+        self._runs.add(key)
+        figures = result.get("figures") or []
+        each = figures if isinstance(figures, list) else [figures]
+        self.busy += result.get("cpu_seconds", 0.0) + sum(f["cpu_seconds"] for f in each)
+
+    def failed(self, phase: str, key: str, reason: str) -> None:
+        self._runs.add(key)
+
+    def tick(self) -> None:
+        pass
+
+    def beyond(self, wall: float, cpus: int) -> float:
+        """Seconds a defence that were neither training nor attacks, had these kept all CPUs busy."""
+        return (wall - self.busy / cpus) / max(1, len(self._runs))
+
+    def text(self, wall: float, cpus: int) -> str:
+        return (
+            f"{wall:.0f} s; training and attacks took {self.busy:.0f} CPU seconds, {self.busy / cpus:.0f} s on {cpus} "
+            f"CPUs; {self.beyond(wall, cpus):.1f} s a defence besides"
+        )
 
 
 def _conclude(store: Store, sweep: SweepConfig, rows: list[Row], program: Program, tracking_uri: str) -> None:
     """The end of what the terminal shows: the table, the files, what to do next, the answer in three lines."""
     print("\n" + frontier_table(rows) + "\n")
     cli.list_files(store.root, FILES)
-    print(f"\nCompare the runs in the MLflow UI:\n  {ui_command(tracking_uri)}\n\nNext:")
+    print(f"\nCompare the runs in the MLflow UI:\n  {show_command(tracking_uri)}\n\nNext:")
     for purpose, command in program.next_commands(store.root, sweep):
         print(f"  {command}    # {purpose}")
     print()
@@ -147,8 +173,8 @@ def _evaluation_cost(sweep: SweepConfig) -> float:
     return 2 * sweep.train.capture.evaluation / sweep.train.capture.tuning
 
 
-class _Both:
-    """Tells two listeners."""
+class _All:
+    """Tells several listeners."""
 
     def __init__(self, *listeners: Listener):
         self._listeners = listeners

@@ -24,6 +24,7 @@ from raytrust.config import (
     LogInteger,
     LogUniform,
     ModelConfig,
+    Space,
     SweepConfig,
     Threat,
     TrainConfig,
@@ -39,14 +40,14 @@ QUICK = ("none", "powersgd:16:ef", "powersgd:4:ef", "powersgd:2:ef", "powersgd:1
 PAPER = ("none", *(f"{method}{rank}:ef" for method in ("powersgd:", "topk:rank") for rank in (50, 30, 4, 2, 1)))
 
 # The outer search goes on from there. Objectives: leakage down, accuracy up (--minimise-bytes: bytes down).
-DEFENCE_SPACE = {
+DEFENCE_SPACE: Space = {
     "compressor": Choice(("powersgd", "topk")),
     "rank": LogInteger(1, 64),  # PowerSGD's rank, or the rank whose bytes Top-K sends
     "error_feedback": Choice((False, True)),
 }
 
 # The inner search, for each defence: maximise SSIM on the tuning images. "capture_step" is added from the preset.
-ATTACK_SPACE = {
+ATTACK_SPACE: Space = {
     "objective": Choice(("naive", "aware")),
     "tv": LogUniform(1e-3, 0.3),
     "step_size": LogUniform(0.1, 4.0),

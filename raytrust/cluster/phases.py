@@ -210,6 +210,7 @@ def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placeme
         "attacks": len(figures),
         "attack_seconds": sum(f["seconds"] for f in figures),
         "train_seconds": training["seconds"],
+        "cpu_seconds": training["cpu_seconds"] + sum(f["cpu_seconds"] for f in figures),
         "waited_seconds": training.get("waited_seconds", 0.0),
         "wall_seconds": time.perf_counter() - started,
     }

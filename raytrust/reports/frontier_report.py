@@ -99,14 +99,12 @@ def _failed_attacks(store: Store, sweep: SweepConfig, rows: Sequence[Row]) -> li
     for finished in (r for r in rows if r["status"] == "finished"):
         train = train_of(store, sweep, finished)
         for split in ("tuning", "evaluation"):
-            reasons = store.attack_failures(train, split)  # type: ignore[arg-type]
+            reasons = store.attack_failures(train, split)
             failures += [(f"an attack on {finished['name']} ({split} images)", reason) for reason in reasons]
     return failures
 
 
-def _settings(
-    sweep: SweepConfig, program: Program, versions: Mapping[str, Any]
-) -> dict[str, Mapping[str, Any]]:
+def _settings(sweep: SweepConfig, program: Program, versions: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     train = to_dict(sweep.train)
     flat = {k: v for k, v in train.items() if not isinstance(v, dict) and k != "defence"}
     nested = {f"{group}.{k}": v for group in ("model", "capture") for k, v in train[group].items()}
