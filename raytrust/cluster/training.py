@@ -29,8 +29,9 @@ def train_on_cluster(config: TrainConfig, store: Store, queue: Any) -> dict[str,
     queue: of a `raytrust.cluster.groups.TrainingGroups`. A run that the store holds is not trained again. Keys:
     "correct", "n_test", "test_loss" (nats), "losses" (of worker 0, nats, one a step), "bytes_per_step" (mean payload
     bytes that a worker handed to collectives), "dense_bytes" (of the gradient), "seconds" (in the training loop),
-    "cpu_seconds" (of all workers meanwhile), "total_seconds" (from asking to having it) and "waited_seconds" (of these, until a group began with it: for the
-    group to start, or to finish other runs). Raises TrainingFailed with the reason of the workers.
+    "cpu_seconds" (of all workers meanwhile), "total_seconds" (from asking to having it) and "waited_seconds" (of these,
+    until a group began with it: for the group to start, or to finish other runs). Raises TrainingFailed with the reason
+    of the workers.
     """
     key = store.run_id(config)
     if (result := store.training(config)) is None:
