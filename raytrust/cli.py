@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-NAMED_DATA = ("digits", "cifar10", "cifar100", "mnist")
+NAMED_DATA = ("digits", "faces", "cifar10", "cifar100", "mnist")
 
 
 class Parser(argparse.ArgumentParser):

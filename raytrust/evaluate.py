@@ -114,21 +114,45 @@ def evaluate_inversions(
     """`evaluate_inversion` for several attacks, run together; each bears its share of the time, by restarts and
     iterations. An attack that fails does so alone.
     """
-    started = time.perf_counter()
-    found = _run(captures, attacks, device)
-    seconds = time.perf_counter() - started
-    shares = np.array([a.restarts * a.iterations for a in attacks], dtype=float)
-    floors = _floors(captures, references)
-    results: list[InversionResult | InversionFailure] = []
-    for attack, candidates, share in zip(attacks, found, shares / shares.sum(), strict=True):
-        try:
-            if isinstance(candidates, ValueError):
-                raise candidates
-            reached = _compare(captures, candidates, floors, seconds * float(share))
-            results.append(InversionResult(attack=attack, **vars(reached)))
-        except (ValueError, FloatingPointError) as error:
-            results.append(InversionFailure(attack, error))
+    (results,) = evaluate_together([(captures, attacks)], device, references)
     return results
+
+
+def evaluate_together(
+    requests: Sequence[tuple[Sequence[Capture], Sequence[InversionConfig]]],
+    device: str = "cpu",
+    references: Tensor | None = None,
+) -> list[list[InversionResult | InversionFailure]]:
+    """`evaluate_inversions` for the captures of several defences, each with attacks of its own, as one batch.
+
+    All captures are of one model at one step, as those of the untrained model are. The results of each request, in
+    order.
+    """
+    started = time.perf_counter()
+    reached = _run(requests, device)
+    seconds = time.perf_counter() - started
+    total = sum(len(captures) * a.restarts * a.iterations for captures, attacks in requests for a in attacks)
+    results = []
+    for (captures, attacks), of_request in zip(requests, reached, strict=True):
+        floors = _floors(captures, references)
+        shares = [seconds * len(captures) * a.restarts * a.iterations / total for a in attacks]
+        results.append([_result(captures, *one, floors) for one in zip(attacks, of_request, shares, strict=True)])
+    return results
+
+
+def _result(
+    captures: Sequence[Capture],
+    attack: InversionConfig,
+    candidates: Sequence[Candidates] | ValueError,
+    seconds: float,
+    floors: _Floors | None,
+) -> InversionResult | InversionFailure:
+    try:
+        if isinstance(candidates, ValueError):
+            raise candidates
+        return InversionResult(attack=attack, **vars(_compare(captures, candidates, floors, seconds)))
+    except (ValueError, FloatingPointError) as error:
+        return InversionFailure(attack, error)
 
 
 def evaluate_learned(
@@ -169,16 +193,21 @@ def _refuse_private(captures: Sequence[Capture], images: Tensor) -> None:
                 )
 
 
-def _run(
-    captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str
-) -> list[Sequence[Candidates] | ValueError]:
-    """What each attack arrived at, one a capture, or why it can't be made; together, or else one by one."""
-    n = len(captures)
+Request = tuple[Sequence[Capture], Sequence[InversionConfig]]
+
+
+def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candidates] | ValueError]]:
+    """By request and attack what it arrived at, one a capture, or why it can't be made; together, or else, where one of
+    them can't be made, one by one."""
+    jobs = [(c.seen, attack) for captures, attacks in requests for attack in attacks for c in captures]
     try:
-        candidates = invert([(c.seen, attack) for attack in attacks for c in captures], device)
+        candidates = iter(invert(jobs, device))
     except ValueError as error:
-        return [error] if len(attacks) == 1 else [r for a in attacks for r in _run(captures, [a], device)]
-    return [candidates[i * n : (i + 1) * n] for i in range(len(attacks))]
+        if len(requests) > 1:
+            return [_run([request], device)[0] for request in requests]
+        ((captures, attacks),) = requests
+        return [[error]] if len(attacks) == 1 else [[_run([(captures, [a])], device)[0][0] for a in attacks]]
+    return [[[next(candidates) for _ in captures] for _ in attacks] for captures, attacks in requests]
 
 
 def _floors(captures: Sequence[Capture], references: Tensor | None) -> _Floors | None:

@@ -12,6 +12,7 @@ from raytrust.membership_figures import message_figure
 from raytrust.membership_paper import ATTACKS, floors, nearest_cells
 from raytrust.published import TABLE_2
 from raytrust.report import human_bytes
+from raytrust.reports.membership_control import control_lines
 
 Row = dict[str, Any]
 Table = list[list[str]]
@@ -24,8 +25,10 @@ img{max-width:100%}.wide{overflow-x:auto}h1{font-size:1.5rem}h2{font-size:1.15re
 
 
 def membership_table(rows: Sequence[Row]) -> str:
-    """The main figures as plain text: AUC on final models and on messages side by side, with 95 % intervals."""
+    """The main figures as plain text: AUC on final models and on messages side by side, with 95 % intervals, and
+    whether the attacks work without compression."""
     parts = [_text(table) for table in (side_by_side_table(rows), attack_table(rows), message_table(rows))]
+    parts += ["\n".join(control_lines(rows))]
     return "\n\n".join(parts + [f"{r['name']} failed: {r['reason']}" for r in rows if r["status"] == "failed"])
 
 
@@ -200,10 +203,11 @@ def membership_page(rows: Sequence[Row], setting: str, figures: Sequence[Path]) 
          "knows nothing is expected to reach with thresholds chosen on the very points that are judged."),
         ("Nearest to the paper's Table 2 (paper / ours)", paper_table(rows), notes + shift),
     ]  # fmt: skip
+    control = "".join(f"<p><b>{_escape(line)}</b></p>" for line in control_lines(rows))
     body = "".join(f"<h2>{_escape(t)}</h2><p>{_escape(note)}</p>{_html(table)}" for t, table, note in sections if table)
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Membership audit</title><style>{_STYLE}</style>"
-        f"<h1>Membership audit</h1><p>{_escape(setting)}</p>{failed}{''.join(drawn)}{body}</html>\n"
+        f"<h1>Membership audit</h1><p>{_escape(setting)}</p>{control}{failed}{''.join(drawn)}{body}</html>\n"
     )
 
 

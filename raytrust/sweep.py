@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from raytrust.cluster.groups import training_groups
 from raytrust.cluster.phases import defence_objectives, evaluate_attacks, search_attacks, search_defences
+from raytrust.cluster.placement import Device
 from raytrust.cluster.runtime import Listener, cluster
 from raytrust.config import SweepConfig
 from raytrust.data import Dataset
 from raytrust.evaluate import DISTRACTORS
-from raytrust.figures import frontier_figure, reconstructions_figure
+from raytrust.figures import reconstructions_figure
 from raytrust.frontier import Row, audited_defences, drawing, finalists, row, trained_defences
 from raytrust.lock import exclusive
 from raytrust.progress import Progress
-from raytrust.report import frontier_table, mark_pareto, write_rows
+from raytrust.report import frontier_table, judge_rows, write_rows
+from raytrust.reports.frontier_figure import frontier_figure
 from raytrust.store import Store
 from raytrust.sweep_log import SweepLog
 from raytrust.tracking import default_uri
@@ -42,16 +45,18 @@ def run_sweep(
     cpus: int = 2,
     tracking_uri: str | None = None,
     parallel: int | None = None,
+    device: Device = "auto",
 ) -> list[Row]:
     """Run what is not finished yet, write the frontier, and return its rows.
 
     parallel: trials at once on the cluster at `address`, which may start nodes for them; what it has, if not given.
+    device: "auto" is "cuda" where the cluster has GPUs that torch can use.
     A defence that fails is a row with its reason. KeyboardInterrupt passes through; what was finished is stored. Raises
     ValueError if another sweep runs in the store's directory, or if the cluster or the tracking store can't be used.
     """
     with exclusive(store.root):
         uri = tracking_uri or default_uri(store.root)
-        return _run_alone(sweep, spaces, data, store, address, cpus, uri, parallel)
+        return _run_alone(sweep, spaces, data, store, address, cpus, uri, parallel, device)
 
 
 def _run_alone(
@@ -63,6 +68,7 @@ def _run_alone(
     cpus: int,
     tracking_uri: str,
     parallel: int | None,
+    device: Device,
 ) -> list[Row]:
     progress = Progress(_totals(sweep, store), parallel=cpus, evaluation_cost=_evaluation_cost(sweep))
     store.clear_failures()
@@ -72,22 +78,25 @@ def _run_alone(
         f"{sweep.name}: {sweep.trials} defences on {data.name} ({len(data.train_labels)} training images), "
         f"{sweep.train.model.name} of width {sweep.train.model.width}, {sweep.train.workers} workers"
     )
-    with cluster(
-        address, cpus, slots=2, parallel=parallel
-    ):  # while one defence is attacked, the next one's workers start
+    with (
+        cluster(address, cpus, slots=2, parallel=parallel),  # while one defence is attacked, the next one is trained
+        training_groups(sweep.train.workers, data, store, device, parallel, progress.say) as groups,
+    ):
+        if _totals(sweep, store)["defences"]:
+            groups.start()
         progress.say("Ray is up; opening the MLflow store")
         log = SweepLog(sweep, store, data, tracking_uri, cpus, progress.say)
         with log.open_run():
             listener = _Both(progress, log)
             started = time.perf_counter()
-            search_defences(sweep, spaces.defence, data, store, listener, parallel)
+            search_defences(sweep, spaces.defence, store, listener, groups, parallel)
             defences = audited_defences(sweep, store)
             trained = trained_defences(sweep, store, defences)
             search_attacks(sweep, spaces.attack, trained, store, listener, parallel)
             jobs = [finalists(store, sweep, d) for d in trained_defences(sweep, store, defences)]
             evaluate_attacks(jobs, store, listener)
             wall = time.perf_counter() - started
-            rows = mark_pareto([row(store, sweep, defence) for defence in defences])
+            rows = judge_rows([row(store, sweep, defence) for defence in defences])
             progress.say("drawing the figures")
             artifacts = _write(store, sweep, rows, data)
             log.finish(rows, artifacts, wall)

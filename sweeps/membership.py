@@ -82,7 +82,11 @@ def _run(options: argparse.Namespace, data: Any, config: MembershipConfig, store
 def _parser() -> cli.Parser:
     parser = cli.Parser("membership.py", __doc__)
     add = parser.add_argument
-    add("--data", metavar="SOURCE", help="digits (default), cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
+    add(
+        "--data",
+        metavar="SOURCE",
+        help="digits (default), faces, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)",
+    )
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
     add("--preset", choices=list(PRESETS), help="quick: 32x32 images on a CPU (default); digits; paper: ResNet-18")
     add("--defence", action="append", metavar="NAME", help="audit this instead of the list; repeatable: powersgd:1:ef")

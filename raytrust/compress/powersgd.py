@@ -11,7 +11,7 @@ from raytrust.channel import Channel, Message
 from raytrust.compress.base import Base
 from raytrust.compress.interface import Layout, Reduced, Vantage
 from raytrust.compress.state import State
-from raytrust.compress.views import LinearView
+from raytrust.compress.views import FactorView, LinearView
 from raytrust.config import PowerSGDConfig
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -98,29 +98,8 @@ class PowerSGD(Base):
         inputs = [_whiten(q.to(p)) for q, p in zip(self._q, first, strict=True)]
         ps = [mix @ p for p, (_, mix) in zip(first, inputs, strict=True)]
         directions = [basis for basis, _ in inputs]
-        shapes = self.layout.shapes
-
-        def measure(grads: Sequence[Tensor]) -> list[Tensor]:
-            matrices = [
-                grads[i].reshape(len(grads[i]), *size) for i, size in zip(self._matrices, self._sizes, strict=True)
-            ]
-            return [
-                *(d @ m.mT for m, d in zip(matrices, directions, strict=True)),
-                *(b @ m for m, b in zip(matrices, bases, strict=True)),
-                *(grads[i] for i in self._vectors),
-            ]
-
-        def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
-            k = len(self._matrices)
-            grads: list[Tensor] = [torch.empty(0)] * len(shapes)
-            for j, i in enumerate(self._matrices):
-                matrix = measured[j].mT @ directions[j] + bases[j].T @ measured[k + j]
-                grads[i] = matrix.reshape(len(matrix), *shapes[i])
-            for i, vector in zip(self._vectors, measured[2 * k :], strict=True):
-                grads[i] = vector
-            return grads
-
-        return LinearView([*ps, *qs, *vectors], measure, adjoint)
+        matrices = dict(zip(self._matrices, self._sizes, strict=True))
+        return FactorView([*ps, *qs, *vectors], matrices, directions, bases, self._vectors, self.layout.shapes)
 
     def pure_view(self, messages: Sequence[Message], vantage: Vantage, before: Sequence[Message] | None) -> LinearView:
         """What the messages measure of the gradient alone, where error feedback added a residual E to it.

@@ -230,11 +230,15 @@ class Defence:
     @property
     def name(self) -> str:
         """A short name for tables and plots, such as "PowerSGD rank 4 + EF"."""
+        return self.name_with(None)
+
+    def name_with(self, fraction: float | None) -> str:
+        """`name`, such as "Top-K 1.4 % (bytes of rank 4)", where it is known which fraction of the entries was sent."""
         match self.compressor, self.error_feedback:
             case ScaledSignConfig(), True:
                 return "EF-signSGD"
             case compressor, feedback:
-                return _name(compressor) + (" + EF" if feedback else "")
+                return _name(compressor, fraction) + (" + EF" if feedback else "")
 
 
 def _expect_compressor(compressor: Any) -> None:
@@ -244,7 +248,7 @@ def _expect_compressor(compressor: Any) -> None:
     expect(type(compressor) in types, "compressor", compressor, f"to be one of {names}")
 
 
-def _name(compressor: CompressorConfig) -> str:
+def _name(compressor: CompressorConfig, fraction: float | None) -> str:
     match compressor:
         case DenseConfig():
             return "none"
@@ -253,9 +257,12 @@ def _name(compressor: CompressorConfig) -> str:
         case PowerSGDConfig(rank=rank, warm_start=warm_start):
             return f"PowerSGD rank {rank}" + ("" if warm_start else " cold")
         case TopKConfig(level=level, equal_to_rank=rank, equal_by=equal_by, scope=scope):
-            size = f"level {rank}" if level is None else f"{100 * level:.3g} %"
-            by = " (values)" if level is None and equal_by == "values" else ""
-            return f"Top-K {size}{by}" + (" per layer" if scope == "layer" else "")
+            if level is None:
+                sent = "" if fraction is None else f"{100 * fraction:.2g} % "
+                size = f"{sent}({equal_by} of rank {rank})"
+            else:
+                size = f"{100 * level:.3g} %"
+            return f"Top-K {size}" + (" per layer" if scope == "layer" else "")
         case RandKConfig(level=level, unbiased=unbiased):
             return f"Rand-K {100 * level:.3g} %" + (" unbiased" if unbiased else "")
         case ThresholdConfig(level=level):
