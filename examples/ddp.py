@@ -85,6 +85,7 @@ def main() -> nn.Module:
             f"step {start + arguments.steps}: {correct} of {TEST} test images right; "
             f"{tap.sent_bytes // max(1, arguments.steps)} bytes a step, uncompressed {dense}"
         )
+    dist.barrier()  # none leaves while another one is at work
     dist.destroy_process_group()
     return model
 

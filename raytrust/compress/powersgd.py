@@ -158,7 +158,7 @@ class PowerSGD(Base):
         self._generator.set_state(state["generator"].cpu())  # of a checkpoint that was read onto a GPU
 
     def _draw(self) -> list[Tensor]:
-        return [torch.randn(shape, generator=self._generator) for shape in self._second.shapes]
+        return [torch.randn(s, generator=self._generator, dtype=torch.float32) for s in self._second.shapes]
 
     def _message(self, layout: Layout, name: str, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """A buffer for a message: (its matrices, its vectors, all of it as one vector)."""
