@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_state import fresh, step
 from torch import Tensor
-from toys import DEFENCES
+from toys import DEFENCES, gradients
 
+from raytrust.channel import LocalChannel, Tap
 from raytrust.compress.interface import Scratch
 
 
@@ -62,5 +63,9 @@ def test_the_default_dtype_changes_nothing(name: str, dtype: torch.dtype, expect
             assert all(map(torch.equal, found, before))
             compressor = fresh(name, seed=6)
             compressor.load_state_dict(state)
+        tap = Tap(LocalChannel(), keep=True)
+        own = compressor.reduce(gradients(3), tap).own
+        compressor.load_state_dict(state)  # public state and all, as before the messages
+        torch.testing.assert_close(compressor.decode(tap.messages, "link")[0], own, rtol=0, atol=1e-6)
     finally:
         torch.set_default_dtype(torch.float32)

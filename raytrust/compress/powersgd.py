@@ -84,7 +84,7 @@ class PowerSGD(Base):
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         bases, qs, vectors = self._parse(messages, vantage)
-        out = torch.empty(self.layout.entries, device=messages[0].received[0].device)
+        out = messages[0].received[0].new_empty(self.layout.entries)
         return [self._assemble(bases, qs, vectors, out)]
 
     def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> LinearView:
