@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_state import fresh, step
 from torch import Tensor
-from toys import DEFENCES
+from toys import DEFENCES, gradients
 
+from raytrust.channel import LocalChannel, Tap
 from raytrust.compress.interface import Scratch
 
 
@@ -48,3 +49,23 @@ def test_a_buffer_starts_as_zeros() -> None:
     held = torch.full((2**16,), 3.14)
     del held
     assert not Scratch()("p", 2**16, torch.empty(0)).any()
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(name: str, dtype: torch.dtype, expected: list[list[Tensor]]) -> None:
+    """Which is the user's to set: what is held and sent is float32 all the same."""
+    torch.set_default_dtype(dtype)
+    try:
+        compressor = fresh(name)
+        for i, before in enumerate(expected):
+            found, state = step(compressor, i), compressor.state_dict()
+            assert all(map(torch.equal, found, before))
+            compressor = fresh(name, seed=6)
+            compressor.load_state_dict(state)
+        tap = Tap(LocalChannel(), keep=True)
+        own = compressor.reduce(gradients(3), tap).own
+        compressor.load_state_dict(state)  # public state and all, as before the messages
+        torch.testing.assert_close(compressor.decode(tap.messages, "link")[0], own, rtol=0, atol=1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)

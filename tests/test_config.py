@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrust.compress import build
 from raytrust.config import (
     AtomoConfig,
     CaptureConfig,
@@ -32,10 +34,12 @@ from raytrust.config import (
     TopKConfig,
     TrainConfig,
     VqSGDConfig,
+    compressors,
     digest,
     from_dict,
     to_dict,
 )
+from raytrust.config.compressors import compressor_types
 
 positive = st.integers(1, 2**31)
 seeds = st.integers(0, 2**31 - 1)
@@ -478,3 +482,54 @@ def test_weights_of_priors_are_finite_and_not_negative(weight: str) -> None:
             InversionConfig(**{weight: value})
     with pytest.raises(ValueError, match=r"^Expected warmup=-1 to be at least 0\.$"):
         InversionConfig(warmup=-1)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Options of a method that `Defence` does not know."""
+
+    method: ClassVar[str] = "registered"
+
+
+@pytest.mark.parametrize(
+    "compressor", ["powersgd:4", None, PowerSGDConfig, Registered(), Defence(), {"method": "none"}]
+)
+def test_a_defence_of_what_is_no_method_is_refused_when_it_is_made(compressor: Any) -> None:
+    with pytest.raises(ValueError, match=r"^Expected compressor=.* to be one of AtomoConfig, DGCConfig, ") as raised:
+        Defence(compressor)
+    assert str(raised.value).startswith(f"Expected compressor={compressor!r} to be one of ")
+    assert "\n" not in str(raised.value)
+
+
+def test_options_that_build_would_drop_are_refused() -> None:
+    """Those of a subclass: it would be built, hashed and saved as what it is derived from."""
+
+    @dataclass(frozen=True)
+    class Mine(PowerSGDConfig):
+        power_iterations: int = 3
+
+    with pytest.raises(ValueError, match=r"^Expected compressor=.*Mine\(rank=4, warm_start=True, power_iterations=3\)"):
+        Defence(Mine())
+
+
+@pytest.mark.parametrize("error_feedback", ["ef", 1, None])
+def test_error_feedback_is_a_bool(error_feedback: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^Expected error_feedback={error_feedback!r} to be True or False\.$"):
+        Defence(PowerSGDConfig(), error_feedback)
+
+
+def test_every_method_of_the_config_is_built() -> None:
+    for kind in compressor_types():
+        config = TopKConfig(level=0.5) if kind is TopKConfig else kind()
+        assert build(Defence(config), [torch.Size((3, 4))]).layout.entries == 12
+
+
+def test_what_is_no_defence_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("powersgd:4", PowerSGDConfig(), None):
+        with pytest.raises(ValueError, match=r"^Expected defence=.* to be a Defence, which config.parse_defence makes"):
+            build(value, [torch.Size((3,))])  # type: ignore[arg-type]
+    known = compressor_types()
+    monkeypatch.setattr(compressors, "compressor_types", lambda: (*known, Registered))
+    defence = Defence(Registered())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^Expected compressor=.*Registered\(\) to be of a method that can be built"):
+        build(defence, [torch.Size((3,))])

@@ -84,7 +84,7 @@ class PowerSGD(Base):
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         bases, qs, vectors = self._parse(messages, vantage)
-        out = torch.empty(self.layout.entries, device=messages[0].received[0].device)
+        out = messages[0].received[0].new_empty(self.layout.entries)
         return [self._assemble(bases, qs, vectors, out)]
 
     def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> LinearView:
@@ -158,7 +158,7 @@ class PowerSGD(Base):
         self._generator.set_state(state["generator"].cpu())  # of a checkpoint that was read onto a GPU
 
     def _draw(self) -> list[Tensor]:
-        return [torch.randn(shape, generator=self._generator) for shape in self._second.shapes]
+        return [torch.randn(s, generator=self._generator, dtype=torch.float32) for s in self._second.shapes]
 
     def _message(self, layout: Layout, name: str, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """A buffer for a message: (its matrices, its vectors, all of it as one vector)."""

@@ -54,11 +54,11 @@ class SignSGD(Base):
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         found = [packed for (packed,) in senders(messages, vantage)]
-        return [self._decode(packed, torch.empty(self.layout.entries, device=packed.device)) for packed in found]
+        return [self._decode(packed, packed.new_empty(self.layout.entries, dtype=torch.float32)) for packed in found]
 
     def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> SignView:
         (packed,) = sent_by(messages, vantage, victim)
-        signs = self._decode(packed, torch.empty(self.layout.entries, device=packed.device))
+        signs = self._decode(packed, packed.new_empty(self.layout.entries, dtype=torch.float32))
         return SignView(signs)
 
     def _decode(self, packed: Tensor, out: Tensor) -> list[Tensor]:

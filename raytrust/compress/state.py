@@ -43,7 +43,8 @@ class Memory:
             )
         self.worker = worker
         if not self.held:
-            self.held = tuple(torch.zeros(self._layout.entries, device=device) for _ in self.kinds)
+            n = self._layout.entries
+            self.held = tuple(torch.zeros(n, dtype=torch.float32, device=device) for _ in self.kinds)
         elif self.kinds and self.held[0].device != device:
             # A checkpoint may lie on another device than the gradients, of which nothing is known before a step.
             self.held = tuple(v.to(device) for v in self.held)
@@ -60,7 +61,7 @@ class Memory:
     def expected(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """What a state has to hold of this memory: all of it, or none where it is of before the first step."""
         every = {
-            f"{kind}.{name}": torch.empty(shape, device="meta")
+            f"{kind}.{name}": torch.empty(shape, dtype=torch.float32, device="meta")
             for kind in self.kinds
             for name, shape in zip(self._layout.names, self._layout.shapes, strict=True)
         }
