@@ -12,6 +12,7 @@ from raytrust.membership_figures import message_figure
 from raytrust.membership_paper import ATTACKS, floors, nearest_cells
 from raytrust.published import TABLE_2
 from raytrust.report import human_bytes
+from raytrust.reports.membership_control import control_lines
 
 Row = dict[str, Any]
 Table = list[list[str]]
@@ -24,11 +25,13 @@ img{max-width:100%}.wide{overflow-x:auto}h1{font-size:1.5rem}h2{font-size:1.15re
 
 
 def membership_table(rows: Sequence[Row], left_out: Mapping[str, str] | None = None) -> str:
-    """The main figures as plain text: AUC on final models and on messages side by side, with 95 % intervals.
+    """The main figures as plain text: AUC on final models and on messages side by side, with 95 % intervals, and
+    whether the attacks work without compression.
 
     left_out: why a section has no figures, by its name, as in "property inference".
     """
     parts = [_text(table) for table in (side_by_side_table(rows), attack_table(rows), message_table(rows))]
+    parts += ["\n".join(control_lines(rows))]
     parts += [f"Without {name}. {reason}" for name, reason in (left_out or {}).items()]
     return "\n\n".join(parts + [f"{r['name']} failed: {r['reason']}" for r in rows if r["status"] == "failed"])
 
@@ -225,6 +228,7 @@ def membership_page(
     ]  # fmt: skip
     for name, reason in (left_out or {}).items():
         sections.append((name.capitalize(), [], f"Left out. {reason}"))
+    control = "".join(f"<p><b>{_escape(line)}</b></p>" for line in control_lines(rows))
     body = "".join(
         f"<h2>{_escape(t)}</h2><p>{_escape(note)}</p>{_html(table) if table else ''}"
         for t, table, note in sections
@@ -232,7 +236,7 @@ def membership_page(
     )
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Membership audit</title><style>{_STYLE}</style>"
-        f"<h1>Membership audit</h1><p>{_escape(setting)}</p>{failed}{''.join(drawn)}{body}</html>\n"
+        f"<h1>Membership audit</h1><p>{_escape(setting)}</p>{control}{failed}{''.join(drawn)}{body}</html>\n"
     )
 
 

@@ -336,6 +336,8 @@ def test_values_at_the_ends_of_the_ranges() -> None:
         (Defence(TopKConfig(level=0.01)), "Top-K 1 %"),
         (Defence(TopKConfig(level=1)), "Top-K 100 %"),
         (Defence(TopKConfig(level=0.01, scope="layer")), "Top-K 1 % per layer"),
+        (Defence(TopKConfig(equal_to_rank=4)), "Top-K (bytes of rank 4)"),
+        (Defence(TopKConfig(equal_to_rank=4, equal_by="values"), True), "Top-K (values of rank 4) + EF"),
         (Defence(HalfConfig()), "fp16"),
         (Defence(HalfConfig("bfloat16"), error_feedback=True), "bf16 + EF"),
         (Defence(RandKConfig(0.05)), "Rand-K 5 %"),
@@ -354,6 +356,12 @@ def test_values_at_the_ends_of_the_ranges() -> None:
 )
 def test_name_of_a_defence(defence: Defence, name: str) -> None:
     assert defence.name == name
+
+
+def test_a_level_is_named_by_what_it_is_once_that_is_known() -> None:
+    assert Defence(TopKConfig(equal_to_rank=4), True).name_with(0.0141) == "Top-K 1.4 % (bytes of rank 4) + EF"
+    assert Defence(TopKConfig(level=0.01)).name_with(0.01) == "Top-K 1 %"
+    assert Defence(PowerSGDConfig(4)).name_with(None) == "PowerSGD rank 4"
 
 
 def test_names_of_equally_large_defences_differ() -> None:
@@ -458,9 +466,9 @@ def test_an_attack_as_it_applies_to_a_defence() -> None:
 
 
 def test_the_name_of_an_attack_says_what_is_not_default() -> None:
-    assert InversionConfig().name == "aware tv=0.01 lr=0.1 r=1 s=0"
+    assert InversionConfig().name == "aware tv=0.01 lr=1 r=1 s=0"
     attack = InversionConfig(matching="l2", optimiser="lbfgs", bn=0.25, label_recovery="joint", residual="avoid")
-    assert attack.name == "aware tv=0.01 lr=0.1 r=1 s=0 l2 lbfgs bn=0.25 joint avoid"
+    assert attack.name == "aware tv=0.01 lr=1 r=1 s=0 l2 lbfgs bn=0.25 joint avoid"
 
 
 @pytest.mark.parametrize("weight", ["tv", "bound", "l2", "colour", "bn", "group"])

@@ -169,7 +169,7 @@ def test_the_page_needs_nothing_else(rows: list[dict[str, Any]], tmp_path: Path)
     assert "not resolvable" in page
     assert "the setting" in page
     text = membership_table(rows)
-    assert "Top-K level 1 + EF" in text
+    assert "Top-K (bytes of rank 1) + EF" in text
     assert f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]" in text
 
 

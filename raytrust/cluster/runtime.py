@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +16,11 @@ from typing import Any, Protocol
 # Ray and Tune read these when they are imported.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that asks for something after the end would start another Ray
     "RAY_AIR_NEW_OUTPUT": "0",  # we show progress ourselves
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default, which every training run would wait at its end
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it waits for checkpoints that we don't make; one process less
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep at once; what is finished is in the store
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -33,10 +33,13 @@ import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 from ray.autoscaler.sdk import request_resources  # noqa: E402
 
+from raytrust.cluster.interrupts import raising  # noqa: E402
+
 SLOT = "trial_slot"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
 GROWTH = 900.0  # seconds that an autoscaler may take to start a first node
 _most: dict[str, int] = {}
+_device: list[str] = []  # what was settled for this cluster
 
 
 class Listener(Protocol):
@@ -63,16 +66,20 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
 
     A new cluster listens on the loopback interface alone, and asks for a token that only this process and its workers
     have: other users of this machine reach that interface too. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 in the environment
-    opens it to other machines. Ctrl-C raises KeyboardInterrupt once; while Ray stops, more of them change nothing.
+    opens it to other machines. Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt once; while Ray stops, more of them
+    change nothing.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     _most.clear()
-    with _one_interrupt():
-        if address is None:
-            _start(cpus, slots)
-        else:
-            _connect(address)
+    _device.clear()
+    with raising(once=True) as take_signals:
         try:
+            with _no_exit_on_sigterm():
+                if address is None:
+                    _start(cpus, slots)
+                else:
+                    _connect(address)
+            take_signals()  # Ray's core has taken SIGTERM, for a crash dump
             if address is not None:
                 _expect_slot(address, GROWTH if parallel else 0.0)
             yield
@@ -86,9 +93,23 @@ def capacity(resource: str) -> int:
     return _most[resource]
 
 
+def settle_device(device: str) -> None:
+    """Let `cluster_device` say this in the driver."""
+    _device[:] = [device]
+
+
 def cluster_device() -> str:
-    """ "cuda" if the cluster has or had GPUs, else "cpu"."""
-    return "cuda" if capacity("GPU") >= 1 else "cpu"
+    """ "cuda" or "cpu": in a task or an actor, whether it has a share of a GPU that torch can use; in the driver what
+    was settled, or whether torch on a node with a GPU can use that."""
+    if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        import torch
+
+        return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+    if not _device:
+        from raytrust.cluster.placement import cuda_refusal
+
+        settle_device("cuda" if capacity("GPU") >= 1 and cuda_refusal() is None else "cpu")
+    return _device[0]
 
 
 def _start(cpus: int, slots: int) -> None:
@@ -118,6 +139,17 @@ def _loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before  # this process may connect to a cluster later
+
+
+@contextmanager
+def _no_exit_on_sigterm() -> Iterator[None]:
+    """While Ray starts it would take SIGTERM, to exit on the spot without a word."""
+    before = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = before
 
 
 def _connect(address: str) -> None:
@@ -153,26 +185,7 @@ def _expect_slot(address: str, patience: float) -> None:
             f"Expected the cluster at address={address!r} to offer the resource {SLOT!r}; "
             f"start its nodes with --resources='{{\"{SLOT}\": 1}}', or give --parallel if it starts nodes itself."
         )
-    cluster_device()  # seen while there is a node
-
-
-@contextmanager
-def _one_interrupt() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt once within the block: a second one would cut off the orderly end."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield  # whoever runs this has other plans for it
-        return
-
-    def interrupt(*_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    capacity("GPU")  # seen while there is a node
 
 
 def _expect_listener(address: str) -> None:

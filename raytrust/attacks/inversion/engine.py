@@ -13,9 +13,10 @@ from torch import Tensor
 
 from raytrust.attacks.inversion.analytic import solve_first_layer
 from raytrust.attacks.inversion.labels import recover_labels
-from raytrust.attacks.inversion.objectives import matching_distance, target_view
+from raytrust.attacks.inversion.objectives import target_view
 from raytrust.attacks.inversion.priors import known_statistics
 from raytrust.attacks.inversion.search import Piece, search
+from raytrust.attacks.inversion.stacks import stack_key
 from raytrust.capture import Observation
 from raytrust.config import InversionConfig
 
@@ -93,10 +94,17 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
             piece = _prepare(i, seen, config, device)
             programs.setdefault(piece.program, []).append(piece)
     for pieces in programs.values():
-        for batch in _batches(pieces):
+        for batch in _batches(_alike_together(pieces)):
             for piece, result in zip(batch, search(batch, device), strict=True):
                 found.setdefault(piece.job, []).append(Candidates(*result))
     return [_join(found[i]) for i in range(len(jobs))]
+
+
+def _alike_together(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with those next to each other whose views can be stacked; otherwise in their order."""
+    keys = [stack_key(piece.view, piece.config) for piece in pieces]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    return [piece for _, piece in sorted(enumerate(pieces), key=lambda at: (first[keys[at[0]]], at[0]))]
 
 
 def _prepare(job: int, seen: Observation, config: InversionConfig, device: str) -> Piece:
@@ -105,7 +113,7 @@ def _prepare(job: int, seen: Observation, config: InversionConfig, device: str) 
         seen=seen,
         config=config,
         restarts=range(config.restarts),
-        distance=matching_distance(target_view(seen, config, device), config),
+        view=target_view(seen, config, device),
         labels=_labels(seen, config),
         statistics=known_statistics(seen) if config.bn > 0 else None,
     )
@@ -155,4 +163,4 @@ def same_model(a: Observation, b: Observation) -> bool:
     if (a.model, a.classes, a.image_shape, a.threat) != (b.model, b.classes, b.image_shape, b.threat):
         return False
     first, second = ([*s.weights.values(), *s.buffers.values(), s.mean, s.std] for s in (a, b))
-    return all(map(torch.equal, first, second))
+    return all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))
