@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from raytrust.report import replace_file
+from raytrust.report import replace_file, two_digits
 
 Array = NDArray[np.float64]
 
@@ -48,7 +48,7 @@ class Drawn(NamedTuple):
         """Mean SSIM, how many are identified, and their n."""
         n = len(self.ssim)
         known = "" if self.identified is None else f", {sum(self.identified)} of {n} identified"
-        return f"mean SSIM {np.mean(self.ssim):.2f} (n = {n}){known}"
+        return f"mean SSIM {two_digits(float(np.mean(self.ssim)))} (n = {n}){known}"
 
 
 def reconstructions_figure(
@@ -84,7 +84,7 @@ def reconstructions_figure(
     for k, row in enumerate(drawn, start=1):
         name = textwrap.fill(row.name, 24, max_lines=2, placeholder=" ...")
         words = [name, *textwrap.wrap(ATTACKERS.get(row.attack, ""), 34), *textwrap.wrap(row.caption, 30)]
-        captions = [f"{value:.2f}" for value in row.ssim[:shown]]
+        captions = [two_digits(value) for value in row.ssim[:shown]]
         marks = [False] * shown if row.identified is None else list(row.identified[:shown])
         _draw_row(ax, k, "\n".join(words), row.images[:shown], captions, marks, pitch)
     ax.text(_MARGIN, height - 0.08, "\n".join(lines), fontsize=8, color=IDENTIFIED, va="bottom")

@@ -146,7 +146,11 @@ def frontier_table(rows: Sequence[Row]) -> str:
     widths[0] = min(widths[0], max(14, min(22, spare - 10), spare - widths[-1]))  # long names and attacks wrap
     widths[-1] = min(widths[-1], spare - widths[0])
 
-    lines = [] if control_works(rows) else [*textwrap.wrap(judged.control_sentence(rows), _TABLE_WIDTH), ""]
+    lines = (
+        []
+        if control_works(rows)
+        else [*textwrap.wrap(judged.control_sentence(rows), _TABLE_WIDTH, break_on_hyphens=False), ""]
+    )
     lines += _table_lines(header, widths)
     lines.append("  ".join("-" * width for width in widths))
     for row_cells in cells[1:]:
@@ -170,7 +174,7 @@ def control_works(judged_rows: Sequence[Row]) -> bool:
 
 
 def _table_cells(row: Row) -> list[str]:
-    naive, aware = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in ("naive_ssim", "aware_ssim"))
+    naive, aware = ("-" if row.get(key) is None else two_digits(row[key]) for key in ("naive_ssim", "aware_ssim"))
     identified = row.get("identified")
     return [
         f"{'*' if row['pareto'] else ' '} {row['name']}",
@@ -193,12 +197,17 @@ def accuracy_text(row: Row) -> str:
 
 def leakage_text(row: Row) -> str:
     """Mean SSIM of a finished row with its interval: 0.41 ±0.10, or 0.41 [0.00, 0.71] if that isn't centred."""
-    text, interval = f"{row['leakage_ssim']:.2f}", row.get("leakage_interval")
+    text, interval = two_digits(row["leakage_ssim"]), row.get("leakage_interval")
     if interval is None:
         return text
     low, high = interval
     centred = abs((low + high) / 2 - row["leakage_ssim"]) < 0.005
-    return f"{text} ±{(high - low) / 2:.2f}" if centred else f"{text} [{low:.2f}, {high:.2f}]"
+    return f"{text} ±{(high - low) / 2:.2f}" if centred else f"{text} [{two_digits(low)}, {two_digits(high)}]"
+
+
+def two_digits(value: float) -> str:
+    """With two digits after the point; what rounds to 0 has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def _table_lines(cells: Sequence[str], widths: Sequence[int]) -> list[str]:

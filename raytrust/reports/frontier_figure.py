@@ -72,18 +72,8 @@ def frontier_png(rows: Sequence[Row], title: str) -> bytes:
     height = head + _PLOT + sum(below)
     fig = Figure(figsize=(_WIDTH, height), dpi=_DPI)
     ax = fig.add_axes((_LEFT / _WIDTH, sum(below) / height, (_WIDTH - _LEFT - 0.2) / _WIDTH, _PLOT / height))
-    for i, line in enumerate([*heading, *point]):
-        y = height - 0.12 - 0.27 * min(i, len(heading)) - 0.23 * max(0, i - len(heading))
-        style: dict[str, Any] = {"fontsize": 15, "weight": "bold"} if i < len(heading) else {"fontsize": 11.5}
-        fig.text(0.15 / _WIDTH, y / height, line, va="top", parse_math=False, **style)
-    for i, line in enumerate(reversed(notes)):
-        fig.text(0.15 / _WIDTH, (0.1 + 0.16 * i) / height, line, fontsize=8.5, color="0.3", parse_math=False)
-    ax.set_xlabel("leakage: attacker's mean SSIM (further left is more private)", fontsize=12.5)
-    ax.set_ylabel("test accuracy, %", fontsize=12.5)
-    ax.tick_params(labelsize=12)
-    ax.grid(color="0.93", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    _write_words(fig, heading, point, notes)
+    _style_axes(ax)
     if finished:
         set_limits(ax, finished, room=0.0 if control_works(rows) else 0.42)
         _draw_floor(ax, finished)
@@ -99,6 +89,26 @@ def frontier_png(rows: Sequence[Row], title: str) -> bytes:
         ax.text(0.5, 0.5, "No defence finished.", ha="center", va="center", fontsize=15, transform=ax.transAxes)
         ax.set(xlim=(0, 1), ylim=(0, 100))
     return to_png(fig)
+
+
+def _write_words(fig: Figure, heading: Sequence[str], point: Sequence[str], notes: Sequence[str]) -> None:
+    """Lines of text: the heading and the point in a sentence at the top, notes at the foot."""
+    width, height = fig.get_size_inches()
+    for i, line in enumerate([*heading, *point]):
+        y = height - 0.12 - 0.27 * min(i, len(heading)) - 0.23 * max(0, i - len(heading))
+        style: dict[str, Any] = {"fontsize": 15, "weight": "bold"} if i < len(heading) else {"fontsize": 11.5}
+        fig.text(0.15 / width, y / height, line, va="top", parse_math=False, **style)
+    for i, line in enumerate(reversed(notes)):
+        fig.text(0.15 / width, (0.1 + 0.16 * i) / height, line, fontsize=8.5, color="0.3", parse_math=False)
+
+
+def _style_axes(ax: Axes) -> None:
+    ax.set_xlabel("leakage: attacker's mean SSIM (further left is more private)", fontsize=12.5)
+    ax.set_ylabel("test accuracy, %", fontsize=12.5)
+    ax.tick_params(labelsize=12)
+    ax.grid(color="0.93", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _family(row: Row) -> tuple[bool, str, float, str]:

@@ -29,6 +29,7 @@ from raytrust.report import (
     reason_of,
     replace_file,
     split,
+    two_digits,
 )
 from raytrust.reports.frontier_figure import frontier_png
 from raytrust.reports.judged import NEAR_CHANCE, control_sentence, remarks_of, starkest
@@ -118,7 +119,7 @@ def _line(row: Row, rows: Sequence[Row], classes: int | None) -> dict[str, Any]:
     """The cells of a finished row, as text."""
 
     def number(key: str) -> str:
-        return "-" if row.get(key) is None else f"{row[key]:.2f}"
+        return "-" if row.get(key) is None else two_digits(row[key])
 
     excess, interval, ratio = row.get("excess"), row.get("excess_interval"), row.get("compression_ratio")
     ends = "" if interval is None else f" [{interval[0]:+.2f}, {interval[1]:+.2f}]"
@@ -164,7 +165,7 @@ def _blocks(rows: Sequence[Row], context: FrontierContext) -> Iterator[dict[str,
 def _cells(drawn: Drawn) -> list[dict[str, Any]]:
     marks = drawn.identified or [False] * len(drawn.ssim)
     cells = zip(drawn.images, drawn.ssim, marks, strict=True)
-    return [{"uri": _image_uri(i), "ssim": f"{s:.2f}", "identified": m} for i, s, m in list(cells)[:MOST_SHOWN]]
+    return [{"uri": _image_uri(i), "ssim": two_digits(s), "identified": m} for i, s, m in list(cells)[:MOST_SHOWN]]
 
 
 def _image_uri(image: NDArray[Any]) -> str:
