@@ -89,7 +89,7 @@ def work(arguments: dict[str, Any]) -> None:
             raise
         else:
             ray.get(queue.done.remote(crew.name, number, rank, report))
-        if crew.on_cuda:
+        if device.type == "cuda":
             torch.cuda.empty_cache()  # attacks share this GPU
 
 
