@@ -35,7 +35,7 @@ def train_on_cluster(config: TrainConfig, store: Store, queue: Any) -> dict[str,
     key = store.run_id(config)
     if (result := store.training(config)) is None:
         started = time.perf_counter()
-        outcome = ray.get(queue.train.remote(key, to_dict(config)))
+        outcome = ray.get(queue.train.remote(key, to_dict(config), ray.get_runtime_context().get_node_id()))
         if "failure" in outcome:
             ray.get(queue.settle.remote(key))
             raise TrainingFailed(outcome["failure"])
