@@ -31,7 +31,7 @@ def in_a_group(folder: Path, mode: str) -> dict[str, Any]:
         [sys.executable, program, str(folder), mode], capture_output=True, text=True, timeout=800, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert run.stderr == ""
+    assert run.stderr == "" or mode == "killed", run.stderr  # Ray itself says that a worker died
     found: dict[str, Any] = json.loads(run.stdout)
     return found
 
@@ -113,3 +113,13 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     assert found["workers"] == 4
     assert found["free"] == 2
     assert len(captures(Store(tmp_path, warm_group.images().fingerprint()), warm_group.LONG)) == 4
+
+
+@pytest.mark.slow
+def test_workers_and_an_attack_share_a_gpu(tmp_path: Path) -> None:
+    """As far as Ray counts: a task finds room on the GPU beside two warm workers, and no CPU is left to wait for."""
+    found = in_a_group(tmp_path, "shared")
+    assert [len(outcome["losses"]) for outcome in found["outcomes"]] == [warm_group.STEPS] * 3
+    assert found["said"][1:] == ["GPU [0]"] * 3
+    assert found["workers"] == 2
+    assert found["free"] == 2

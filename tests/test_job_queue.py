@@ -25,6 +25,12 @@ def ask(queue: JobQueue, key: str) -> asyncio.Task[dict[str, Any]]:
     return asyncio.create_task(queue.train(key, {"of": key}))
 
 
+async def start(queue: JobQueue) -> str:
+    """A group that is wanted."""
+    name, _ = await soon(queue.wanted())
+    return str(name)
+
+
 async def soon(awaitable: Awaitable[Any]) -> Any:
     return await asyncio.wait_for(awaitable, 2)
 
@@ -51,7 +57,7 @@ async def finish(queue: JobQueue, group: str, number: int) -> None:
 def test_jobs_are_trained_in_order_by_one_group() -> None:
     async def body(queue: JobQueue) -> None:
         asked = [ask(queue, key) for key in "abc"]
-        group = await soon(queue.wanted())
+        group = await start(queue)
         for number, key in enumerate("abc"):
             assert await take(queue, group, number) == {"of": key}
             assert await take(queue, group, number) == {"of": key}  # asking again changes nothing
@@ -65,7 +71,7 @@ def test_jobs_are_trained_in_order_by_one_group() -> None:
 def test_a_job_is_read_by_others_only_when_its_directory_is_ready() -> None:
     async def body(queue: JobQueue) -> None:
         ask(queue, "a")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         assert await soon(queue.job(group, 0, 0)) == {"of": "a"}
         await never(queue.job(group, 0, 1))
         await queue.begun(group)
@@ -77,7 +83,7 @@ def test_a_job_is_read_by_others_only_when_its_directory_is_ready() -> None:
 def test_a_result_waits_for_all_ranks_and_for_who_asks_again() -> None:
     async def body(queue: JobQueue) -> None:
         first = ask(queue, "a")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         await take(queue, group, 0)
         await queue.done(group, 0, 0, {"rank": 0})
         await never(asyncio.shield(first))
@@ -121,7 +127,7 @@ def test_an_idle_group_ends_and_another_comes_for_later_jobs() -> None:
         later = ask(queue, "a")
         await never(queue.wanted())  # one at a time
         await queue.ended("first")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         await take(queue, group, 0)
         await finish(queue, group, 0)
         assert "result" in await soon(later)
@@ -134,7 +140,7 @@ def test_groups_end_at_once_when_there_is_nothing_more_to_do(end: str) -> None:
     async def body(queue: JobQueue) -> None:
         await queue.expect(2)
         ask(queue, "a")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         await take(queue, group, 0)
         await finish(queue, group, 0)
         await queue.settle("a")
@@ -152,12 +158,12 @@ def test_the_job_of_a_lost_group_is_the_next_one_and_is_given_up_in_the_end() ->
     async def body(queue: JobQueue) -> None:
         first, second = ask(queue, "a"), ask(queue, "b")
         for attempt in range(RETRIES + 1):
-            group = await soon(queue.wanted())
+            group = await start(queue)
             assert await take(queue, group, 0) == {"of": "a"}, attempt
             assert not first.done()
             assert await queue.ended(group, "ActorDiedError: gone") is None
         assert await soon(first) == {"failure": "ActorDiedError: gone"}
-        group = await soon(queue.wanted())
+        group = await start(queue)
         assert await take(queue, group, 0) == {"of": "b"}
         await finish(queue, group, 0)
         assert "result" in await soon(second)
@@ -168,13 +174,13 @@ def test_the_job_of_a_lost_group_is_the_next_one_and_is_given_up_in_the_end() ->
 def test_a_finished_job_is_not_trained_again_when_its_group_is_lost() -> None:
     async def body(queue: JobQueue) -> None:
         first, second = ask(queue, "a"), ask(queue, "b")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         await take(queue, group, 0)
         await finish(queue, group, 0)
         await take(queue, group, 1)
         await queue.ended(group, "lost")
         assert "result" in await soon(first)
-        group = await soon(queue.wanted())
+        group = await start(queue)
         assert await take(queue, group, 0) == {"of": "b"}
         await never(asyncio.shield(second))
 
@@ -184,7 +190,7 @@ def test_a_finished_job_is_not_trained_again_when_its_group_is_lost() -> None:
 def test_a_failure_of_all_ranks_leaves_the_group_to_the_next_job() -> None:
     async def body(queue: JobQueue) -> None:
         first, second = ask(queue, "a"), ask(queue, "b")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         await take(queue, group, 0)
         told = [asyncio.create_task(queue.failed(group, 0, rank, f"nan at {rank}")) for rank in (1, 0)]
         assert await soon(asyncio.gather(*told)) == [True, True]
@@ -201,7 +207,7 @@ def test_a_failure_that_the_others_do_not_share_ends_the_group() -> None:
 
     async def body(queue: JobQueue) -> None:
         first = ask(queue, "a")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         await take(queue, group, 0)
         assert await soon(queue.failed(group, 0, 1, "nan")) is False
         assert (await soon(first))["failure"] == "nan"
@@ -212,13 +218,13 @@ def test_a_failure_that_the_others_do_not_share_ends_the_group() -> None:
 def test_a_failure_of_one_rank_fails_its_job_alone() -> None:
     async def body(queue: JobQueue) -> None:
         first, second = ask(queue, "a"), ask(queue, "b")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         await take(queue, group, 0)
         await queue.spoiled(group, 0, "OSError: disk full")
         assert (await soon(first))["failure"] == "OSError: disk full"
         await queue.ended(group, "RuntimeError: connection closed by peer")
         assert (await soon(first))["failure"] == "OSError: disk full"
-        group = await soon(queue.wanted())
+        group = await start(queue)
         assert await take(queue, group, 0) == {"of": "b"}
         await finish(queue, group, 0)
         assert "result" in await soon(second)
@@ -230,7 +236,7 @@ def test_groups_that_never_start_fail_what_waits() -> None:
     async def body(queue: JobQueue) -> None:
         first, second = ask(queue, "a"), ask(queue, "b")
         for attempt in range(BAD_STARTS):
-            broken = await queue.ended(await soon(queue.wanted()), "ImportError: no torch")
+            broken = await queue.ended(await start(queue), "ImportError: no torch")
             assert (broken is not None) == (attempt == BAD_STARTS - 1)
         assert [await soon(first), await soon(second)] == [{"failure": "ImportError: no torch"}] * 2
         assert await soon(ask(queue, "c")) == {"failure": "ImportError: no torch"}
@@ -242,7 +248,7 @@ def test_groups_that_never_start_fail_what_waits() -> None:
 def test_a_group_without_room_is_done_without_if_others_run() -> None:
     async def body(queue: JobQueue) -> None:
         asked = [ask(queue, key) for key in "abc"]
-        one, two = await soon(queue.wanted()), await soon(queue.wanted())
+        one, two = await start(queue), await soon(queue.wanted())
         await take(queue, one, 0)
         assert await queue.ended(two, "no room", late=True) is None
         await never(queue.wanted())  # the cluster does not grow
@@ -258,7 +264,7 @@ def test_a_group_without_room_is_done_without_if_others_run() -> None:
 def test_without_any_room_all_fails() -> None:
     async def body(queue: JobQueue) -> None:
         first = ask(queue, "a")
-        assert await queue.ended(await soon(queue.wanted()), "no room", late=True) == "no room"
+        assert await queue.ended(await start(queue), "no room", late=True) == "no room"
         assert await soon(first) == {"failure": "no room"}
 
     run(body)
@@ -267,7 +273,7 @@ def test_without_any_room_all_fails() -> None:
 def test_waiting_is_measured_until_a_group_begins() -> None:
     async def body(queue: JobQueue) -> None:
         first = ask(queue, "a")
-        group = await soon(queue.wanted())
+        group = await start(queue)
         await asyncio.sleep(0.2)
         await take(queue, group, 0)
         await asyncio.sleep(0.3)
@@ -275,3 +281,12 @@ def test_waiting_is_measured_until_a_group_begins() -> None:
         assert 0.15 < (await soon(first))["waited"] < 0.45
 
     run(body)
+
+
+def test_a_group_is_started_where_a_trial_waits_for_it() -> None:
+    async def body(queue: JobQueue) -> None:
+        asked = [asyncio.create_task(queue.train(key, {}, f"node of {key}")) for key in "ab"]
+        assert [(await soon(queue.wanted()))[1] for _ in range(2)] == ["node of a", "node of b"]
+        assert not any(a.done() for a in asked)
+
+    run(body, most=2)

@@ -3,8 +3,9 @@
     warm_group.py DIRECTORY diverging      the second run diverges, on both workers
     warm_group.py DIRECTORY alone          the second run fails on one worker, while the other waits for it
     warm_group.py DIRECTORY killed         a worker is killed while it trains the second run
+    warm_group.py DIRECTORY shared         the workers share a GPU, on which an attack runs between the runs
 
-Ray is told of a GPU that isn't there.
+Ray is told of a GPU that isn't there: what runs "on" it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ import ray  # isort: skip
 from toys import synthetic
 
 from raytrust.cluster.failures import TrainingFailed
-from raytrust.cluster.groups import training_groups
+from raytrust.cluster.groups import TrainingGroups, training_groups
+from raytrust.cluster.placement import place, remote_attack
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import CaptureConfig, Defence, ModelConfig, PowerSGDConfig, TrainConfig
 from raytrust.data import Dataset
@@ -41,30 +43,25 @@ RUN = TrainConfig(
 FIRST, THIRD = RUN, replace(RUN, defence=Defence(PowerSGDConfig(1), error_feedback=True))
 DIVERGING = replace(RUN, learning_rate=1e30)
 LONG = replace(RUN, steps=400)
-READ = STEPS + len(RUN.capture.steps)  # how often one run of RUN's length takes training images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Faulty(Dataset):
-    """Images of which the second worker can't read any after `sound` readings in one process."""
+    """Images that the second worker can't read while the file `marker` exists."""
 
-    sound: int = 10**9
+    marker: str = ""
 
     def __getattribute__(self, name: str) -> Any:
-        if name == "train_images" and os.environ.get("RANK") == "1":
-            counts = READINGS[0] = READINGS[0] + 1
-            if counts > object.__getattribute__(self, "sound"):
-                raise OSError(28, "No space left on device")
+        marker = object.__getattribute__(self, "marker")
+        if name == "train_images" and os.environ.get("RANK") == "1" and os.path.exists(marker):
+            raise OSError(28, "No space left on device")
         return object.__getattribute__(self, name)
 
 
-READINGS = [0]
-
-
-def images(sound: int | None = None) -> Dataset:
+def images(marker: str = "") -> Dataset:
     data = synthetic(channels=1)
     fields = data.train_images, data.train_labels, data.test_images, data.test_labels, data.classes
-    return data if sound is None else Faulty("faulty", *fields, sound=sound)
+    return Faulty("faulty", *fields, marker=marker) if marker else data
 
 
 def workers() -> set[int]:
@@ -83,9 +80,15 @@ def workers() -> set[int]:
     return found
 
 
+def shares() -> str:
+    """The GPU that a task may use."""
+    return f"GPU {ray.get_gpu_ids()}"
+
+
 def main(root: Path, mode: str) -> None:
-    data = images(READ + 4 if mode == "alone" else None)
-    second = {"diverging": DIVERGING, "alone": replace(RUN, seed=1), "killed": LONG}[mode]
+    marker = root / "full"
+    data = images(str(marker)) if mode == "alone" else images()
+    second = {"diverging": DIVERGING, "killed": LONG}.get(mode, replace(RUN, seed=1))
     store = Store(root, images().fingerprint())
     said: list[str] = []
     seen: set[int] = set()
@@ -109,13 +112,23 @@ def main(root: Path, mode: str) -> None:
                 training_groups(2, data, store, "cuda")
             except ValueError as error:
                 said.append(str(error))
-            with training_groups(2, data, store, "auto", say=said.append) as groups:
+            if mode == "shared":
+                placement = place(2, [{"CPU": 2, "GPU": 1}], sees_cuda=True)
+                groups = TrainingGroups(2, data, store, placement)
+            else:
+                groups = training_groups(2, data, store, "auto", say=said.append)
+            with groups:
                 groups.start()
                 for config in (FIRST, second, THIRD):
+                    if config is second and mode == "alone":
+                        marker.touch()
                     try:
                         outcomes.append(train_on_cluster(config, store, groups.queue))
                     except TrainingFailed as error:
                         outcomes.append(str(error))
+                    marker.unlink(missing_ok=True)
+                    if mode == "shared":  # while the warm group holds both CPUs and most of the GPU
+                        said.append(ray.get(remote_attack(shares, groups.placement).remote(), timeout=120))
             started = time.monotonic()
             while ray.available_resources().get("CPU") != 2 and time.monotonic() < started + 30:
                 time.sleep(0.05)

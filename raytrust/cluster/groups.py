@@ -71,7 +71,8 @@ class TrainingGroups:
     def start(self) -> None:
         """Begin to start a first group, before there is work for it. Returns at once."""
         self.queue.enrol.remote("first")
-        self._begin("first")
+        offering = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(SLOT, 0) >= 1]
+        self._begin("first", next(iter(offering), ""))
 
     def expect(self, jobs: int) -> None:
         """After so many jobs, groups end at once: attacks want their CPUs."""
@@ -110,19 +111,19 @@ class TrainingGroups:
     def _watch(self) -> None:
         """Start a group whenever the queue wants one."""
         try:
-            while (name := ray.get(self.queue.wanted.remote())) is not None:
-                self._begin(name)
+            while (wanted := ray.get(self.queue.wanted.remote())) is not None:
+                self._begin(*wanted)
         except (ray.exceptions.RayError, RuntimeError) as error:  # also what says that Ray was shut down
             self._lose(one_line(error))
 
-    def _begin(self, name: str) -> None:
-        self._running[name] = threading.Thread(target=self._run, args=(name,), name=name, daemon=True)
+    def _begin(self, name: str, node: str) -> None:
+        self._running[name] = threading.Thread(target=self._run, args=(name, node), name=name, daemon=True)
         self._running[name].start()
 
-    def _run(self, name: str) -> None:
+    def _run(self, name: str, node: str) -> None:
         """One group, until it ends."""
         try:
-            reason, too_late = self._train(name)
+            reason, too_late = self._train(name, node)
             if not self._abandoned:
                 self.broken = ray.get(self.queue.ended.remote(name, reason, too_late)) or self.broken
         except Exception as error:  # in a thread nobody else would hear of it
@@ -134,12 +135,12 @@ class TrainingGroups:
         if not self._closed:
             self.broken = reason
 
-    def _train(self, name: str) -> tuple[str | None, bool]:
+    def _train(self, name: str, node: str) -> tuple[str | None, bool]:
         """Run a group. Returns why it ended, if not by itself, and whether because its workers were placed too late."""
         began = time.monotonic()
         for attempt in range(10**6):
             try:
-                self._fit(name)
+                self._fit(name, node)
             except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
                 if not late(error):
                     return one_line(error), False
@@ -153,28 +154,36 @@ class TrainingGroups:
                 return None, False
         raise AssertionError
 
-    def _fit(self, name: str) -> None:
-        placement = self.placement
-        backend = "nccl" if placement.device == "cuda" and not placement.through_host else "gloo"
-        crew = Crew(name, self.queue, [self._data], self._store, placement.device == "cuda", placement.through_host)
-        with tempfile.TemporaryDirectory(prefix="raytrust-") as meeting:
-            torch_config = OnLoopback(backend=backend, meeting=meeting) if self._here else TorchConfig(backend=backend)
-            _Trainer(
-                work,
-                train_loop_config={"crew": crew},
-                torch_config=torch_config,
-                scaling_config=ScalingConfig(
-                    num_workers=self._workers,
-                    use_gpu=placement.device == "cuda",
-                    resources_per_worker=placement.worker,
-                ),
-                run_config=RunConfig(
-                    name=f"group-{name}-{time.time_ns()}",
-                    storage_path=str(Path(self._store.root) / "ray" / "train"),
-                    failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # the queue retries
-                    logging_config=LoggingConfig(log_level="WARNING"),
-                ),
-            ).fit()
+    def _fit(self, name: str, node: str) -> None:
+        on_cuda, through_host = self.placement.device == "cuda", self.placement.through_host
+        crew = Crew(name, self.queue, [self._data], self._store, on_cuda, through_host)
+        if self._here:
+            run_group(crew, self._workers, self.placement, on_loopback=True)
+            return
+        # Train's controllers stay where they are started, each with some 0.3 GB: the driver's node has no room for all.
+        there = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(run_group)
+        ray.get(task.remote(crew, self._workers, self.placement, on_loopback=False))
+
+
+def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool) -> None:
+    """A Train run of `workers` workers, until the queue has no more jobs for them."""
+    backend = "nccl" if crew.on_cuda and not crew.through_host else "gloo"
+    with tempfile.TemporaryDirectory(prefix="raytrust-") as meeting:
+        _Trainer(
+            work,
+            train_loop_config={"crew": crew},
+            torch_config=OnLoopback(backend=backend, meeting=meeting) if on_loopback else TorchConfig(backend=backend),
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=crew.on_cuda, resources_per_worker=placement.worker
+            ),
+            run_config=RunConfig(
+                name=f"group-{crew.name}-{time.time_ns()}",
+                storage_path=str(Path(crew.store.root) / "ray" / "train"),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # the queue retries
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        ).fit()
 
 
 class _Trainer(TorchTrainer):

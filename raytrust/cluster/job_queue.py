@@ -20,10 +20,11 @@ BAD_STARTS = 3  # groups in a row that end without having asked for a job
 
 @dataclass
 class Job:
-    """One training run. `outcome` becomes {"result": ...} or {"failure": reason}."""
+    """One training run, asked for from a node. `outcome` becomes {"result": ...} or {"failure": reason}."""
 
     key: str
     config: dict[str, Any]
+    node: str
     outcome: asyncio.Future[dict[str, Any]]
     asked: float
     waited: float = 0.0
@@ -64,14 +65,15 @@ class JobQueue:
 
     # For trials
 
-    async def train(self, key: str, config: dict[str, Any]) -> dict[str, Any]:
+    async def train(self, key: str, config: dict[str, Any], node: str = "") -> dict[str, Any]:
         """The outcome of a job, which is new or known by its key: a trial that was lost may ask again."""
         if self._broken is not None:
             return {"failure": self._broken}
         if key not in self._jobs:
-            self._jobs[key] = Job(key, config, asyncio.get_running_loop().create_future(), time.monotonic())
+            self._jobs[key] = Job(key, config, node, asyncio.get_running_loop().create_future(), time.monotonic())
             self._waiting.append(self._jobs[key])
             self._notify()
+        self._jobs[key].node = node
         return await asyncio.shield(self._jobs[key].outcome)  # who goes away takes it from nobody else
 
     async def settle(self, key: str) -> None:
@@ -82,14 +84,15 @@ class JobQueue:
 
     # For the driver
 
-    async def wanted(self) -> str | None:
-        """Returns the name of a group to be started, once one is needed; None when the queue is closed."""
+    async def wanted(self) -> tuple[str, str] | None:
+        """Returns the name of a group to be started, once one is needed, and the node whose trial waits for it; None
+        when the queue is closed."""
         await self._until(lambda: self._closed or self._wants_group())
         if self._closed:
             return None
-        name = uuid.uuid4().hex[:12]
+        name, node = uuid.uuid4().hex[:12], self._waiting[self._free()].node
         self._groups[name] = Group()
-        return name
+        return name, node
 
     async def enrol(self, name: str) -> None:
         """A group is on its way before there is a job."""
@@ -170,8 +173,11 @@ class JobQueue:
     # Inside
 
     def _wants_group(self) -> bool:
-        free = sum(group.free for group in self._groups.values())
-        return len(self._waiting) > free and len(self._groups) < self._most and self._broken is None
+        return len(self._waiting) > self._free() and len(self._groups) < self._most and self._broken is None
+
+    def _free(self) -> int:
+        """Groups that will take what waits."""
+        return sum(group.free for group in self._groups.values())
 
     def _complete(self) -> bool:
         return self._expected is not None and len(self._settled) >= self._expected

@@ -108,8 +108,12 @@ def _refusal() -> str | None:
     try:
         torch.zeros(1, device="cuda")
     except (RuntimeError, AssertionError) as error:  # an old driver, no driver, no such card
-        return f"Ray counts a GPU, but torch can't use it: {str(error).strip().splitlines()[0]}"
+        return f"Ray counts a GPU, but torch can't use it: {_first_sentence(str(error))}"
     return None
+
+
+def _first_sentence(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "").partition(". ")[0]
 
 
 def _share(share: float) -> float:
@@ -121,9 +125,9 @@ def remote_attack(attack: Callable[..., Any], placement: Placement) -> Any:
     """The function as a Ray task with an attack's share of a GPU. Its CPU is that of the trial which waits for it."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    return ray.remote(attack).options(
+    return ray.remote(
         num_cpus=0,
         num_gpus=placement.attack_gpu,
         max_calls=100,  # on a GPU Ray would start a new process for each call
         scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # not inside the trial's own slot
-    )
+    )(attack)

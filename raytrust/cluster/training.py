@@ -36,7 +36,7 @@ def train_on_cluster(config: TrainConfig, store: Store, queue: Any) -> dict[str,
     key = store.run_id(config)
     if (result := store.training(config)) is None:
         started = time.perf_counter()
-        outcome = ray.get(queue.train.remote(key, to_dict(config)))
+        outcome = ray.get(queue.train.remote(key, to_dict(config), ray.get_runtime_context().get_node_id()))
         if "failure" in outcome:
             ray.get(queue.settle.remote(key))
             raise TrainingFailed(outcome["failure"])
@@ -90,7 +90,7 @@ def work(arguments: dict[str, Any]) -> None:
             raise
         else:
             ray.get(queue.done.remote(crew.name, number, rank, report))
-        if crew.on_cuda:
+        if device.type == "cuda":
             torch.cuda.empty_cache()  # attacks share this GPU
 
 
