@@ -7,10 +7,12 @@ with its reason, and the others go on.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -156,8 +158,9 @@ def _alike(jobs: Requests, places: int) -> list[Requests]:
     """The jobs in tasks for this many places: runs next to each other whose attacks start at the same steps, so that
     equal models meet in one batch, but none waits while another has much to do."""
     jobs = sorted(jobs, key=lambda job: max((a.capture_step for a in job[1]), default=0))
-    size = max(1, min(TOGETHER, len(jobs) // max(1, places)))
-    return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    tasks = places * math.ceil(len(jobs) / (places * TOGETHER))
+    cuts = [len(jobs) * i // tasks for i in range(tasks + 1)] if jobs else []
+    return [jobs[a:b] for a, b in pairwise(cuts) if a < b]
 
 
 def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> dict[str, float] | None:
@@ -331,10 +334,8 @@ class _Relay(tune.Callback, tune.Stopper):
             return
         attacks = json.loads(result["figures"])  # those that have a result
         for figures in attacks:
-            ssim = float(np.mean(figures["ssim"]))
-            self._listener.finished(
-                self._phase, key, {"figures": figures, "ssim": ssim, "attack_seconds": figures["seconds"]}
-            )
+            each = {"figures": figures, "ssim": float(np.mean(figures["ssim"])), "attack_seconds": figures["seconds"]}
+            self._listener.finished(self._phase, key, result | each)
         for _ in range(len(trial.config["settings"]) - len(attacks)):
             self._listener.failed(self._phase, key, "an attack has no result; its reason is stored beside the others")
 
