@@ -1,4 +1,4 @@
-"""Images as uint8 tensors: embedded digits, torchvision names, MedMNIST-style .npz files and folders of images.
+"""Images as uint8 tensors: shipped digits and faces, torchvision names, MedMNIST-style .npz files, folders of images.
 
 Every source becomes the same four arrays, passes the same checks and is handed out as one `Dataset` in memory.
 Whatever a user can get wrong is a `ValueError` of one line that names the file or argument, what it held and what was
