@@ -100,9 +100,9 @@ def configs(text: str, rate: float, momentum: float, options: argparse.Namespace
 
 
 def run(table: list[tuple[str, list[TrainConfig]]], data: Any, store: Any) -> None:
-    import ray
-
-    from raytrust.cluster.runtime import cluster, cluster_device
+    from raytrust.cluster.failures import TrainingFailed
+    from raytrust.cluster.groups import training_groups
+    from raytrust.cluster.runtime import cluster
     from raytrust.cluster.training import train_on_cluster
 
     lines = [
@@ -110,14 +110,12 @@ def run(table: list[tuple[str, list[TrainConfig]]], data: Any, store: Any) -> No
         "|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    with cluster(None, cpus=2):
-        reference = ray.put(data)
+    with cluster(None, cpus=2), training_groups(2, data, store, say=print) as groups:
         for text, runs in table:
             try:
-                results = [train_on_cluster(config, reference, store, cluster_device()) for config in runs]
-            except Exception as error:  # Ray wraps whatever a worker raised; the line says so, and the others go on
-                reason = str(error).strip().splitlines()[-1]
-                lines.append(f"| {text} | {runs[0].learning_rate:g}, {runs[0].momentum:g} | failed: {reason} | | | |")
+                results = [train_on_cluster(config, store, groups.queue) for config in runs]
+            except TrainingFailed as error:  # the line says so, and the others go on
+                lines.append(f"| {text} | {runs[0].learning_rate:g}, {runs[0].momentum:g} | failed: {error} | | | |")
                 print(lines[-1], flush=True)
                 continue
             accuracies = [100 * r["correct"] / r["n_test"] for r in results]

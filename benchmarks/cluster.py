@@ -2,7 +2,7 @@
 
     python benchmarks/cluster.py                              # 8, 64, 512 and 2048 trials on 1 node, 64 on 2 and 4
     python benchmarks/cluster.py --trials 8 64 --nodes 1 2
-    python benchmarks/cluster.py --trials 8 --nodes 1 --defences 4    # the outer search too: a Train group a defence
+    python benchmarks/cluster.py --trials 8 --nodes 1 --defences 4    # the outer search too, in a warm Train group
 
 A trial is an attack of one iteration on a captured step of a tiny network, as the inner search runs it: Optuna suggests
 it, a warm actor runs it, the store keeps it, MLflow (sqlite) hears of it; 8 attacks on each defence. Each row has a
@@ -32,6 +32,7 @@ from ray.cluster_utils import Cluster
 
 from raytrust.capture import Capture, save_capture
 from raytrust.channel import LocalChannel
+from raytrust.cluster.groups import training_groups
 from raytrust.cluster.phases import search_attacks, search_defences
 from raytrust.config import (
     CaptureConfig,
@@ -170,14 +171,15 @@ def measure(trials: int, nodes: int, defences: int) -> dict[str, Any]:
             local.add_node(num_cpus=1, resources={"trial_slot": 1}, object_store_memory=100 * 2**20)
         try:
             with cluster(local.address, nodes):
-                log = SweepLog(sweep, store, data, default_uri(root), nodes, print)
+                log = SweepLog(sweep, store, data, default_uri(root), print)
                 calls = Calls()
                 with log.open_run():
                     meter = Meter(log)
                     before, kept = resident(), files(root)
                     used, started = time.process_time(), time.perf_counter()
                     if defences:
-                        search_defences(sweep, DEFENCES, data, store, meter)
+                        with training_groups(TRAIN.workers, data, store) as warm:
+                            search_defences(sweep, DEFENCES, store, meter, warm)
                     else:
                         search_attacks(sweep, SPACE, listed, store, meter)
                     wall, used = time.perf_counter() - started, time.process_time() - used

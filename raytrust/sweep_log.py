@@ -16,7 +16,7 @@ from typing import Any
 from raytrust.config import InversionConfig, SweepConfig, TrainConfig, digest, from_dict, to_dict
 from raytrust.data import Dataset
 from raytrust.figures import reconstructions_figure
-from raytrust.frontier import Row, audited_defences, compressor_columns, drawing, train_of, trained_defences
+from raytrust.frontier import Row, audited_defences, compressor_columns, drawn_attacks, train_of, trained_defences
 from raytrust.reports.outbox import Outbox
 from raytrust.store import Store
 from raytrust.tracking import Tracker
@@ -25,12 +25,9 @@ from raytrust.tracking import Tracker
 class SweepLog:
     """A listener that writes what happens to MLflow."""
 
-    def __init__(
-        self, sweep: SweepConfig, store: Store, data: Dataset, uri: str, cpus: int, say: Callable[[str], None]
-    ):
+    def __init__(self, sweep: SweepConfig, store: Store, data: Dataset, uri: str, say: Callable[[str], None]):
         self._sweep, self._store, self._data = sweep, store, data
         self._tracker = Tracker(uri, store.root, experiment=f"raytrust {data.name}")
-        self._cpus, self._busy = cpus, 0.0
         self._outbox = Outbox(self._tracker, say)
         self._trains: dict[str, TrainConfig] = {}
 
@@ -56,10 +53,6 @@ class SweepLog:
 
     def finished(self, phase: str, key: str, result: dict[str, Any]) -> None:
         train = self._train(key)
-        if phase == "evaluation":
-            self._busy += sum(f["seconds"] for f in result["figures"]) / self._cpus
-        else:
-            self._busy += result.get("train_seconds", 0.0) + result["attack_seconds"] / self._cpus
         if phase == "defences":
             self._outbox.send(lambda: self._trained(key, train))
         elif phase == "attacks":
@@ -71,13 +64,15 @@ class SweepLog:
         if phase != "attacks":  # one failed attack fails no defence
             self._outbox.send(lambda: self._tracker.failed(key, train.defence.name, self._parameters(train), reason))
 
-    def finish(self, rows: list[Row], artifacts: list[Path], wall: float) -> None:
-        """Log the frontier and end the run; waits for a tracking store that is away, though not for ever."""
+    def finish(self, rows: list[Row], artifacts: list[Path], metrics: dict[str, float]) -> None:
+        """Log the frontier and end the run, with `metrics` of the whole.
+
+        Waits for a tracking store that is away, though not for ever.
+        """
         for finished in (r for r in rows if r["status"] == "finished"):
             self._outbox.send(partial(self._evaluated, finished))
         done = sum(r["status"] == "finished" for r in rows)
-        metrics = {"defences_finished": done, "defences_failed": len(rows) - done, "wall_seconds": wall}
-        metrics["overhead_seconds_per_trial"] = self.overhead(wall, len(rows))
+        metrics = {"defences_finished": done, "defences_failed": len(rows) - done, **metrics}
         self._outbox.send(lambda: self._tracker.end_sweep("FINISHED", artifacts, metrics))
         self._outbox.finish()
 
@@ -86,21 +81,19 @@ class SweepLog:
         key = finished["run"]
         if self._tracker.lacks(key):  # deleted meanwhile
             self._trained(key, train)
-        images, ssim, originals = drawing(self._store, self._sweep, finished)
+        drawn, originals = drawn_attacks(self._store, self._sweep, finished)
         figure = self._store.run_directory(train) / "reconstructions.png"
-        reconstructions_figure(originals, [(finished["name"], images, ssim)], figure)
+        reconstructions_figure(originals, drawn, figure)
         directory = self._store.run_directory(train) / f"step-{finished['attack']['capture_step']:06d}"
         self._tracker.log_capture(key, directory)
         names = ("accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr")
         floors = ("mse", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "aware_gain")
+        judged = ("floor_ssim", "excess", "identified")
         metrics = {n: finished[n] for n in (*names, "attacks_tried", "n_images")}
-        metrics |= {n: finished[n] for n in (*floors, "label_accuracy") if finished[n] is not None}
-        tags = {"pareto": finished["pareto"], **{f"attack.{k}": v for k, v in finished["attack"].items()}}
+        metrics |= {n: finished[n] for n in (*floors, *judged, "label_accuracy") if finished[n] is not None}
+        tags = {name: finished[name] for name in ("verdict", "verdict_reason", "control", "pareto")}
+        tags |= {f"attack.{k}": v for k, v in finished["attack"].items()}
         self._tracker.evaluated(key, metrics, tags, [figure])
-
-    def overhead(self, wall: float, trials: int) -> float:
-        """Seconds a defence that the phases took beyond training and attacks, had these kept all CPUs busy."""
-        return max(0.0, wall - self._busy) / trials
 
     def _catch_up(self) -> None:
         """Log what an interrupted sweep had finished but not logged."""

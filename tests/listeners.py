@@ -11,6 +11,7 @@ from pathlib import Path
 from raytrust.cluster.runtime import cluster  # first: it says what Ray reads when it is imported
 
 import ray  # isort: skip
+from raytrust.cluster.groups import training_groups
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import CaptureConfig, ModelConfig, TrainConfig
 from raytrust.data import load
@@ -69,8 +70,8 @@ def main(root: Path) -> None:
     with cluster(None, 2):
         watcher.start()
         try:
-            trial = ray.remote(num_cpus=0)(lambda data: train_on_cluster(config, data[0], store, "cpu"))
-            ray.get(trial.remote([ray.put(data)]))
+            with training_groups(2, data, store) as groups:
+                ray.get(ray.remote(num_cpus=0)(train_on_cluster).remote(config, store, groups.queue))
         finally:
             done.set()
             watcher.join()

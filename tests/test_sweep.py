@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="watches processes in /proc"),
 ]
 
+JUDGED: dict[str, type | tuple[type, ...]] = {"verdict": str, "verdict_reason": str, "control": bool, "pareto": bool}
 COLUMNS: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "compressor": str,
@@ -71,7 +72,14 @@ COLUMNS: dict[str, type | tuple[type, ...]] = {
     "aware_gain": (float, type(None)),
     "aware_gain_interval": (list, type(None)),
     "aware_gain_p": (float, type(None)),
-    "pareto": bool,
+    "floor_ssim": float,
+    "excess": float,
+    "excess_interval": list,
+    "identified": int,
+    "candidates": int,
+    "naive_excess_interval": list,
+    "naive_identified": int,
+    **JUDGED,
 }
 MEASURED = ("accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "attack")
 
@@ -145,7 +153,8 @@ def test_it_ends_with_a_table_the_paths_and_how_to_compare_runs(whole: Whole) ->
     assert "2/2 attacks tuned" in before
     assert "2/2 defences evaluated" in before
     for row in whole.rows:
-        assert re.search(rf"^[* ] {re.escape(row['name'])} +{100 * row['accuracy']:.1f} ", after, re.MULTILINE)
+        line = rf"^[* ] {re.escape(row['name'])} +{row['verdict']} +{100 * row['accuracy']:.1f} "
+        assert re.search(line, after, re.MULTILINE)
     for name in ("frontier.json", "frontier.png", "reconstructions.png", "captures"):
         assert f"  {whole.root / name}\n" in after
         assert (whole.root / name).exists()
@@ -174,7 +183,8 @@ def test_rows_have_every_column_in_its_type(whole: Whole) -> None:
         assert (row["n_test"], row["n_images"], row["n_tuning_images"], row["seeds"]) == (360, 2, 2, [0])
         assert row["threat"]["vantage"] == "link"
         from_dict(InversionConfig, row["attack"])
-    assert any(row["pareto"] for row in whole.rows)
+    assert not any(row["control"] or row["pareto"] for row in whole.rows)  # two iterations reconstruct nothing
+    assert "The attack fails here: nothing can be said about any defence" in whole.output
 
 
 def test_leakage_is_the_maximum_over_the_evaluated_attacks(whole: Whole) -> None:
@@ -391,7 +401,7 @@ def test_a_defence_that_fails_is_a_row_without_numbers(interrupted: Interrupted,
     assert failed["reason"] == f"Expected a capture at {path}, but there is no such file."
     assert [failed[name] for name in MEASURED] == [None] * len(MEASURED)
     assert not failed["pareto"]
-    assert rows["none"]["pareto"]
+    assert failed["verdict"] is None
     assert f"PowerSGD rank 1: FAILED, {failed['reason']}" in resumed.output
     assert "failed: Expected a capture at" in resumed.output.partition("done; ")[2]
     assert resumed.output.endswith(f"--backend-store-uri {interrupted.uri}\n")
@@ -461,5 +471,5 @@ def test_what_is_not_finished_is_a_failed_row(tmp_path: Path) -> None:
     found = frontier.row(Store(tmp_path, "data"), sweep, Defence())
     assert (found["status"], found["reason"]) == ("failed", "not finished")
     assert [found[name] for name in MEASURED] == [None] * len(MEASURED)
-    assert set(found) == set(COLUMNS) - {"pareto"}
+    assert set(found) == set(COLUMNS) - set(JUDGED)
     json.dumps(found, allow_nan=False)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 
 RETRIES = 3  # of a trial whose machine was lost, as spot machines are
 LOST = (
@@ -25,12 +28,21 @@ LOST = (
 SEVERED = ("connection closed by peer", "connection reset by peer", "remote process exited")  # a worker lost its peer
 
 
+class TrainingFailed(Exception):
+    """A training run failed in its workers. The message is the reason, in one line."""
+
+
 def lost(error: BaseException) -> bool:
     """Whether a process or a machine was lost on the way, rather than that the work itself failed."""
     return any(
         isinstance(e, LOST) or (isinstance(e, RuntimeError) and any(s in str(e).lower() for s in SEVERED))
         for e in _chain(error)
     )
+
+
+def late(error: BaseException) -> bool:
+    """Whether workers could not be placed in time, rather than that they failed."""
+    return any(isinstance(e, WorkerGroupStartupTimeoutError) for e in _chain(error))
 
 
 def one_line(error: BaseException) -> str:
@@ -40,7 +52,7 @@ def one_line(error: BaseException) -> str:
     kind = type(error).__name__
     if not lines:
         return kind
-    return lines[-1] if isinstance(error, (ValueError, FloatingPointError)) else f"{kind}: {lines[-1]}"
+    return lines[-1] if isinstance(error, (ValueError, FloatingPointError, TrainingFailed)) else f"{kind}: {lines[-1]}"
 
 
 def report(work: Callable[[], dict[str, Any]], metrics: Sequence[str]) -> None:
@@ -48,6 +60,8 @@ def report(work: Callable[[], dict[str, Any]], metrics: Sequence[str]) -> None:
 
     Where a machine was lost the error passes through, so that Tune tries the trial again, elsewhere if need be.
     """
+    from ray import tune  # a training worker imports this module, but not Tune
+
     try:
         result = work()
     except Exception as error:  # whatever it is, it fails this trial alone and stands in its row
@@ -66,7 +80,8 @@ def last_error(trial: Any) -> str:
 
 def _below(error: BaseException) -> list[BaseException]:
     """What an error was caused by: one error, or one a worker."""
-    if (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+    cause = getattr(error, "cause", None) or getattr(error, "controller_failure", None) or error.__cause__
+    if cause is not None:
         return [cause]
     failures = getattr(error, "worker_failures", None) or getattr(error, "_worker_failures", None) or {}
     return list(failures.values())

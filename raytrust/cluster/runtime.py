@@ -16,9 +16,11 @@ from typing import Any, Protocol
 # Ray and Tune read these when they are imported.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that asks for something after the end would start another Ray
     "RAY_AIR_NEW_OUTPUT": "0",  # we show progress ourselves
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # 2 s by default, which every training run would wait at its end
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it waits for checkpoints that we don't make; one process less
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep at once; what is finished is in the store
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -37,6 +39,7 @@ SLOT = "trial_slot"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
 GROWTH = 900.0  # seconds that an autoscaler may take to start a first node
 _most: dict[str, int] = {}
+_device: list[str] = []  # what was settled for this cluster
 
 
 class Listener(Protocol):
@@ -68,6 +71,7 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     _most.clear()
+    _device.clear()
     with raising(once=True) as take_signals:
         try:
             with _no_exit_on_sigterm():
@@ -89,9 +93,23 @@ def capacity(resource: str) -> int:
     return _most[resource]
 
 
+def settle_device(device: str) -> None:
+    """Let `cluster_device` say this in the driver."""
+    _device[:] = [device]
+
+
 def cluster_device() -> str:
-    """ "cuda" if the cluster has or had GPUs, else "cpu"."""
-    return "cuda" if capacity("GPU") >= 1 else "cpu"
+    """ "cuda" or "cpu": in a task or an actor, whether it has a share of a GPU that torch can use; in the driver what
+    was settled, or whether torch on a node with a GPU can use that."""
+    if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        import torch
+
+        return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
+    if not _device:
+        from raytrust.cluster.placement import cuda_refusal
+
+        settle_device("cuda" if capacity("GPU") >= 1 and cuda_refusal() is None else "cpu")
+    return _device[0]
 
 
 def _start(cpus: int, slots: int) -> None:
@@ -167,7 +185,7 @@ def _expect_slot(address: str, patience: float) -> None:
             f"Expected the cluster at address={address!r} to offer the resource {SLOT!r}; "
             f"start its nodes with --resources='{{\"{SLOT}\": 1}}', or give --parallel if it starts nodes itself."
         )
-    cluster_device()  # seen while there is a node
+    capacity("GPU")  # seen while there is a node
 
 
 def _expect_listener(address: str) -> None:

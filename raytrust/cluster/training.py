@@ -1,83 +1,120 @@
-"""One training run on Ray Train: worker actors that run `raytrust.train.train` over a process group."""
+"""Training one defence on the cluster: what a trial asks of a warm group, and what each worker of the group runs."""
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
+import importlib
+import itertools
 import time
-import uuid
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
+import ray.train.torch
 import torch
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
-from ray.train.v2.api.config import LoggingConfig  # not exported elsewhere
 
 from raytrust.capture import Capture, save_capture
-from raytrust.channel import GroupChannel
+from raytrust.channel import Channel, GroupChannel
+from raytrust.cluster.failures import TrainingFailed, lost, one_line
+from raytrust.cluster.process_group import HostChannel, ProcessState
 from raytrust.config import TrainConfig, from_dict, to_dict
+from raytrust.data import Dataset
+from raytrust.store import Store
 from raytrust.train import Evaluation, Step, train
 
-if TYPE_CHECKING:
-    from raytrust.store import Store  # a worker needs none of what it imports
 
-
-def train_on_cluster(config: TrainConfig, data: ray.ObjectRef, store: Store, device: str) -> dict[str, Any]:
+def train_on_cluster(config: TrainConfig, store: Store, queue: Any) -> dict[str, Any]:
     """Train once, with the captures written by the workers into the store, and return the result.
 
-    A run that the store holds is not trained again. Keys: "correct", "n_test", "test_loss" (nats), "losses" (of worker
-    0, nats, one a step), "bytes_per_step" (mean payload bytes that a worker handed to collectives), "dense_bytes" (of
-    the gradient), "seconds" (in the training loop) and "total_seconds" (with the start and stop of the workers).
+    queue: of a `raytrust.cluster.groups.TrainingGroups`. A run that the store holds is not trained again. Keys:
+    "correct", "n_test", "test_loss" (nats), "losses" (of worker 0, nats, one a step), "bytes_per_step" (mean payload
+    bytes that a worker handed to collectives), "dense_bytes" (of the gradient), "seconds" (in the training loop),
+    "cpu_seconds" (of all workers meanwhile), "total_seconds" (from asking to having it) and "waited_seconds" (of these,
+    until a group began with it: for the group to start, or to finish other runs). Raises TrainingFailed with the reason
+    of the workers.
     """
-    if (found := store.training(config)) is not None:
-        return found
-    started = time.perf_counter()
-    directory = store.begin(config)
-    on_loopback = ip_address(ray.util.get_node_ip_address()).is_loopback
-    with tempfile.TemporaryDirectory(prefix="raytrust-") as meeting:
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"config": to_dict(config), "data": data, "directory": str(directory), "device": device},
-            torch_config=_OnLoopback(meeting=meeting) if on_loopback else None,
-            scaling_config=ScalingConfig(
-                num_workers=config.workers,
-                use_gpu=device == "cuda",
-                resources_per_worker={"CPU": 1} if device == "cpu" else None,
-            ),
-            run_config=RunConfig(
-                name=store.run_id(config),
-                storage_path=str(store.root / "ray" / "train"),
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        result: dict[str, Any] = trainer.fit().return_value
-    result["total_seconds"] = time.perf_counter() - started
-    store.finish_training(config, result)
+    key = store.run_id(config)
+    if (result := store.training(config)) is None:
+        started = time.perf_counter()
+        outcome = ray.get(queue.train.remote(key, to_dict(config), ray.get_runtime_context().get_node_id()))
+        if "failure" in outcome:
+            ray.get(queue.settle.remote(key))
+            raise TrainingFailed(outcome["failure"])
+        result = {**outcome["result"], "waited_seconds": outcome["waited"]}
+        result["total_seconds"] = time.perf_counter() - started
+        store.finish_training(config, result)
+    ray.get(queue.settle.remote(key))
     return result
 
 
-def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What each Train worker runs. Returns the result of `train_on_cluster`, less its total time."""
+@dataclass(frozen=True)
+class Crew:
+    """What all workers of one group are told. `data` is a reference to the data set, alone in a list."""
+
+    name: str
+    queue: Any
+    data: list[ray.ObjectRef]
+    store: Store
+    on_cuda: bool
+    through_host: bool
+
+
+def work(arguments: dict[str, Any]) -> None:
+    """What each worker of a group runs: one job of the queue after another, until there is none.
+
+    A failure that all workers share leaves the group as it was. After one that they don't, others may wait for this
+    worker in a collective: it is reported, then raised, which ends the group.
+    """
+    crew: Crew = arguments["crew"]
     torch.set_num_threads(1)  # workers times threads stay within the cores
-    config = from_dict(TrainConfig, arguments["config"])
-    data = ray.get(arguments["data"])
-    device = arguments["device"]
-    if device == "cuda":
-        device = str(ray.train.torch.get_device())
+    device = ray.train.torch.get_device() if crew.on_cuda else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else each process would make a context on GPU 0 too
+    rank, queue = ray.train.get_context().get_world_rank(), crew.queue
+    data = ray.get(crew.data[0])
+    importlib.import_module("torch._dynamo")  # takes a second or two, which the first optimiser would else spend on it
+    state = ProcessState()
+    for number in itertools.count():
+        job = ray.get(queue.job.remote(crew.name, number, rank))
+        if job is None:
+            return
+        state.restore()
+        try:
+            report = _train(from_dict(TrainConfig, job), data, crew, rank, str(device))
+        except FloatingPointError as error:
+            if not ray.get(queue.failed.remote(crew.name, number, rank, one_line(error))):
+                raise
+        except Exception as error:  # whatever it is, it fails this job alone
+            if not lost(error):
+                ray.get(queue.spoiled.remote(crew.name, number, one_line(error)))
+            raise
+        else:
+            ray.get(queue.done.remote(crew.name, number, rank, report))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # attacks share this GPU
+
+
+def _train(config: TrainConfig, data: Dataset, crew: Crew, rank: int, device: str) -> dict[str, Any]:
+    """The result of `train_on_cluster`, as this worker sees it, less the times outside the loop."""
+    directory = crew.store.run_directory(config)
+    if rank == 0:
+        crew.store.begin(config)
+        ray.get(crew.queue.begun.remote(crew.name))
+    channel: Channel = GroupChannel()
+    if crew.through_host:
+        channel = HostChannel(channel)
+    return _result(config, data, channel, directory, device)
+
+
+def _result(config: TrainConfig, data: Dataset, channel: Channel, directory: Path, device: str) -> dict[str, Any]:
     steps: list[Step] = []
-    started = time.perf_counter()
-    for record in train(config, data, GroupChannel(), device):
+    started, cpu = time.perf_counter(), time.process_time()
+    for record in train(config, data, channel, device):
         match record:
             case Step():
                 steps.append(record)
             case Capture():
-                save_capture(Path(arguments["directory"]), record)
+                save_capture(directory, record)
             case Evaluation(correct=correct, n=n, loss=loss):
                 evaluation = {"correct": correct, "n_test": n, "test_loss": loss}
     return {
@@ -86,38 +123,5 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any]:
         "bytes_per_step": sum(s.sent_bytes for s in steps) / len(steps),
         "dense_bytes": steps[0].gradient_bytes,
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": config.workers * (time.process_time() - cpu),  # all workers do the same
     }
-
-
-@dataclass
-class _OnLoopback(TorchConfig):
-    """The process group of workers that are all on this machine: nothing of it listens on another interface.
-
-    torch's own meeting point, a TCPStore, listens on all interfaces and asks for nothing. These workers meet in a file
-    in the directory `meeting`.
-    """
-
-    meeting: str = ""
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _OnLoopbackBackend
-
-
-class _OnLoopbackBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: _OnLoopback) -> None:
-        group = {
-            "backend": "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo",
-            "world_size": len(worker_group),
-            "init_method": f"file://{backend_config.meeting}/{uuid.uuid4().hex}",  # a new one after a worker was lost
-            "timeout_s": backend_config.timeout_s,
-        }
-        worker_group.execute(_set_torch_distributed_env_vars)
-        ray.get([worker_group.execute_single_async(i, _meet, world_rank=i, **group) for i in range(len(worker_group))])
-
-
-def _meet(**group: Any) -> None:
-    interface = "lo0" if sys.platform == "darwin" else "lo"
-    for library in ("GLOO", "NCCL"):
-        os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
-    _setup_torch_process_group(**group)

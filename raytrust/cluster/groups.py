@@ -1,0 +1,212 @@
+"""Warm training groups: Ray Train runs whose workers train one defence after another.
+
+To start two worker processes costs 8 to 15 s, to train a small network with one defence less. So a group outlives its
+defence: its workers ask a queue for the next one. Groups start while jobs wait, and end when there are none.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import LoggingConfig  # not exported elsewhere
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raytrust.cluster.failures import RETRIES, late, one_line
+from raytrust.cluster.job_queue import JobQueue
+from raytrust.cluster.placement import Device, Placement, decide
+from raytrust.cluster.process_group import OnLoopback
+from raytrust.cluster.runtime import GROWTH, SLOT, capacity
+from raytrust.cluster.training import Crew, work
+from raytrust.data import Dataset
+from raytrust.store import Store
+
+IDLE = 30.0  # seconds that a group waits for a job before it gives its CPUs back; to start one takes half of it
+ENDING = 30.0  # seconds that workers may take to end
+
+
+class TrainingGroups:
+    """As many groups of `workers` workers as jobs wait, `most` at least 1 at once, for one data set and store.
+
+    say: is told, once, that a group waits for room on the cluster. growing: nodes may come for it, within GROWTH
+    seconds. A context: what still runs at the block's end is ended.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        data: Dataset,
+        store: Store,
+        placement: Placement,
+        most: int = 1,
+        *,
+        growing: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        self.placement = placement
+        self.broken: str | None = None
+        self._workers, self._store, self._growing, self._say = workers, store, growing, say
+        self._here = ip_address(ray.util.get_node_ip_address()).is_loopback  # nobody else wants the CPUs of idle groups
+        self._data = ray.put(data)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.queue = (
+            ray.remote(JobQueue)
+            .options(num_cpus=0, max_concurrency=100_000, scheduling_strategy=here)  # no node that comes and goes
+            .remote(workers, most, RETRIES, None if self._here else IDLE)
+        )
+        self._closed = self._abandoned = False
+        self._running: dict[str, threading.Thread] = {}
+        self._watcher = threading.Thread(target=self._watch, name="training groups", daemon=True)
+        self._watcher.start()
+
+    def start(self) -> None:
+        """Begin to start a first group, before there is work for it. Returns at once."""
+        self.queue.enrol.remote("first")
+        offering = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(SLOT, 0) >= 1]
+        self._begin("first", next(iter(offering), ""))
+
+    def expect(self, jobs: int) -> None:
+        """After so many jobs, groups end at once: attacks want their CPUs."""
+        self.queue.expect.remote(jobs)
+
+    def check(self) -> None:
+        """Raises ConnectionError if no group can be started any more."""
+        if self.broken is not None:
+            raise ConnectionError(f"The cluster failed, --resume goes on: {self.broken}")
+
+    def close(self) -> None:
+        """End all groups, when they have finished what they train, and wait for it. Raises what `check` does."""
+        if self._closed:
+            return
+        self.check()
+        self._closed = True
+        try:
+            ray.get(self.queue.close.remote())
+        except ray.exceptions.RayError as error:
+            self.broken = one_line(error)
+            self.check()
+        until = time.monotonic() + ENDING
+        for thread in [self._watcher, *self._running.values()]:
+            thread.join(max(0.0, until - time.monotonic()))
+        ray.kill(self.queue)
+
+    def __enter__(self) -> TrainingGroups:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._closed = self._abandoned = True  # the cluster ends now, and with it all of this
+
+    def _watch(self) -> None:
+        """Start a group whenever the queue wants one."""
+        try:
+            while (wanted := ray.get(self.queue.wanted.remote())) is not None:
+                self._begin(*wanted)
+        except (ray.exceptions.RayError, RuntimeError) as error:  # also what says that Ray was shut down
+            self._lose(one_line(error))
+
+    def _begin(self, name: str, node: str) -> None:
+        self._running[name] = threading.Thread(target=self._run, args=(name, node), name=name, daemon=True)
+        self._running[name].start()
+
+    def _run(self, name: str, node: str) -> None:
+        """One group, until it ends."""
+        try:
+            reason, too_late = self._train(name, node)
+            if not self._abandoned:
+                self.broken = ray.get(self.queue.ended.remote(name, reason, too_late)) or self.broken
+        except Exception as error:  # in a thread nobody else would hear of it
+            self._lose(one_line(error))
+        finally:
+            self._running.pop(name, None)
+
+    def _lose(self, reason: str) -> None:
+        if not self._closed:
+            self.broken = reason
+
+    def _train(self, name: str, node: str) -> tuple[str | None, bool]:
+        """Run a group. Returns why it ended, if not by itself, and whether because its workers were placed too late."""
+        began = time.monotonic()
+        for attempt in range(10**6):
+            try:
+                self._fit(name, node)
+            except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+                if not late(error):
+                    return one_line(error), False
+                seconds = time.monotonic() - began
+                needs = f"{self._workers} x {self.placement.worker}"
+                if self._closed or (self._growing and seconds > GROWTH):
+                    return f"the cluster had no room for {needs} within {seconds / 60:.0f} min", True
+                if attempt == 0:
+                    self._say(f"a training group waits for room on the cluster: {needs}")
+            else:
+                return None, False
+        raise AssertionError
+
+    def _fit(self, name: str, node: str) -> None:
+        on_cuda, through_host = self.placement.device == "cuda", self.placement.through_host
+        crew = Crew(name, self.queue, [self._data], self._store, on_cuda, through_host)
+        if self._here:
+            run_group(crew, self._workers, self.placement, on_loopback=True)
+            return
+        # Train's controllers stay where they are started, each with some 0.3 GB: the driver's node has no room for all.
+        there = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(run_group)
+        ray.get(task.remote(crew, self._workers, self.placement, on_loopback=False))
+
+
+def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool) -> None:
+    """A Train run of `workers` workers, until the queue has no more jobs for them."""
+    backend = "nccl" if crew.on_cuda and not crew.through_host else "gloo"
+    with tempfile.TemporaryDirectory(prefix="raytrust-") as meeting:
+        _Trainer(
+            work,
+            train_loop_config={"crew": crew},
+            torch_config=OnLoopback(backend=backend, meeting=meeting) if on_loopback else TorchConfig(backend=backend),
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu=crew.on_cuda, resources_per_worker=placement.worker
+            ),
+            run_config=RunConfig(
+                name=f"group-{crew.name}-{time.time_ns()}",
+                storage_path=str(Path(crew.store.root) / "ray" / "train"),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # the queue retries
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        ).fit()
+
+
+class _Trainer(TorchTrainer):
+    """Without a manager of Ray's own data sets: it is a process that imports all of Ray Train, and we have none."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ != "DatasetsCallback"]
+
+
+def training_groups(
+    workers: int,
+    data: Dataset,
+    store: Store,
+    device: Device = "auto",
+    parallel: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> TrainingGroups:
+    """Groups for the cluster that Ray is connected to: as many as trials run at once, and as have room.
+
+    parallel: trials at once, for which the cluster may start nodes. say: is told what the user should know. Raises
+    ValueError if there is no room for one group, and none can come.
+    """
+    growing = parallel is not None
+    placement = decide(workers, device, say, growing)
+    most = parallel or max(1, min(capacity(SLOT), placement.groups))
+    return TrainingGroups(workers, data, store, placement, most, growing=growing, say=say)
