@@ -189,7 +189,7 @@ def test_a_directory_that_was_carried_elsewhere(
     assert {path: path.stat().st_mtime_ns for path in old.rglob("*")} == before
     assert old.exists() == (carry is shutil.copytree)
     assert len(finished(new)) == 2
-    logged = Logged(default_uri(new), new)
+    logged = Logged(default_uri(new), old)  # its run keeps its name
     assert set(logged.defences) == {"none", "PowerSGD rank 1"}
     for defence in logged.defences.values():
         assert "reconstructions.png" in logged.artifacts(defence)
