@@ -39,6 +39,20 @@ def test_nothing_is_private_where_the_attack_fails(plain):
     assert "nothing can be said about any defence, but that 1 leaks" in control_sentence(rows)
 
 
+def test_an_attack_that_leaks_but_does_not_work_is_called_weak():
+    """Six of eight are identified, but the SSIM isn't surely above the floor: it fails as a control, yet it leaks."""
+    weak = control(works=False, identified=6)
+    rows = judge_rows([weak, finished("private", leakage=0.05), finished("leaky", leakage=0.7)])
+    assert [row["verdict"] for row in rows] == ["leaks", "undecided", "leaks"]
+    assert not rows[0]["control"]
+    sentence = control_sentence(rows)
+    assert sentence.startswith(
+        "The attack is too weak here: nothing can be called private, and 2 leak; give it more (--"
+    )
+    assert headline(rows) == "Of 3 defences, 2 leak; of the other 1 nothing can be said."
+    assert headline(judge_rows([weak])) == "Of 1 defence, 1 leaks."
+
+
 def test_verdicts_are_computed_anew():
     stale = finished("private", leakage=0.05) | {"verdict": "resists", "control": True, "pareto": True}
     assert judge_rows([stale, control(works=False)])[0]["verdict"] == "undecided"

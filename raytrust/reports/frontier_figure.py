@@ -24,7 +24,7 @@ from raytrust.audit.verdict import LEAKS, RESISTS, UNDECIDED
 from raytrust.figures import to_png
 from raytrust.placement import place_labels
 from raytrust.report import Row, control_works, human_bytes, judge_rows, provenance, reason_of, replace_file, split
-from raytrust.reports.judged import nothing_said, starkest
+from raytrust.reports.judged import failure_words, starkest
 from raytrust.reports.scale import bars, is_plain, naive_points, points, set_limits
 from raytrust.reports.summary import seeming
 
@@ -151,8 +151,8 @@ def _draw_points(ax: Axes, rows: Sequence[Row], stark: Row | None) -> None:
 
 def _draw_failure(ax: Axes, rows: Sequence[Row]) -> None:
     """The one thing to be seen where the control fails, in the room above the marks."""
-    first = "THE ATTACK FAILS HERE" if any(is_plain(row) for row in rows) else "NO CONTROL"
-    for y, text, size in ((0.91, first, 26), (0.8, nothing_said(rows), 15)):
+    state, consequence = failure_words(rows)
+    for y, text, size in ((0.91, state.upper(), 24), (0.8, consequence, 15)):
         words = ax.text(
             0.5, y, text, transform=ax.transAxes, fontsize=size, weight="bold", color="#a3002b", ha="center",
             va="center", zorder=9,

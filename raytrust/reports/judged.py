@@ -14,6 +14,7 @@ from raytrust.audit.verdict import LEAKS, Control, Evidence, control_of, judge
 Row = dict[str, Any]
 
 REMEDY = "give it more (--iterations, --attack-trials, --images)"
+NO_CONTROL = "No control"
 NEAR_CHANCE = "accuracy near chance"
 FAR_BELOW = 0.05  # of accuracy: less than that is not called far below training without compression
 
@@ -48,15 +49,22 @@ def control_sentence(rows: Sequence[Row]) -> str:
     control = control_of_rows(rows)
     if control.works:
         return f"Control: the attack works {control.reason}."
-    if not any(row.get("compressor") == "none" for row in rows):
-        return f"No control: add --defence none. Without it, {nothing_said(rows)}."
-    return f"The attack fails here: {nothing_said(rows)}; {REMEDY}. {_capital(control.reason)}."
+    state, consequence = failure_words(rows)
+    if state == NO_CONTROL:
+        return f"{state}: add --defence none. Without it, {consequence}."
+    return f"{state}: {consequence}; {REMEDY}. {_capital(control.reason)}."
 
 
-def nothing_said(rows: Sequence[Row]) -> str:
-    """What can be said without a control that works: a leak that was shown is shown, and that is all."""
+def failure_words(rows: Sequence[Row]) -> tuple[str, str]:
+    """(what is wrong, what follows) of judged rows whose control doesn't work. A leak that was shown is shown, and
+    that is all that can be said."""
     leaks = sum(row.get("verdict") == LEAKS for row in rows)
-    return "nothing can be said about any defence" + (f", but that {leaks} leak{'s' * (leaks == 1)}" if leaks else "")
+    shown = f"{leaks} leak{'s' * (leaks == 1)}"
+    plain = [row for row in rows if row.get("compressor") == "none"]
+    if any(row.get("verdict") == LEAKS for row in plain):  # identified, but no nearer than the floor, or too seldom
+        return "The attack is too weak here", f"nothing can be called private, and {shown}"
+    state = "The attack fails here" if plain else NO_CONTROL
+    return state, "nothing can be said about any defence" + (f", but that {shown}" if leaks else "")
 
 
 def evidence_of(row: Row) -> Evidence:

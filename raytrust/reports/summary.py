@@ -43,12 +43,12 @@ def headline(judged: Sequence[Row]) -> str:
     finished, failed = split(judged)
     counts = {v: len(with_verdict(finished, v)) for v in (LEAKS, RESISTS, UNDECIDED)}
     leak, resist = "leaks" if counts[LEAKS] == 1 else "leak", "resists" if counts[RESISTS] == 1 else "resist"
-    text = f"Of {len(finished)} defences, {counts[LEAKS]} {leak}"
+    text = f"Of {len(finished)} defence{'s' * (len(finished) != 1)}, {counts[LEAKS]} {leak}"
     if control_works(judged):
         text += f", {counts[RESISTS]} {resist} the attacks tried"
         text += f", {counts[UNDECIDED]} undecided" if counts[UNDECIDED] else ""
     else:
-        text += f"; of the other {counts[UNDECIDED]} nothing can be said"
+        text += f"; of the other {counts[UNDECIDED]} nothing can be said" if counts[UNDECIDED] else ""
     return text + (f"; {len(failed)} failed." if failed else ".")
 
 
