@@ -188,7 +188,7 @@ def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool)
             train_loop_config={"crew": crew},
             torch_config=OnLoopback(backend=backend, meeting=meeting) if on_loopback else TorchConfig(backend=backend),
             scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=crew.on_cuda, resources_per_worker=placement.worker
+                num_workers=workers, use_gpu=placement.worker_gpu > 0, resources_per_worker=placement.worker
             ),
             run_config=RunConfig(
                 name=f"group-{crew.name}-{time.time_ns()}",
