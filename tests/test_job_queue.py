@@ -248,7 +248,7 @@ def test_groups_that_never_start_fail_what_waits() -> None:
 def test_a_group_without_room_is_done_without_if_others_run() -> None:
     async def body(queue: JobQueue) -> None:
         asked = [ask(queue, key) for key in "abc"]
-        one, two = await start(queue), await soon(queue.wanted())
+        one, two = await start(queue), await start(queue)
         await take(queue, one, 0)
         assert await queue.ended(two, "no room", late=True) is None
         await never(queue.wanted())  # the cluster does not grow

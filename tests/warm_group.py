@@ -5,7 +5,7 @@
     warm_group.py DIRECTORY killed         a worker is killed while it trains the second run
     warm_group.py DIRECTORY shared         the workers share a GPU, on which an attack runs between the runs
 
-Ray is told of a GPU that isn't there: what runs "on" it runs on the CPU.
+Ray is told of a GPU that isn't there, so that what has a share of it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main(root: Path, mode: str) -> None:
             except ValueError as error:
                 said.append(str(error))
             if mode == "shared":
-                placement = place(2, [{"CPU": 2, "GPU": 1}], sees_cuda=True)
+                placement = replace(place(2, [{"CPU": 2, "GPU": 1}], sees_cuda=True), device="cpu")
                 groups = TrainingGroups(2, data, store, placement)
             else:
                 groups = training_groups(2, data, store, "auto", say=said.append)

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
@@ -31,13 +32,25 @@ from raytrust.data import Dataset
 from raytrust.store import Store
 
 IDLE = 30.0  # seconds that a group waits for a job before it gives its CPUs back; to start one takes half of it
+POLL = 0.2  # seconds that the managing thread stays inside Ray
 ENDING = 30.0  # seconds that workers may take to end
+
+
+@dataclass
+class _Group:
+    """A group that was started: its task, and since when it has been on its way."""
+
+    name: str
+    task: ray.ObjectRef
+    node: str
+    began: float
+    said: bool = False
 
 
 class TrainingGroups:
     """As many groups of `workers` workers as jobs wait, `most` at least 1 at once, for one data set and store.
 
-    say: is told, once, that a group waits for room on the cluster. growing: nodes may come for it, within GROWTH
+    say: is told, once a group, that it waits for room on the cluster. growing: nodes may come for it, within GROWTH
     seconds. A context: what still runs at the block's end is ended.
     """
 
@@ -55,18 +68,18 @@ class TrainingGroups:
         self.placement = placement
         self.broken: str | None = None
         self._workers, self._store, self._growing, self._say = workers, store, growing, say
-        self._here = ip_address(ray.util.get_node_ip_address()).is_loopback  # nobody else wants the CPUs of idle groups
+        self._alone = ip_address(ray.util.get_node_ip_address()).is_loopback  # nobody else wants what idle groups hold
         self._data = ray.put(data)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.queue = (
             ray.remote(JobQueue)
             .options(num_cpus=0, max_concurrency=100_000, scheduling_strategy=here)  # no node that comes and goes
-            .remote(workers, most, RETRIES, None if self._here else IDLE)
+            .remote(workers, most, RETRIES, None if self._alone else IDLE)
         )
         self._closed = self._abandoned = False
-        self._running: dict[str, threading.Thread] = {}
-        self._watcher = threading.Thread(target=self._watch, name="training groups", daemon=True)
-        self._watcher.start()
+        self._groups: list[_Group] = []
+        self._manager = threading.Thread(target=self._manage, name="training groups", daemon=True)
+        self._manager.start()
 
     def start(self) -> None:
         """Begin to start a first group, before there is work for it. Returns at once."""
@@ -87,83 +100,83 @@ class TrainingGroups:
         """End all groups, when they have finished what they train, and wait for it. Raises what `check` does."""
         if self._closed:
             return
-        self.check()
         self._closed = True
         try:
             ray.get(self.queue.close.remote())
+            self._manager.join(ENDING)
         except ray.exceptions.RayError as error:
-            self.broken = one_line(error)
-            self.check()
-        until = time.monotonic() + ENDING
-        for thread in [self._watcher, *self._running.values()]:
-            thread.join(max(0.0, until - time.monotonic()))
+            self.broken = self.broken or one_line(error)
+        self._abandon()
+        for group in self._groups:  # that had no room yet
+            ray.cancel(group.task, force=True)
         ray.kill(self.queue)
+        self.check()
 
     def __enter__(self) -> TrainingGroups:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            self.close()
-        else:
-            self._closed = self._abandoned = True  # the cluster ends now, and with it all of this
-
-    def _watch(self) -> None:
-        """Start a group whenever the queue wants one."""
         try:
-            while (wanted := ray.get(self.queue.wanted.remote())) is not None:
-                self._begin(*wanted)
-        except (ray.exceptions.RayError, RuntimeError) as error:  # also what says that Ray was shut down
-            self._lose(one_line(error))
+            if error is None:
+                self.close()
+        finally:  # the cluster may end now, and with it all of this
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Ray must not be shut down while a thread is inside of it: that is a segmentation fault."""
+        self._closed = self._abandoned = True
+        self._manager.join()
 
     def _begin(self, name: str, node: str) -> None:
-        self._running[name] = threading.Thread(target=self._run, args=(name, node), name=name, daemon=True)
-        self._running[name].start()
+        self._groups.append(_Group(name, self._task(name, node), node, time.monotonic()))
 
-    def _run(self, name: str, node: str) -> None:
-        """One group, until it ends."""
-        try:
-            reason, too_late = self._train(name, node)
-            if not self._abandoned:
-                self.broken = ray.get(self.queue.ended.remote(name, reason, too_late)) or self.broken
-        except Exception as error:  # in a thread nobody else would hear of it
-            self._lose(one_line(error))
-        finally:
-            self._running.pop(name, None)
+    def _task(self, name: str, node: str) -> ray.ObjectRef:
+        """Start a group from a process of its own, on the node of the trial that waits for it.
 
-    def _lose(self, reason: str) -> None:
-        if not self._closed:
-            self.broken = reason
-
-    def _train(self, name: str, node: str) -> tuple[str | None, bool]:
-        """Run a group. Returns why it ended, if not by itself, and whether because its workers were placed too late."""
-        began = time.monotonic()
-        for attempt in range(10**6):
-            try:
-                self._fit(name, node)
-            except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-                if not late(error):
-                    return one_line(error), False
-                seconds = time.monotonic() - began
-                needs = f"{self._workers} x {self.placement.worker}"
-                if self._closed or (self._growing and seconds > GROWTH):
-                    return f"the cluster had no room for {needs} within {seconds / 60:.0f} min", True
-                if attempt == 0:
-                    self._say(f"a training group waits for room on the cluster: {needs}")
-            else:
-                return None, False
-        raise AssertionError
-
-    def _fit(self, name: str, node: str) -> None:
-        on_cuda, through_host = self.placement.device == "cuda", self.placement.through_host
-        crew = Crew(name, self.queue, [self._data], self._store, on_cuda, through_host)
-        if self._here:
-            run_group(crew, self._workers, self.placement, on_loopback=True)
-            return
-        # Train's controllers stay where they are started, each with some 0.3 GB: the driver's node has no room for all.
+        Train's controllers stay where they are started, each with some 0.3 GB: a driver's node has no room for many.
+        """
+        crew = Crew(
+            name, self.queue, [self._data], self._store, self.placement.device == "cuda", self.placement.through_host
+        )
         there = NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT"
         task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(run_group)
-        ray.get(task.remote(crew, self._workers, self.placement, on_loopback=False))
+        return task.remote(crew, self._workers, self.placement, self._alone)
+
+    def _manage(self) -> None:
+        """In a thread: start a group whenever the queue wants one, and tell it which have ended."""
+        try:
+            wanted = [self.queue.wanted.remote()]
+            while not self._abandoned and (wanted or self._groups):
+                done, _ = ray.wait([*wanted, *(g.task for g in self._groups)], timeout=POLL)
+                for group in [g for g in self._groups if g.task in done]:
+                    self._end(group)
+                if wanted and wanted[0] in done:
+                    answer = ray.get(wanted.pop())
+                    if answer is not None:  # it is closed
+                        self._begin(*answer)
+                        wanted = [self.queue.wanted.remote()]
+        except Exception as error:  # in a thread nobody else would hear of it
+            self.broken = self.broken or one_line(error)
+
+    def _end(self, group: _Group) -> None:
+        """A group has ended by itself, was lost, or has not found room: then it tries again."""
+        reason, too_late = None, False
+        try:
+            ray.get(group.task)
+        except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
+            reason = one_line(error)
+            if late(error):
+                seconds = time.monotonic() - group.began
+                needs = f"{self._workers} x {self.placement.worker}"
+                too_late = self._closed or (self._growing and seconds > GROWTH)
+                reason = f"the cluster had no room for {needs} within {seconds / 60:.0f} min"
+                if not too_late:
+                    if not group.said:
+                        self._say(f"a training group waits for room on the cluster: {needs}")
+                    group.said, group.task = True, self._task(group.name, group.node)
+                    return
+        self._groups.remove(group)
+        self.broken = ray.get(self.queue.ended.remote(group.name, reason, too_late)) or self.broken
 
 
 def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool) -> None:
@@ -175,7 +188,7 @@ def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool)
             train_loop_config={"crew": crew},
             torch_config=OnLoopback(backend=backend, meeting=meeting) if on_loopback else TorchConfig(backend=backend),
             scaling_config=ScalingConfig(
-                num_workers=workers, use_gpu=crew.on_cuda, resources_per_worker=placement.worker
+                num_workers=workers, use_gpu=placement.worker_gpu > 0, resources_per_worker=placement.worker
             ),
             run_config=RunConfig(
                 name=f"group-{crew.name}-{time.time_ns()}",
