@@ -31,7 +31,6 @@ LAYERS: dict[str, set[str]] = {
     "metrics": set(),
     "lock": set(),
     "cli": {"cluster", "reports"},  # of these, what imports nothing that takes time
-    "reports": set(),
     "audit": {"metrics"},
     "data": set(),
     "channel": set(),
@@ -46,11 +45,11 @@ LAYERS: dict[str, set[str]] = {
     "membership_paper": {"audit", "published"},
     "membership_figures": {"report"},
     "membership_page": {"membership_figures", "membership_paper", "published", "report", "reports"},
-    "reports": {"audit", "figures", "membership_figures", "placement", "report"},
+    "reports": {"audit", "config", "data", "figures", "frontier", "membership_figures", "placement", "report", "store"},
     "train": {"capture", "channel", "compress", "config", "data", "models"},
     "attacks": {"capture", "channel", "compress", "config", "models"},
     "evaluate": {"attacks", "capture", "config", "metrics"},
-    "store": {"capture", "config", "evaluate"},
+    "store": {"attacks", "capture", "config", "evaluate"},
     "paper": {
         "attacks",
         "audit",
