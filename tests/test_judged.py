@@ -85,6 +85,17 @@ def test_a_defence_that_only_looks_private_is_named():
     assert seeming(judge_rows([control()])) is None
 
 
+def test_without_such_a_defence_the_greatest_certain_gain_is_named():
+    def gain(name, aware, interval):  # the naive attack identifies all of its images
+        return finished(name, leakage=aware, naive_ssim=0.35) | {"aware_gain_interval": interval}
+
+    rows = [control(), gain("certain", 0.6, [0.1, 0.4]), gain("uncertain", 0.8, [-0.1, 0.9])]
+    assert starkest(judge_rows(rows))["name"] == "certain"
+    said = "certain shows SSIM 0.35 to an attacker who ignores the compressor, and 0.60 to one who knows it."
+    assert seeming(judge_rows(rows)) == said
+    assert seeming(judge_rows([rows[0], rows[2]])) is None
+
+
 # --- Pareto set ---
 
 

@@ -127,7 +127,7 @@ def _draw_floor(ax: Axes, rows: Sequence[Row]) -> None:
     right = floor - ax.get_xlim()[0] < 0.08 * np.ptp(ax.get_xlim())  # no room on the left of the line
     words = ax.text(
         floor, 0.02, f" floor {floor:.2f}: reached without any attack ", transform=ax.get_xaxis_transform(),
-        rotation=90, fontsize=10.5, color="0.3", ha="left" if right else "right", va="bottom", zorder=2.5,
+        rotation=90, fontsize=10.5, color="0.3", ha="left" if right else "right", va="bottom", zorder=1.2,
     )  # fmt: skip
     words.set_path_effects([withStroke(linewidth=2.5, foreground="white" if right else "0.93")])
 

@@ -99,10 +99,12 @@ def only_looks_private(row: Row, control: Control) -> bool:
 
 
 def starkest(rows: Sequence[Row]) -> Row | None:
-    """Of the judged rows that only look private, the one whose strongest attack gains most over the naive one."""
+    """Of the judged rows, the one on which knowing the compressor gains most: among those that only look private, or
+    if there are none, among those where the gain is certain, with its interval."""
     control = control_of_rows(rows)
     deceptive = [row for row in rows if only_looks_private(row, control)]
-    return max(deceptive, key=lambda row: row["leakage_ssim"] - row["naive_ssim"], default=None)
+    certain = [row for row in rows if row.get("verdict") == LEAKS and (row.get("aware_gain_interval") or [0.0])[0] > 0]
+    return max(deceptive or certain, key=lambda row: row["leakage_ssim"] - row["naive_ssim"], default=None)
 
 
 # --- Pareto set ---

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from raytrust.audit.verdict import LEAKS, LONG, RESISTS, UNDECIDED, Verdict
-from raytrust.report import Row, control_works, human_bytes, judge_rows, split
-from raytrust.reports.judged import control_sentence, starkest
+from raytrust.report import Row, control_works, human_bytes, judge_rows, split, two_digits
+from raytrust.reports.judged import control_of_rows, control_sentence, only_looks_private, starkest
 
 _NAMED = 3  # defences that a line names before it counts the others
 
@@ -65,13 +65,18 @@ def in_short(row: Row) -> str:
 
 
 def seeming(judged: Sequence[Row]) -> str | None:
-    """The starkest case of a defence that looks private to a weak attack alone, in a sentence; None without one."""
+    """What knowing the compressor is worth on the starkest case, in a sentence; None without one."""
     row = starkest(judged)
     if row is None:
         return None
+    naive, aware = two_digits(row["naive_ssim"]), two_digits(row["leakage_ssim"])
+    if only_looks_private(row, control_of_rows(judged)):
+        return (
+            f"{row['name']} looks private to an attacker who ignores the compressor (SSIM {naive}), and leaks to one "
+            f"who knows it ({aware}; floor {two_digits(row['floor_ssim'])})."
+        )
     return (
-        f"{row['name']} looks private to an attacker who ignores the compressor (SSIM {row['naive_ssim']:.2f}), and "
-        f"leaks to one who knows it ({row['leakage_ssim']:.2f}; floor {row['floor_ssim']:.2f})."
+        f"{row['name']} shows SSIM {naive} to an attacker who ignores the compressor, and {aware} to one who knows it."
     )
 
 
