@@ -49,8 +49,8 @@ def test_an_attack_that_leaks_but_does_not_work_is_called_weak():
     assert sentence.startswith(
         "The attack is too weak here: nothing can be called private, and 2 leak; give it more (--"
     )
-    assert headline(rows) == "Of 3 defences, 2 leak; of the other 1 nothing can be said."
-    assert headline(judge_rows([weak])) == "Of 1 defence, 1 leaks."
+    assert headline(rows) == "Of 2 defences, 1 leaks; of the other 1 nothing can be said."
+    assert headline(judge_rows([weak])) == "No defence was audited beside the control."
 
 
 def test_verdicts_are_computed_anew():
@@ -157,7 +157,7 @@ def test_the_answer_is_three_lines():
     lines = summary_lines(audited(), "results/report.html")
     assert len(lines) == 3
     assert all("\n" not in line for line in lines)
-    assert lines[0].startswith("Leaks: 9 of 11, none (94.0 %, 1.4 MB a step), ")
+    assert lines[0].startswith("Leaks: 8 of 10, Top-K level 1 (91.4 %, 12.3 kB a step), ")
     assert "resists the attacks tried: 1 of 11, ATOMO 1 (60.0 %, 9.0 kB a step)" in lines[0]
     assert "undecided: 1 of 11, signSGD" in lines[0]
     assert lines[0].endswith("; failed: 1.")
@@ -171,8 +171,8 @@ def test_the_answer_calls_nothing_private_where_the_attack_fails():
     assert "resists" not in words
     assert "The attack fails here: nothing can be said about any defence" in words
     judged = judge_rows(rows)
-    assert headline(judged) == "Of 7 defences, 2 leak; of the other 5 nothing can be said."
-    working = "Of 11 defences, 9 leak, 1 resists the attacks tried, 1 undecided; 1 failed."
+    assert headline(judged) == "Of 6 defences, 2 leak; of the other 4 nothing can be said."
+    working = "Of 10 defences, 8 leak, 1 resists the attacks tried, 1 undecided; 1 failed."
     assert headline(judge_rows(audited())) == working
 
 

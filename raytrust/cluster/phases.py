@@ -22,6 +22,7 @@ from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrust.attacks.inversion.memory import keep_freed_memory
+from raytrust.audit.verdict import floor_of_images
 from raytrust.cluster.failures import RETRIES, last_error, one_line, report
 from raytrust.cluster.groups import TrainingGroups
 from raytrust.cluster.placement import Placement, remote_attack
@@ -208,8 +209,10 @@ def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placeme
     objectives = defence_objectives(store, config, defence)
     if objectives is None:
         raise FloatingPointError(f"No attack has a result: {store.attack_failure(train, attacks[0], 'tuning')}")
+    floor = floor_of_images(figures[0]["mean_image_ssim"], figures[0]["other_image_ssim"])
     return {
         **objectives,
+        "floor": None if floor is None else float(np.mean(floor)),
         "attacks": len(figures),
         "attack_seconds": sum(f["seconds"] for f in figures),
         "train_seconds": training["seconds"],

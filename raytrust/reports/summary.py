@@ -25,7 +25,7 @@ def summary_lines(rows: Sequence[Row], page: Path | str) -> list[str]:
 
 def answer(judged: Sequence[Row]) -> str:
     """What leaks, what resists, what is undecided, in one line; failed rows are counted."""
-    finished, failed = split(judged)
+    finished, failed = _defences(judged)
     parts = []
     for verdict in (LEAKS, RESISTS, UNDECIDED):
         names = [in_short(row) for row in with_verdict(finished, verdict)]
@@ -40,7 +40,9 @@ def answer(judged: Sequence[Row]) -> str:
 
 def headline(judged: Sequence[Row]) -> str:
     """How many leak, resist and are undecided: the shortest answer there is."""
-    finished, failed = split(judged)
+    finished, failed = _defences(judged)
+    if not finished and not failed:
+        return "No defence was audited beside the control."
     counts = {v: len(with_verdict(finished, v)) for v in (LEAKS, RESISTS, UNDECIDED)}
     leak, resist = "leaks" if counts[LEAKS] == 1 else "leak", "resists" if counts[RESISTS] == 1 else "resist"
     text = f"Of {len(finished)} defence{'s' * (len(finished) != 1)}, {counts[LEAKS]} {leak}"
@@ -50,6 +52,11 @@ def headline(judged: Sequence[Row]) -> str:
     else:
         text += f"; of the other {counts[UNDECIDED]} nothing can be said" if counts[UNDECIDED] else ""
     return text + (f"; {len(failed)} failed." if failed else ".")
+
+
+def _defences(judged: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Those that are finished, and that failed; training without compression is no defence, but the control."""
+    return split([row for row in judged if row.get("compressor") != "none"])
 
 
 def with_verdict(judged: Sequence[Row], verdict: Verdict) -> list[Row]:
