@@ -31,7 +31,6 @@ LAYERS: dict[str, set[str]] = {
     "metrics": set(),
     "lock": set(),
     "cli": {"cluster", "reports"},  # of these, what imports nothing that takes time
-    "reports": set(),
     "audit": {"metrics"},
     "data": set(),
     "channel": set(),
