@@ -171,7 +171,7 @@ def measure(trials: int, nodes: int, defences: int) -> dict[str, Any]:
             local.add_node(num_cpus=1, resources={"trial_slot": 1}, object_store_memory=100 * 2**20)
         try:
             with cluster(local.address, nodes):
-                log = SweepLog(sweep, store, data, default_uri(root), nodes, print)
+                log = SweepLog(sweep, store, data, default_uri(root), print)
                 calls = Calls()
                 with log.open_run():
                     meter = Meter(log)

@@ -148,7 +148,7 @@ def _seconds(step: Callable[[], object], like: Tensor) -> float:
 def _row(config: CompressorConfig, model: nn.Module, grads: list[Tensor], repeats: int) -> dict[str, Any]:
     defence = Defence(config, error_feedback=not isinstance(config, OWN_MEMORY))
     compressor = build(defence, model)
-    tap = Tap(LocalChannel(), keep=False)
+    tap = Tap(LocalChannel())
     compressor.reduce(grads, tap)
     copies = in_copies(lambda: compressor.reduce(grads, LocalChannel()), grads, repeats)
     return _as_row(defence.name, copies, tap.sent_bytes, grads)

@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/inversion.py
     python benchmarks/inversion.py --restarts 16 --dtype bfloat16 --json inversion.json
+    python benchmarks/inversion.py --restarts --width 16 --size 16 --images 1 8 32  # as the quick preset
     python benchmarks/inversion.py --device cuda --restarts 1 16 64
 
 An iteration of one restart is the distance of its gradient from the observed one, and the derivative by the image: full
-ResNet-18 (CIFAR stem, evaluation mode) on 32x32 images. The textbook loop takes one restart at a time, in float32, with
-torch.autograd.grad(create_graph=True). Both are timed in turns in the same run: the median time, and the median of the
-ratios of neighbours. On the CPU: process time of one thread; on a GPU: wall-clock time between synchronisations.
+ResNet-18 (CIFAR stem, evaluation mode; --width for a narrower one) on 32x32 images (--size). The textbook loop takes
+one restart at a time, in float32, with torch.autograd.grad(create_graph=True). Both are timed in turns in the same run:
+the median time, and the median of the ratios of neighbours. On the CPU: process time of one thread; on a GPU:
+wall-clock time between synchronisations.
 
 A second table is of whole attacks on several images, each with an observation of its own, as sweeps run them: one
 restart, with its prior and its optimiser; an iteration's time is the difference of a long and a short attack.
@@ -55,15 +57,15 @@ OBJECTIVES = ("naive", *AWARE)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def views(model: nn.Module, device: str) -> dict[str, View]:
+def views(model: nn.Module, device: str, size: int) -> dict[str, View]:
     """What one private image's gradient reveals under each objective: all of it, or what a compressor let through."""
     generator = torch.Generator().manual_seed(1)
-    image = torch.randn(1, 3, 32, 32, generator=generator).to(device)
+    image = torch.randn(1, 3, size, size, generator=generator).to(device)
     loss = F.cross_entropy(model(image), torch.tensor([3], device=device))
     grads = torch.autograd.grad(loss, list(model.parameters()))
     found: dict[str, View] = {"naive": identity_view(grads)}
     for name, config in AWARE.items():
-        tap = Tap(LocalChannel())
+        tap = Tap(LocalChannel(), keep=True)
         shapes = [g.shape for g in grads]
         build(Defence(config), shapes).reduce([g.cpu() for g in grads], tap)
         found[name] = build(Defence(config), shapes).view([m.to(device) for m in tap.messages], "link")
@@ -94,10 +96,10 @@ def seconds(step: Callable[[], object], device: str) -> float:
 def measure(objective: str, restarts: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """The matcher with this many restarts, in turns with one restart of the textbook loop."""
     model = build_model(ModelConfig(width=options.width), 3, 10, seed=0).eval().to(options.device)
-    view = views(model, options.device)[objective]
+    view = views(model, options.device, options.size)[objective]
     matcher = GradientMatcher(model, dtype=DTYPES[dtype])
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(restarts, 1, 3, 32, 32, generator=generator).to(options.device)
+    x = torch.randn(restarts, 1, 3, options.size, options.size, generator=generator).to(options.device)
     labels = torch.full((restarts, 1), 3, device=options.device)
 
     value, _ = textbook(model, x[0], labels[0], view)  # both warm up
@@ -125,9 +127,9 @@ def measure_attack(objective: str, images: int, dtype: str, options: argparse.Na
     """Whole attacks on this many images together, in turns with one iteration of the textbook loop."""
     model_config = ModelConfig("resnet18", width=options.width)
     model = build_model(model_config, 3, 10, seed=0).eval().to(options.device)
-    view = views(model, options.device)[objective]
+    view = views(model, options.device, options.size)[objective]
     generator = torch.Generator().manual_seed(2)
-    pixels = torch.randint(256, (images, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(256, (images, 3, options.size, options.size), generator=generator, dtype=torch.uint8)
     labels = torch.arange(images) % 10
     config = TrainConfig(defence=Defence(AWARE.get(objective, DenseConfig())), model=model_config, workers=1)
     captures = capture_images(config, Dataset("noise", pixels, labels, pixels, labels, 10), pixels, labels)
@@ -137,7 +139,8 @@ def measure_attack(objective: str, images: int, dtype: str, options: argparse.Na
         settings = InversionConfig(kind, tv=1e-2, iterations=iterations, precision=dtype)  # type: ignore[arg-type]
         invert([(c.seen, settings) for c in captures], options.device)
 
-    x, label = torch.randn(1, 3, 32, 32, generator=generator).to(options.device), labels[:1].to(options.device)
+    x = torch.randn(1, 3, options.size, options.size, generator=generator).to(options.device)
+    label = labels[:1].to(options.device)
     textbook(model, x, label, view)
     attack(1)  # both warm up
     times = []
@@ -156,12 +159,12 @@ def measure_attack(objective: str, images: int, dtype: str, options: argparse.Na
 
 
 def checked(options: argparse.Namespace) -> argparse.Namespace:
-    for name in ("width", "repeats", "restarts", "images"):
+    for name in ("width", "size", "repeats", "restarts", "images"):
         given = getattr(options, name)
         for value in [given] if isinstance(given, str) else given:
             if not (value.isdecimal() and int(value) > 0):
                 raise ValueError(f"Expected {name}={value} to be a whole number of at least 1.")
-    options.width, options.repeats = int(options.width), int(options.repeats)
+    options.width, options.size, options.repeats = (int(getattr(options, n)) for n in ("width", "size", "repeats"))
     options.restarts, options.images = ([int(n) for n in counts] for counts in (options.restarts, options.images))
     for name, known in (("objective", OBJECTIVES), ("dtype", tuple(DTYPES)), ("device", ("cpu", "cuda"))):
         chosen = getattr(options, name)
@@ -183,6 +186,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=tuple(DTYPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--width", default="64")
+    parser.add_argument("--size", default="32")
     parser.add_argument("--repeats", default="3")
     parser.add_argument("--json", type=Path)
     try:

@@ -36,6 +36,7 @@ from raytrust.config import (
     TrainConfig,
     parse_defence,
 )
+from raytrust.config.attacks import GEIPING
 from raytrust.data import load
 from raytrust.evaluate import evaluate_inversion
 from raytrust.metrics import mean_interval
@@ -57,7 +58,7 @@ def without_feedback(capture: Capture) -> Capture:
     defence = Defence(seen.defence.compressor)
     compressor, tap = (
         build(defence, [w.shape for w in seen.weights.values()], names=list(seen.weights)),
-        Tap(LocalChannel()),
+        Tap(LocalChannel(), keep=True),
     )
     compressor.load_public_state(seen.compressor_state)
     compressor.reduce(gradient(capture), tap)
@@ -117,7 +118,9 @@ def main() -> None:
             captures.append(record)
         if len(captures) == options.images:
             break
-    attack = InversionConfig(tv=options.tv, iterations=options.iterations, capture_step=options.step)
+    attack = replace(
+        GEIPING, objective="aware", tv=options.tv, iterations=options.iterations, capture_step=options.step
+    )
     model = f"{options.model} of width {options.width}, learning rate {options.learning_rate:g}"
     print(f"{config.defence.name}, {model}, batches of {options.batch_size}, step {options.step}, {attack.name}")
     print(f"history {options.history}, {options.images} images, {options.iterations} iterations")

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import platform
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.capture import Capture
-from raytrust.config import Defence, InversionConfig, ModelConfig, TrainConfig
+from raytrust.config import Defence, ModelConfig, TrainConfig
+from raytrust.config.attacks import GEIPING
 from raytrust.data import Dataset, load
 from raytrust.evaluate import evaluate_inversion
 from raytrust.metrics import mean_interval
@@ -49,9 +51,7 @@ def main() -> None:
     parser.add_argument("--tv", type=float, default=1e-2)
     options = parser.parse_args()
     keep_freed_memory()
-    attack = InversionConfig(
-        objective="naive", tv=options.tv, iterations=options.iterations, restarts=options.restarts, step_size=0.1
-    )
+    attack = replace(GEIPING, tv=options.tv, iterations=options.iterations, restarts=options.restarts)
     captures = captures_of_test_images(load(options.data), options.images, ModelConfig(width=options.width))
     result = evaluate_inversion(captures, attack)
     print(f"{attack.name}, {attack.iterations} iterations, width {options.width}, {platform.machine()} CPU")

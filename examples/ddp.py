@@ -1,14 +1,16 @@
 """Your own model under DistributedDataParallel with a compressed all-reduce: handwritten digits, two processes.
 
-    torchrun --standalone --nproc-per-node 2 examples/ddp.py [--steps N] [--checkpoint FOLDER]
+    torchrun --standalone --nproc-per-node 2 examples/ddp.py [--steps N] [--checkpoint FILE]
 
-With a folder it saves there at the end, and goes on from what it finds there.
+With a file it saves there at the end, and goes on from what it finds there, with any number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,8 @@ BATCH = 32  # a worker
 TEST = 360  # images
 
 
-def main() -> None:
+def main() -> nn.Module:
+    """Train, and return this worker's replica of the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--checkpoint", type=Path)
@@ -49,19 +52,18 @@ def main() -> None:
     )
     ddp = DistributedDataParallel(model)
     compressor = compress.build(Defence(PowerSGDConfig(rank=4), error_feedback=True), ddp.module)
-    tap = Tap(GroupChannel(), keep=False)  # counts the bytes; ddp_comm_hook(compressor) alone will do
+    tap = Tap(GroupChannel())  # counts the bytes; ddp_comm_hook(compressor) alone will do
     ddp.register_comm_hook(ddp.module, compress.ddp_comm_hook(compressor, tap))
     optimiser = torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9)
 
     start = 0
-    if arguments.checkpoint is not None:  # one file a worker: residuals are each worker's own
-        file = arguments.checkpoint / f"worker-{rank}.pt"
-        if file.exists():
-            saved = torch.load(file, weights_only=True)
-            start = saved["step"]
-            model.load_state_dict(saved["model"])
-            optimiser.load_state_dict(saved["optimiser"])
-            compressor.load_state_dict(saved["compressor"])
+    if arguments.checkpoint is not None and arguments.checkpoint.exists():
+        saved = torch.load(arguments.checkpoint, weights_only=True)  # one file, that every worker reads
+        start = saved["step"]
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        states = saved["compressors"]  # of every worker that saved it: residuals are each worker's own
+        compressor.load_state_dict(states[rank] if len(states) == workers else compress.redistribute(states))
 
     for step in range(start, start + arguments.steps):
         generator = torch.Generator().manual_seed(step)
@@ -70,19 +72,30 @@ def main() -> None:
         F.cross_entropy(ddp(images[batch]), labels[batch]).backward()
         optimiser.step()
 
-    if arguments.checkpoint is not None:
-        arguments.checkpoint.mkdir(parents=True, exist_ok=True)
-        parts = {"model": model, "optimiser": optimiser, "compressor": compressor}
-        torch.save({"step": start + arguments.steps} | {name: p.state_dict() for name, p in parts.items()}, file)
+    states = [None] * workers if rank == 0 else None
+    dist.gather_object(compressor.state_dict(), states)
     if rank == 0:
+        if arguments.checkpoint is not None:
+            parts = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "compressors": states}
+            save(arguments.checkpoint, {"step": start + arguments.steps} | parts)
         with torch.no_grad():
             correct = int((model(images[:TEST]).argmax(1) == labels[:TEST]).sum())
         dense = sum(4 * p.numel() for p in model.parameters())
         print(
             f"step {start + arguments.steps}: {correct} of {TEST} test images right; "
-            f"{tap.sent_bytes // arguments.steps} bytes a step, uncompressed {dense}"
+            f"{tap.sent_bytes // max(1, arguments.steps)} bytes a step, uncompressed {dense}"
         )
+    dist.barrier()  # none leaves while another one is at work
     dist.destroy_process_group()
+    return model
+
+
+def save(file: Path, checkpoint: dict[str, Any]) -> None:
+    """Write it whole or not at all: a checkpoint of two steps in parts would be one of no training."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    torch.save(checkpoint, part)
+    os.replace(part, file)
 
 
 if __name__ == "__main__":

@@ -138,11 +138,25 @@ def save_capture(directory: Path, capture: Capture) -> None:
 
 def load_capture(directory: Path, step: int, index: int) -> Capture:
     """Read one capture. Raises ValueError if it is missing, damaged or of another format."""
+    (capture,) = load_captures(directory, step, [index])
+    return capture
+
+
+def load_captures(directory: Path, step: int, indices: Sequence[int]) -> list[Capture]:
+    """Read captures of one step, which share one copy of the model; errors as of `load_capture`."""
     folder = directory / f"step-{step:06d}"
     model = _load(folder / "model.pt")
+    histories: dict[int, tuple[Past, ...]] = {}
+    return [_read(folder, model, histories, index) for index in indices]
+
+
+def _read(folder: Path, model: dict[str, Any], histories: dict[int, tuple[Past, ...]], index: int) -> Capture:
     body = _load(folder / f"seen-{index:03d}.pt")
     truth = _load(folder / f"truth-{index:03d}.pt")
-    steps = _load(folder / f"history-{body['victim']}.pt")["steps"] if body["history"] else []
+    victim = body["victim"]
+    if body["history"] and victim not in histories:
+        steps = _load(folder / f"history-{victim}.pt")["steps"]
+        histories[victim] = tuple(Past(_unpacked(p["messages"]), p["compressor_state"]) for p in steps)
     seen = Observation(
         step=body["step"],
         weights=model["weights"],
@@ -161,7 +175,7 @@ def load_capture(directory: Path, step: int, index: int) -> Capture:
         world_size=body["world_size"],
         residual=body["residual"],
         buffers_after=body["buffers_after"],
-        history=tuple(Past(_unpacked(p["messages"]), p["compressor_state"]) for p in steps),
+        history=histories[victim] if body["history"] else (),
     )
     return Capture(index, seen, Truth(truth["images"], truth["labels"]))
 

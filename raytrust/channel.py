@@ -131,17 +131,25 @@ class Message:
 class Tap:
     """A channel that counts the bytes this worker sends over another channel and, if asked, keeps the messages.
 
+    keep: whether to keep a copy of each message, sent and received, for as long as the tap lives: of a training that is
+    several times the gradient at every step. messages: those that crossed so far; ValueError without `keep`.
     sent_bytes: payload bytes handed to collectives so far, a worker; headers and the collective's own algorithm
     (a ring moves each byte 2 (W-1)/W times) are not in it, so that the figure does not depend on the network.
     """
 
-    def __init__(self, channel: Channel, keep: bool = True):
+    def __init__(self, channel: Channel, keep: bool = False):
         self._channel = channel
         self._keep = keep
         self.world_size = channel.world_size
         self.rank = channel.rank
         self.sent_bytes = 0
-        self.messages: list[Message] = []
+        self._messages: list[Message] = []
+
+    @property
+    def messages(self) -> list[Message]:
+        if not self._keep:
+            raise ValueError(f"Expected keep={self._keep} to be True for a tap whose messages are read.")
+        return self._messages
 
     def all_mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         received = self._channel.all_mean(x, out)
@@ -160,4 +168,4 @@ class Tap:
         self.sent_bytes += message.sent_bytes
         if self._keep:  # clone: a compressor may use its buffers again
             copies = [tuple(x.detach().clone() for x in xs) for xs in (sent, received)]
-            self.messages.append(Message(op, copies[0], copies[1]))
+            self._messages.append(Message(op, copies[0], copies[1]))

@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-NAMED_DATA = ("digits", "cifar10", "cifar100", "mnist")
+from raytrust.cluster.interrupts import Terminated, exit_code, raising
+from raytrust.reports import tracking_uri
+
+STARTED = time.monotonic()  # of the program, near enough: libraries that take time load later
+NAMED_DATA = ("digits", "faces", "cifar10", "cifar100", "mnist")
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,8 +30,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(program, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        """One line without passwords, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {tracking_uri.scrub(message)}\n")
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
@@ -74,7 +79,8 @@ class Directory:
             options = new(options)
         options = {**defaults, **options}
         default = Path("results") / time.strftime(f"{self.program}-%Y%m%d-%H%M%S")
-        return Namespace(**options), (resume or options["output"] or default).resolve()
+        root = (resume or options["output"] or default).resolve()
+        return Namespace(**{**options, "tracking_uri": _tracking_uri(options["tracking_uri"], root)}), root
 
     def _kept(self, resume: Path, given: dict[str, Any]) -> dict[str, Any]:
         for name in given:
@@ -95,40 +101,77 @@ class Directory:
         kept = {k: v for k, v in vars(options).items() if k not in dropped}
         if kept.get("data", "digits") not in NAMED_DATA:
             kept["data"] = str(Path(kept["data"]).expanduser().resolve())
+        if kept.get("tracking_uri"):
+            kept["tracking_uri"] = tracking_uri.without_password(kept["tracking_uri"])
         return kept
 
     def check_free(self, root: Path, options: Namespace) -> None:
         """Raises ValueError if a new run would write into a directory that holds something, OSError if it is a file."""
         if options.resume is None and root.exists() and any(root.iterdir()):
-            hint = f"--resume {root}" if (root / self.file).exists() else "another --output"
+            hint = f"--resume {shlex.quote(str(root))}" if (root / self.file).exists() else "another --output"
             raise ValueError(f"Expected output={str(root)!r} to be empty or new, but it is not; give {hint}.")
 
     def run(self, root: Path, options: Namespace, work: Callable[[], int]) -> int:
-        """The exit code of `work`. 130 after Ctrl-C, with the command that goes on; 2 where it can't be done: the
-        cluster, the tracking store or the disk can't be used."""
+        """The exit code of `work`. After Ctrl-C, SIGTERM or SIGHUP 130, 143 or 129, with the command that goes on; 2
+        where it can't be done: the cluster, the tracking store or the disk can't be used."""
         try:
             return work()
-        except KeyboardInterrupt:
-            print(f"\nInterrupted; what was finished is kept. Go on with: {resumption(root, options)}", flush=True)
-            return 130
+        except KeyboardInterrupt as error:
+            kept = f"{_what_ended(error)}; what was finished is kept."
+            _say(f"\n{kept} Go on with: {resumption(root, options)}", sys.stdout)
+            return exit_code(error)
         except (ValueError, OSError) as error:
-            print(f"{self.program}.py: error: {_one_line(error)}", file=sys.stderr)
+            _say(f"{self.program}.py: error: {tracking_uri.scrub(_one_line(error))}", sys.stderr)
             return 2
 
 
 def start(main: Callable[[], int]) -> int:
-    """The exit code of `main`; 130 after Ctrl-C outside the run itself, as while libraries load."""
+    """The exit code of `main`, which is that of a signal that came outside the run itself, as while libraries load.
+
+    What the program and its children write is their owner's alone, and they leave no core files: all of it shows
+    private images.
+    """
+    os.umask(0o077)
+    _leave_no_core_files()
     try:
-        return main()
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
+        with raising(once=True):
+            return main()
+    except KeyboardInterrupt as error:
+        _say(f"\n{_what_ended(error)}.", sys.stderr)
+        return exit_code(error)
+
+
+def _leave_no_core_files() -> None:
+    with suppress(ImportError):  # a system that has none
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _what_ended(interrupt: KeyboardInterrupt) -> str:
+    return f"Ended by {interrupt}" if isinstance(interrupt, Terminated) else "Interrupted"
+
+
+def _say(text: str, file: TextIO) -> None:
+    with suppress(OSError):  # of a terminal or pipe that has gone, where nobody reads it
+        print(text, file=file, flush=True)
+
+
+def _tracking_uri(uri: str | None, root: Path) -> str | None:
+    """The store of the run in `root`, absolute and with its password; None for the directory's own database."""
+    if uri is not None:
+        uri = tracking_uri.with_password(tracking_uri.absolute(uri), os.environ)
+        if tracking_uri.database_path(uri) != root / tracking_uri.DATABASE:
+            tracking_uri.check_outside(uri, root)
+            return uri
+    tracking_uri.default_uri(root)  # refuses a path that can't hold it
+    return None
 
 
 def resumption(root: Path, options: Namespace) -> str:
-    """The command that goes on with the run in `root`."""
-    address = f" --address {options.address}" if options.address else ""
-    return f"python {sys.argv[0]} --resume {root}{address}"
+    """The command that goes on with the run in `root`, for a shell."""
+    address = ("--address", options.address) if options.address else ()
+    return shlex.join(["python", sys.argv[0], "--resume", str(root), *address])
 
 
 def list_files(root: Path, names: Sequence[str]) -> None:

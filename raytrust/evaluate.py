@@ -40,7 +40,7 @@ class Reconstructions:
         image, and the mean of their SSIM to it, which is what a random other image can expect.
     history: of how many preceding steps the attacker had the messages, too.
     objective, matching: of the picked restart, one a batch; matching is without priors, None where there is none.
-    diverged: restarts that broke off. seconds: wall.
+    diverged: restarts that broke off. seconds: wall. cpu_seconds: of the process, meanwhile.
     reconstructions, originals: (images, channels, height, width) in [0, 1].
     """
 
@@ -60,6 +60,7 @@ class Reconstructions:
     matching: list[float] | None
     diverged: int
     seconds: float
+    cpu_seconds: float
     reconstructions: Tensor
     originals: Tensor
 
@@ -114,21 +115,45 @@ def evaluate_inversions(
     """`evaluate_inversion` for several attacks, run together; each bears its share of the time, by restarts and
     iterations. An attack that fails does so alone.
     """
-    started = time.perf_counter()
-    found = _run(captures, attacks, device)
-    seconds = time.perf_counter() - started
-    shares = np.array([a.restarts * a.iterations for a in attacks], dtype=float)
-    floors = _floors(captures, references)
-    results: list[InversionResult | InversionFailure] = []
-    for attack, candidates, share in zip(attacks, found, shares / shares.sum(), strict=True):
-        try:
-            if isinstance(candidates, ValueError):
-                raise candidates
-            reached = _compare(captures, candidates, floors, seconds * float(share))
-            results.append(InversionResult(attack=attack, **vars(reached)))
-        except (ValueError, FloatingPointError) as error:
-            results.append(InversionFailure(attack, error))
+    (results,) = evaluate_together([(captures, attacks)], device, references)
     return results
+
+
+def evaluate_together(
+    requests: Sequence[tuple[Sequence[Capture], Sequence[InversionConfig]]],
+    device: str = "cpu",
+    references: Tensor | None = None,
+) -> list[list[InversionResult | InversionFailure]]:
+    """`evaluate_inversions` for the captures of several defences, each with attacks of its own, as one batch.
+
+    All captures are of one model at one step, as those of the untrained model are. The results of each request, in
+    order.
+    """
+    watch = _Watch()
+    reached = _run(requests, device)
+    spent = watch.read()
+    total = sum(len(captures) * a.restarts * a.iterations for captures, attacks in requests for a in attacks)
+    results = []
+    for (captures, attacks), of_request in zip(requests, reached, strict=True):
+        floors = _floors(captures, references)
+        shares = [spent.share(len(captures) * a.restarts * a.iterations / total) for a in attacks]
+        results.append([_result(captures, *one, floors) for one in zip(attacks, of_request, shares, strict=True)])
+    return results
+
+
+def _result(
+    captures: Sequence[Capture],
+    attack: InversionConfig,
+    candidates: Sequence[Candidates] | ValueError,
+    spent: _Spent,
+    floors: _Floors | None,
+) -> InversionResult | InversionFailure:
+    try:
+        if isinstance(candidates, ValueError):
+            raise candidates
+        return InversionResult(attack=attack, **vars(_compare(captures, candidates, floors, spent)))
+    except (ValueError, FloatingPointError) as error:
+        return InversionFailure(attack, error)
 
 
 def evaluate_learned(
@@ -144,12 +169,12 @@ def evaluate_learned(
     Raises ValueError if a private image is among the auxiliary ones, and as `train_inverter` does.
     """
     _refuse_private(captures, auxiliary.images)
-    started = time.perf_counter()
+    watch = _Watch()
     inverter = train_inverter(captures[0].seen, auxiliary, config, device)
     images = inverter.reconstruct([c.seen for c in captures])
-    seconds = time.perf_counter() - started
+    spent = watch.read()
     candidates = [Candidates(image[None, None], torch.tensor([inverter.held_out_loss])) for image in images]
-    reached = _compare(captures, candidates, _floors(captures, references), seconds)
+    reached = _compare(captures, candidates, _floors(captures, references), spent)
     return LearnedResult(attack=config, losses=inverter.losses, **vars(reached))
 
 
@@ -169,16 +194,40 @@ def _refuse_private(captures: Sequence[Capture], images: Tensor) -> None:
                 )
 
 
-def _run(
-    captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str
-) -> list[Sequence[Candidates] | ValueError]:
-    """What each attack arrived at, one a capture, or why it can't be made; together, or else one by one."""
-    n = len(captures)
+@dataclass(frozen=True)
+class _Spent:
+    """Seconds by the clock, and of this process on CPUs."""
+
+    wall: float
+    cpu: float
+
+    def share(self, part: float) -> _Spent:
+        return _Spent(self.wall * part, self.cpu * part)
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+
+    def read(self) -> _Spent:
+        return _Spent(time.perf_counter() - self._started[0], time.process_time() - self._started[1])
+
+
+Request = tuple[Sequence[Capture], Sequence[InversionConfig]]
+
+
+def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candidates] | ValueError]]:
+    """By request and attack what it arrived at, one a capture, or why it can't be made; together, or else, where one of
+    them can't be made, one by one."""
+    jobs = [(c.seen, attack) for captures, attacks in requests for attack in attacks for c in captures]
     try:
-        candidates = invert([(c.seen, attack) for attack in attacks for c in captures], device)
+        candidates = iter(invert(jobs, device))
     except ValueError as error:
-        return [error] if len(attacks) == 1 else [r for a in attacks for r in _run(captures, [a], device)]
-    return [candidates[i * n : (i + 1) * n] for i in range(len(attacks))]
+        if len(requests) > 1:
+            return [_run([request], device)[0] for request in requests]
+        ((captures, attacks),) = requests
+        return [[error]] if len(attacks) == 1 else [[_run([(captures, [a])], device)[0][0] for a in attacks]]
+    return [[[next(candidates) for _ in captures] for _ in attacks] for captures, attacks in requests]
 
 
 def _floors(captures: Sequence[Capture], references: Tensor | None) -> _Floors | None:
@@ -205,7 +254,7 @@ class _Floors:
 
 
 def _compare(
-    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: _Floors | None, seconds: float
+    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: _Floors | None, spent: _Spent
 ) -> Reconstructions:
     picked = [_match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
     oracle: list[float] = []
@@ -234,7 +283,8 @@ def _compare(
         objective=[float(c.objective.min()) for c in candidates],
         matching=None if any(m is None for m in matching) else [float(m) for m in matching if m is not None],
         diverged=sum(c.diverged for c in candidates),
-        seconds=seconds,
+        seconds=spent.wall,
+        cpu_seconds=spent.cpu,
         reconstructions=reconstructions,
         originals=originals,
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from raytrust.audit.verdict import Evidence, image_evidence
+from raytrust.compress import expansion_remark
 from raytrust.config import (
     Defence,
     DenseConfig,
@@ -19,6 +21,7 @@ from raytrust.config import (
     from_dict,
     to_dict,
 )
+from raytrust.figures import Drawn
 from raytrust.metrics import bootstrap_interval, paired_difference, proportion_interval
 from raytrust.store import Store
 
@@ -27,10 +30,16 @@ Row = dict[str, Any]
 # Figures of the strongest attack that are averaged over images, None where they weren't measured.
 _MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy")
 _PAIRED = ("aware_gain", "aware_gain_interval", "aware_gain_p")
+_EVIDENCE = (
+    "floor_ssim", "excess", "excess_interval", "identified", "candidates", "naive_excess_interval", "naive_identified",
+)  # fmt: skip
 
 
 def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
-    """The frontier's row of a defence: see the README for its keys. Numbers come from finished results alone."""
+    """The frontier's row of a defence: see `raytrust.report` for its keys. Numbers come from finished results alone.
+
+    It holds the evidence; verdicts need all rows: see `raytrust.report.judge_rows`.
+    """
     train = replace(sweep.train, defence=defence)
     training = store.training(train)
     figures = store.attacks(train, "evaluation")
@@ -42,15 +51,18 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     if reason is None and (training is None or worst is None):
         failures = [*store.attack_failures(train, "evaluation"), *store.attack_failures(train, "tuning")]
         reason = f"no attack has a result: {failures[0]}" if failures else "not finished"
+    columns = compressor_columns(defence, training)
+    remark = training and expansion_remark(defence, training["bytes_per_step"], training["dense_bytes"])
     base = {
-        "name": defence.name,
-        **compressor_columns(defence, training),
+        "name": defence.name_with(columns["level"]),
+        **columns,
         "error_feedback": defence.error_feedback,
         "status": "finished" if reason is None else "failed",
         "reason": reason,
         "seeds": [sweep.train.seed],
         "threat": to_dict(sweep.train.threat),
         "run": store.run_id(train),
+        "remarks": [remark] if remark else [],
         "bytes_per_step": training and _integer(training["bytes_per_step"]),
         "compression_ratio": training and training["dense_bytes"] / training["bytes_per_step"],
         "attacks_tried": len({digest(f["attack"]) for f in [*store.attacks(train, "tuning"), *figures]}),
@@ -59,7 +71,7 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     if reason is not None or training is None or worst is None:
         empty = ("accuracy", "accuracy_interval", "n_test", "leakage_ssim", "leakage_interval", "ssim_std", "psnr")
         more = ("n_images", "naive_ssim", "aware_ssim", "oracle_ssim", "attack")
-        return base | dict.fromkeys((*empty, *more, *_MEANS, *_PAIRED))
+        return base | dict.fromkeys((*empty, *more, *_MEANS, *_PAIRED, *_EVIDENCE))
     ssim = worst["ssim"]
     interval = bootstrap_interval(ssim)
     return base | {
@@ -77,7 +89,28 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         "attack": worst["attack"],
         **{name: None if worst[name] is None else float(np.mean(worst[name])) for name in _MEANS},
         **_paired(by_objective["naive"], by_objective["aware"]),
+        **_evidence(worst, by_objective["naive"]),
     }
+
+
+def _evidence(worst: dict[str, Any], naive: dict[str, Any] | None) -> Row:
+    """What the verdict rests on, of the strongest attack and of the best one that ignores the compressor."""
+    strongest, ignorant = evidence_of(worst), None if naive is None else evidence_of(naive)
+    return {
+        "floor_ssim": strongest.floor,
+        "excess": strongest.excess,
+        "excess_interval": strongest.interval and list(strongest.interval),
+        "identified": strongest.identified,
+        "candidates": strongest.candidates,
+        "naive_excess_interval": None if ignorant is None or ignorant.interval is None else list(ignorant.interval),
+        "naive_identified": None if ignorant is None else ignorant.identified,
+    }
+
+
+def evidence_of(figures: dict[str, Any]) -> Evidence:
+    """That of the stored figures of one attack."""
+    names = ("ssim", "mean_image_ssim", "other_image_ssim", "identified_ssim", "candidates")
+    return image_evidence(*(figures[name] for name in names))
 
 
 def _paired(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:
@@ -148,12 +181,29 @@ def trained_defences(sweep: SweepConfig, store: Store, defences: Sequence[Defenc
 
 def drawing(store: Store, sweep: SweepConfig, finished: Row) -> tuple[np.ndarray, list[float], np.ndarray]:
     """(reconstructions, their SSIM, originals) of the winning attack on a finished defence."""
-    train = train_of(store, sweep, finished)
-    attack = from_dict(InversionConfig, finished["attack"])
-    reconstructions, originals = store.reconstructions(train, attack, "evaluation")
-    figures = store.attack(train, attack, "evaluation")
+    drawn, originals = _drawn(store, sweep, finished, finished["attack"])
+    return np.asarray(drawn.images), list(drawn.ssim), originals
+
+
+def drawn_attacks(store: Store, sweep: SweepConfig, finished: Row) -> tuple[list[Drawn], np.ndarray]:
+    """What the best attack that ignores the compressor made of the private images, and the strongest if that is
+    another; and the originals, (n, channels, height, width) in [0, 1]."""
+    naive = _best(store.attacks(train_of(store, sweep, finished), "evaluation"), "naive")
+    attacks = [naive["attack"]] if naive is not None and naive["attack"] != finished["attack"] else []
+    found = [_drawn(store, sweep, finished, attack) for attack in [*attacks, finished["attack"]]]
+    return [drawn for drawn, _ in found], found[0][1]
+
+
+def _drawn(store: Store, sweep: SweepConfig, finished: Row, attack: dict[str, Any]) -> tuple[Drawn, np.ndarray]:
+    train, config = train_of(store, sweep, finished), from_dict(InversionConfig, attack)
+    images, originals = store.reconstructions(train, config, "evaluation")
+    figures = store.attack(train, config, "evaluation")
     assert figures is not None
-    return reconstructions.numpy(), figures["ssim"], originals.numpy()
+    compressed = not isinstance(train.defence.compressor, DenseConfig)  # else there is nothing to know or to ignore
+    drawn = Drawn(
+        finished["name"], images.numpy(), figures["ssim"], figures["identified_ssim"], attack["objective"] * compressed
+    )
+    return drawn, originals.numpy()
 
 
 def train_of(store: Store, sweep: SweepConfig, finished: Row) -> TrainConfig:

@@ -1,4 +1,5 @@
-"""One sweep in a directory at a time, also where several machines share it.
+"""One sweep in a directory at a time, by a lock with a lease, as the package filelock has none: its flock() binds one
+machine alone on many shared file systems, and its soft lock outlives a machine that was lost.
 
 DIR/sweep.lock names the process and the machine that hold it. The holder touches it every few seconds. It is stale, and
 taken over, if its process has ended on this machine, or if a holder elsewhere has given no sign of life for long.
@@ -6,10 +7,12 @@ taken over, if its process has ended on this machine, or if a holder elsewhere h
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 NAME = "sweep.lock"
+BIRTH = 1.0  # seconds that a lock may be there without its content, where it can't be linked into place
 BEAT = 10.0  # seconds between two signs of life
+LINKLESS = {
+    errno.EOPNOTSUPP,
+    errno.ENOTSUP,
+    errno.EPERM,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EINVAL,
+}  # of link(), where there are none
 SILENCE = 180.0  # seconds without one until a holder on another machine is taken for dead; file systems cache for 60
 
 
@@ -48,7 +60,7 @@ def _acquire(path: Path, identity: str) -> None:
     try:
         for _ in range(3):
             try:
-                os.link(mine, path)  # unlike opening it anew, atomic with its content, over NFS too
+                _claim(path, mine)
                 return
             except FileExistsError:
                 _take_over(path, mine)
@@ -57,8 +69,41 @@ def _acquire(path: Path, identity: str) -> None:
         mine.unlink(missing_ok=True)
 
 
+def _claim(path: Path, mine: Path) -> None:
+    """Make the lock with the content of `mine`. Raises FileExistsError if there is one."""
+    try:
+        os.link(mine, path)  # atomic with its content, over NFS too
+    except OSError as error:
+        if isinstance(error, FileExistsError) or error.errno not in LINKLESS:
+            raise
+        _create(path, mine.read_bytes())  # a file system without links, as object stores and memory cards have
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Make a file that was not there. Raises FileExistsError if it was, or if another machine made it meanwhile.
+
+    Where files live in an object store, both may create it, and the store then refuses what the slower one writes.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.ESTALE:
+            raise FileExistsError(errno.EEXIST, "made by another machine meanwhile", str(path)) from error
+        path.unlink(missing_ok=True)  # such as where the disk is full
+        raise
+    if path.read_bytes() != content:
+        raise FileExistsError(errno.EEXIST, "made by another machine meanwhile", str(path))
+
+
 def _take_over(path: Path, mine: Path) -> None:
     """Remove the lock if it is stale; raises ValueError if it is not."""
+    with suppress(FileNotFoundError):
+        if path.stat().st_size == 0:
+            time.sleep(BIRTH)  # it is being made, without links
     holder = _read(path)
     if holder is None:  # released just now
         return

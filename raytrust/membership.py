@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from raytrust.cluster.runtime import cluster
 from raytrust.cluster.shadows import train_shadows
 from raytrust.config import Arm, Defence, MembershipConfig, to_dict
 from raytrust.data import Dataset
+from raytrust.lock import exclusive
 from raytrust.membership_figures import roc_figure, side_by_side_figure
 from raytrust.membership_page import membership_page, membership_table
 from raytrust.membership_paper import nearest_cells
@@ -22,6 +24,7 @@ from raytrust.membership_rows import matched_fit, row
 from raytrust.report import replace_file
 from raytrust.shadows import Pool, ShadowStore, draw_pool
 from raytrust.store import write_json
+from raytrust.studies.properties import choose_property
 from raytrust.tracking import Tracker, default_uri
 
 Row = dict[str, Any]
@@ -39,20 +42,35 @@ def run_membership(
     """Train the models that are not finished yet, write the report, log it, and return its rows.
 
     A defence with a model that fails is a row with the reason. KeyboardInterrupt passes through; what was finished is
-    stored. Writes results.json, membership.txt, roc.png, auc.png and report.html into the store's directory.
+    stored. What can't be measured on so few images, or on such, is left out and named in the report. Writes
+    results.json, membership.txt, roc.png, auc.png and report.html into the store's directory. Raises ValueError if
+    there are too few images, or if another run goes on in the directory.
     """
+    with exclusive(store.root):
+        return _run_alone(config, data, store, address, cpus, tracking_uri or default_uri(store.root))
+
+
+def _run_alone(
+    config: MembershipConfig, data: Dataset, store: ShadowStore, address: str | None, cpus: int, uri: str
+) -> list[Row]:
     pool = draw_pool(config, data)
+    config, left_out = measurable(config, data)
     store.clear_failures()
     progress = _Progress(config, store)
     progress.say(setting(config, data))
-    tracker = Tracker(tracking_uri or default_uri(store.root), store.root, experiment=f"raytrust {data.name}")
+    for name, reason in left_out.items():
+        progress.say(f"without {name}: {reason}")
+    tracker = Tracker(uri, store.root, experiment=f"raytrust {data.name}")
     with _logged(tracker, config, data, store):
         with cluster(address, cpus):
             train_shadows(config, data, store, progress)
         progress.say("attacking the final models")
         rows = [row(store, config, arm, pool, data.test_labels.numpy()) for arm in config.arms]
         _match(rows, config, store, pool)
-        artifacts = _write(rows, config, data, store)
+        for found in rows:
+            if (figures := found.get("property")) and "label" in figures:
+                figures["class"] = data.class_name(figures["label"])
+        artifacts = _write(rows, left_out, config, data, store)
         for arm, found in zip(config.arms, rows, strict=True):
             _log_arm(tracker, config, data, store, arm, found)
         finished = sum(r["status"] == "finished" for r in rows)
@@ -60,6 +78,17 @@ def run_membership(
         tracker.end_sweep("FINISHED", artifacts, metrics)
     progress.say("done")
     return rows
+
+
+def measurable(config: MembershipConfig, data: Dataset) -> tuple[MembershipConfig, dict[str, str]]:
+    """The audit without what can't be measured on these images; and why, by the name of what is left out."""
+    if config.property_models == 0:
+        return config, {}
+    try:
+        choose_property(config, data)
+    except ValueError as error:
+        return replace(config, property_models=0), {"property inference": str(error)}
+    return config, {}
 
 
 def setting(config: MembershipConfig, data: Dataset) -> str:
@@ -83,17 +112,20 @@ def _match(rows: list[Row], config: MembershipConfig, store: ShadowStore, pool: 
             found["matched"] = matched_fit(uncompressed, shadows, pool)
 
 
-def _write(rows: list[Row], config: MembershipConfig, data: Dataset, store: ShadowStore) -> list[Path]:
+def _write(
+    rows: list[Row], left_out: dict[str, str], config: MembershipConfig, data: Dataset, store: ShadowStore
+) -> list[Path]:
     names = ("membership.json", "membership.txt", "report.html", "roc.png", "auc.png")
     audit, text, page, roc, areas = (store.root / name for name in names)
-    content = {"setting": setting(config, data), "rows": rows, "nearest_to_paper": nearest_cells(rows)}
+    content: dict[str, Any] = {"setting": setting(config, data), "rows": rows, "left_out": left_out}
+    content["nearest_to_paper"] = nearest_cells(rows)
     write_json(store.root / "results.json", content)
-    replace_file(text, (membership_table(rows) + "\n").encode())
+    replace_file(text, (membership_table(rows, left_out) + "\n").encode())
     if any(r["status"] == "finished" for r in rows):
         roc_figure(rows, roc)
         side_by_side_figure(rows, areas)
     drawn = [path for path in (areas, roc) if path.exists()]
-    replace_file(page, membership_page(rows, setting(config, data), drawn).encode())
+    replace_file(page, membership_page(rows, setting(config, data), drawn, left_out).encode())
     return [audit, store.root / "results.json", text, page, *drawn]
 
 
@@ -134,6 +166,7 @@ def _log_arm(
     for m in found["messages"]:
         name = f"message_auc_{m['score']}_vs_{m['control']}_step_{m['step']}"
         metrics[name.replace(" ", "_")] = m["value"]
+    metrics = {name: value for name, value in metrics.items() if value is not None}
     tracker.evaluated(key, metrics, {"models": len(shadows)}, [])
 
 

@@ -53,6 +53,8 @@ def side_by_side_figure(rows: list[Row], path: Path) -> None:
     ax = fig.subplots()
     for place, row in enumerate(finished):
         for i, (name, found) in enumerate(side_by_side(row).items()):
+            if found["value"] is None:
+                continue
             y = place + 0.15 * (i - 1.5)
             label = name if place == 0 else None
             ax.plot(found["value"], y, "os^D"[i], color=_colour(i), markersize=6, label=label)

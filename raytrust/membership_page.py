@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from raytrust.membership_figures import message_figure
 from raytrust.membership_paper import ATTACKS, floors, nearest_cells
 from raytrust.published import TABLE_2
 from raytrust.report import human_bytes
+from raytrust.reports.membership_control import control_lines
 
 Row = dict[str, Any]
 Table = list[list[str]]
@@ -23,9 +24,15 @@ th{border-bottom:2px solid #999}
 img{max-width:100%}.wide{overflow-x:auto}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}p{max-width:60rem}"""
 
 
-def membership_table(rows: Sequence[Row]) -> str:
-    """The main figures as plain text: AUC on final models and on messages side by side, with 95 % intervals."""
+def membership_table(rows: Sequence[Row], left_out: Mapping[str, str] | None = None) -> str:
+    """The main figures as plain text: AUC on final models and on messages side by side, with 95 % intervals, and
+    whether the attacks work without compression.
+
+    left_out: why a section has no figures, by its name, as in "property inference".
+    """
     parts = [_text(table) for table in (side_by_side_table(rows), attack_table(rows), message_table(rows))]
+    parts += ["\n".join(control_lines(rows))]
+    parts += [f"Without {name}. {reason}" for name, reason in (left_out or {}).items()]
     return "\n\n".join(parts + [f"{r['name']} failed: {r['reason']}" for r in rows if r["status"] == "failed"])
 
 
@@ -135,9 +142,25 @@ def class_table(rows: Sequence[Row], attack: str = "LiRA online", most: int = 20
 
 
 def property_table(rows: Sequence[Row]) -> Table:
-    found = [["defence", "attacker compresses its own batches", "attacker ignores the compressor"]]
+    """One line a defence; empty where it was not measured."""
     measured = [r for r in _finished(rows) if r["property"] is not None]
-    return found + [[r["name"], _number(r["property"]["aware"]), _number(r["property"]["naive"])] for r in measured]
+    if not measured:
+        return []
+    found = [["defence", "class", "attacker compresses its own batches", "attacker ignores the compressor"]]
+    for r in measured:
+        figures = r["property"]
+        if "reason" in figures:
+            found.append([r["name"], "-", f"failed: {figures['reason']}", "-"])
+        else:
+            found.append(
+                [
+                    r["name"],
+                    figures.get("class", str(figures["label"])),
+                    _number(figures["aware"]),
+                    _number(figures["naive"]),
+                ]
+            )
+    return found
 
 
 def grid_table(rows: Sequence[Row]) -> Table:
@@ -167,8 +190,11 @@ def paper_table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def membership_page(rows: Sequence[Row], setting: str, figures: Sequence[Path]) -> str:
-    """The whole audit on one page. setting: in words. figures: PNG files, which the page takes in."""
+def membership_page(
+    rows: Sequence[Row], setting: str, figures: Sequence[Path], left_out: Mapping[str, str] | None = None
+) -> str:
+    """The whole audit on one page. setting: in words. figures: PNG files, which the page takes in. left_out: see
+    `membership_table`."""
     images = [base64.b64encode(path.read_bytes()).decode() for path in figures]
     drawn = [
         f'<img alt="{path.stem}" src="data:image/png;base64,{i}">' for path, i in zip(figures, images, strict=True)
@@ -194,16 +220,23 @@ def membership_page(rows: Sequence[Row], setting: str, figures: Sequence[Path]) 
         ("By class: LiRA online on final models", class_table(rows), "AUC."),
         ("Attacks on messages", message_table(rows), "AUC by step. Against other training points, which the model has "
          "seen as often, only the message can tell; the loss at that step is what the model alone says."),
-        ("Property inference from messages", property_table(rows), "Does a batch hold an image of class 0, in a model "
-         "that is trained for something else? AUC."),
+        ("Property inference from messages", property_table(rows), "Does a batch hold an image of this class, in a "
+         "model that is trained for something else? AUC."),
         (f"The paper's grid: balanced accuracy, {', '.join(ATTACKS)}", grid_table(rows), "Floor: what a score that "
          "knows nothing is expected to reach with thresholds chosen on the very points that are judged."),
         ("Nearest to the paper's Table 2 (paper / ours)", paper_table(rows), notes + shift),
     ]  # fmt: skip
-    body = "".join(f"<h2>{_escape(t)}</h2><p>{_escape(note)}</p>{_html(table)}" for t, table, note in sections if table)
+    for name, reason in (left_out or {}).items():
+        sections.append((name.capitalize(), [], f"Left out. {reason}"))
+    control = "".join(f"<p><b>{_escape(line)}</b></p>" for line in control_lines(rows))
+    body = "".join(
+        f"<h2>{_escape(t)}</h2><p>{_escape(note)}</p>{_html(table) if table else ''}"
+        for t, table, note in sections
+        if table or note.startswith("Left out.")
+    )
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Membership audit</title><style>{_STYLE}</style>"
-        f"<h1>Membership audit</h1><p>{_escape(setting)}</p>{failed}{''.join(drawn)}{body}</html>\n"
+        f"<h1>Membership audit</h1><p>{_escape(setting)}</p>{control}{failed}{''.join(drawn)}{body}</html>\n"
     )
 
 

@@ -155,7 +155,7 @@ def message_figures(shadows: Sequence[Shadow]) -> list[Row]:
             "step": step,
             "control": control,
             "score": score,
-            **figure([message_auc(s, step, kind, column) for s in shadows]),
+            **figure([area for s in shadows if (area := message_auc(s, step, kind, column)) is not None]),
         }
         for step in steps
         for control, kind in CONTROLS.items()
@@ -188,15 +188,18 @@ def _mean_tpr(drawn: Sequence[Roc], fpr: Array) -> list[float]:
     return np.asarray(np.mean(found, axis=0)).tolist()
 
 
-def message_auc(shadow: Shadow, step: int, control: int, column: int) -> float:
-    """AUC of a column of `Shadow.messages` for members against one kind of control, mean over the step's batches."""
+def message_auc(shadow: Shadow, step: int, control: int, column: int) -> float | None:
+    """AUC of a column of `Shadow.messages` for members against one kind of control, mean over the step's batches.
+
+    None if no batch has both: canaries are left out, and a small pool may have no other points.
+    """
     areas = []
     for batch in _batches(shadow):
         rows = _rows_of(shadow, step, batch, control)
         member = rows[:, 2] == MEMBER
-        if member.any() and not member.all():  # a batch may consist of canaries, which are left out
+        if member.any() and not member.all():
             areas.append(auc(rows[:, column], member))
-    return float(np.mean(areas))
+    return float(np.mean(areas)) if areas else None
 
 
 def _batches(shadow: Shadow) -> list[int]:
@@ -231,17 +234,24 @@ def matched_fit(uncompressed: Sequence[Shadow], shadows: Sequence[Shadow], pool:
         "steps": sorted(steps),
         "train_loss": figure(losses),
         "loss_auc": figure(areas),
-        "message_auc": figure(messages),
+        "message_auc": figure([area for area in messages if area is not None]),
     }
 
 
-def property_figures(store: ShadowStore, config: MembershipConfig, arm: Arm) -> dict[str, Figure] | None:
-    """AUC of property inference by attacker ("aware", "naive"); None where it was not measured."""
+def property_figures(store: ShadowStore, config: MembershipConfig, arm: Arm) -> Row | None:
+    """AUC of property inference by attacker ("aware", "naive"), and the "label" of the class that was looked for;
+    {"reason"} if a model of it failed; None where it was not measured."""
     if not isinstance(arm, Defence) or config.property_models == 0:
         return None
-    found = [store.load(config, arm, model, "property") for model in range(config.property_models)]
-    done = [f for f in found if f is not None and f["holds"].any() and not f["holds"].all()]
-    return {name: figure([auc(f[name], f["holds"]) for f in done]) for name in ("aware", "naive")}
+    if (reason := store.failure(config, arm, "property")) is not None:
+        return {"reason": reason}
+    models = [store.load(config, arm, model, "property") for model in range(config.property_models)]
+    finished = [m for m in models if m is not None]
+    if not finished:
+        return {"reason": "not finished"}
+    told = [m for m in finished if m["holds"].any() and not m["holds"].all()]
+    areas = {name: figure([auc(m[name], m["holds"]) for m in told]) for name in ("aware", "naive")}
+    return {**areas, "label": int(finished[0]["label"])}
 
 
 def final_loss(shadow: Shadow, pool: Pool, model: int) -> float:

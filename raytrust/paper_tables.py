@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from raytrust.paper.selection import NOT_FINISHED, Plan, chosen, plan_for, worst
 from raytrust.paper.units import Unit, UnitStore
 from raytrust.paper.write import ARTIFACTS, write_report
 from raytrust.published import CELLS, CITATION, TABLE_1, TITLES
+from raytrust.reports.outbox import Outbox
 from raytrust.shadows import Kind, ShadowStore, draw_pool, open_shadows
 from raytrust.store import read_json, write_json
 from raytrust.tracking import Tracker, default_uri
@@ -92,6 +94,7 @@ def run_paper(
     interrupt: KeyboardInterrupt | None = None
     with exclusive(root):
         tracker = Tracker(tracking_uri or default_uri(root), root, experiment="raytrust paper tables")
+        outbox = Outbox(tracker, run.progress.say, "run")
         tags = {"raytrust.kind": "paper tables", "seeds": [config.seed], "paper": CITATION}
         parameters = {"budget": config.budget.name, "tables": config.tables, "datasets": config.datasets}
         tracker.begin_sweep(f"paper tables {root.name}", parameters, tags)
@@ -104,14 +107,16 @@ def run_paper(
             run.say_what_is_left(interrupt is not None)
             report = assemble(config.budget, config.tables, config.images, config.seed, data, root)
             write_report(report, root)
-            _log(tracker, report, root)
+            _log(tracker, outbox, report)
         except BaseException as error:
-            tracker.end_sweep("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            outbox.send(lambda: tracker.end_sweep(status))
             raise
         written = [root / name for name in ARTIFACTS if (root / name).exists()]
-        tracker.end_sweep("KILLED" if report.unfinished[0] else "FINISHED", written)
-    if interrupt is not None:
-        raise interrupt
+        outbox.send(lambda: tracker.end_sweep("KILLED" if report.unfinished[0] else "FINISHED", written))
+        if interrupt is not None:
+            raise interrupt
+        outbox.finish()
     return report
 
 
@@ -128,7 +133,7 @@ class _Run:
         spread: bool,
         until: float | None = None,
     ):
-        self._config, self._root, self._progress, self._spread, self._until = config, root, progress, spread, until
+        self._config, self._root, self.progress, self._spread, self._until = config, root, progress, spread, until
         self._data = data
         audited = data if 2 in config.tables else {}
         self._audits = {name: audit_config(config.budget, config.seed, d) for name, d in audited.items()}
@@ -154,10 +159,10 @@ class _Run:
     def say_what_is_left(self, interrupted: bool) -> None:
         """A line, if that is why the run ended."""
         self._expect()
-        pieces, minutes = self._progress.pieces_left(), self._progress.minutes_left()
+        pieces, minutes = self.progress.pieces_left(), self.progress.minutes_left()
         if pieces and (interrupted or self._too_late()):
             why = "interrupted" if interrupted else "time is up"
-            self._progress.say(f"{why}: {pieces} pieces are left, about {minutes:.0f} min")
+            self.progress.say(f"{why}: {pieces} pieces are left, about {minutes:.0f} min")
 
     def _phases(self, name: str) -> Iterator[tuple[str, list[Unit]]]:
         """What is to be done for table 1 and section 3, each phase known when the one before it is done."""
@@ -168,10 +173,10 @@ class _Run:
         if (settings := chosen(store, plan)) == NOT_FINISHED:
             return  # it is too late
         if isinstance(settings, str):
-            self._progress.say(f"{TITLES[name]}: no setting of the search gave a figure: {settings}")
+            self.progress.say(f"{TITLES[name]}: no setting of the search gave a figure: {settings}")
             yield "section 3", theory
             return
-        self._progress.say(f"{TITLES[name]}: nearest to the paper is {settings[0].name}")
+        self.progress.say(f"{TITLES[name]}: nearest to the paper is {settings[0].name}")
         table, portfolio = _table_1(plan, settings)
         yield "table 1: naive and aware attacks, search for the worst case, section 3", [*table, *portfolio, *theory]
         worst = [worst_units(store, plan, settings, cell) for cell in CELLS]
@@ -200,9 +205,9 @@ class _Run:
         units = [u for name in self._data if 1 in self._config.tables for u in self._left(name)]
         of = costs(units)
         for kind in ("training", "attack", "theory"):
-            self._progress.expect(kind, *of.get(kind, (0, 0.0)))
+            self.progress.expect(kind, *of.get(kind, (0, 0.0)))
         models = sum(len(self._models_left(name)) for name in self._audits)
-        self._progress.expect("models", models, float(models))
+        self.progress.expect("models", models, float(models))
 
     def _do(self, name: str, what: str, units: Sequence[Unit]) -> None:
         store, data = self._stores[name], self._data[name]
@@ -211,40 +216,40 @@ class _Run:
             return
         self._begin(f"{TITLES[name]}, {what}: {len(missing)} pieces")
         if self._spread:
-            run_units([(store, u) for u in missing], {store.fingerprint: data}, self._progress, self._until)
+            run_units([(store, u) for u in missing], {store.fingerprint: data}, self.progress, self._until)
             return
         torch.set_num_threads(1)
         for unit in missing:
             if self._too_late():
                 return
             try:
-                self._progress.ended(unit, store.run(unit, data))
+                self.progress.ended(unit, store.run(unit, data))
             except (ValueError, FloatingPointError) as error:
                 store.fail(unit, str(error))
-                self._progress.ended(unit, None, str(error))
+                self.progress.ended(unit, None, str(error))
 
     def _audit(self, name: str) -> None:
         config, data, store = self._audits[name], self._data[name], self._shadows(name)
         if not (left := self._models_left(name)):
             return
         self._begin(f"{TITLES[name]}, table 2: {len(left)} models of {len(config.arms)} defences")
-        self._progress.audit_begins()
+        self.progress.audit_begins()
         if self._spread:
-            train_shadows(config, data, store, self._progress, self._until)
+            train_shadows(config, data, store, self.progress, self._until)
             return
         for kind, arm, model in left:
             if self._too_late():
                 return
             try:
                 store.run(config, arm, model, kind, data)
-                self._progress.finished("models", store.arm_id(config, arm), {"kind": kind, "model": model})
+                self.progress.finished("models", store.arm_id(config, arm), {"kind": kind, "model": model})
             except (ValueError, FloatingPointError) as error:
                 store.fail(config, arm, model, kind, str(error))
-                self._progress.failed("models", arm.name, str(error))
+                self.progress.failed("models", arm.name, str(error))
 
     def _begin(self, what: str) -> None:
         self._expect()
-        self._progress.say(f"{what}; about {self._progress.minutes_left():.0f} min left in all")
+        self.progress.say(f"{what}; about {self.progress.minutes_left():.0f} min left in all")
 
     def _shadows(self, name: str) -> ShadowStore:
         return open_shadows(self._root / f"membership-{name}", self._audits[name], self._stores[name].fingerprint, {})
@@ -280,13 +285,15 @@ def _table_1(plan: Plan, settings: tuple[Setting, Setting]) -> tuple[list[Unit],
     return _dear_first(table), _dear_first(portfolio)
 
 
-def _log(tracker: Tracker, report: Report, root: Path) -> None:
+def _log(tracker: Tracker, outbox: Outbox, report: Report) -> None:
     """One run a data set and cell of which nothing is left to do, with what the tables say of it."""
     for dataset in report.datasets:
         for cell in CELLS:
             if not report.finished(dataset, cell):
                 continue
-            metrics, parameters = report.metrics(dataset, cell), {"dataset": dataset, "compressor": cell[0]}
-            name = f"{TITLES[dataset]} {cell[0]}" + (f" {cell[1]}" if cell[1] else "")
+            metrics = report.metrics(dataset, cell)
+            parameters = {"dataset": dataset, "compressor": cell[0], "rank": cell[1]}
+            key, name = f"{dataset}/{cell[0]}/{cell[1]}", f"{TITLES[dataset]} {cell[0]}"
+            name += f" {cell[1]}" if cell[1] else ""
             reason = report.failure(dataset, cell) if not metrics else ""
-            tracker.measured(f"{dataset}/{cell[0]}/{cell[1]}", name, parameters | {"rank": cell[1]}, metrics, reason)
+            outbox.send(partial(tracker.measured, key, name, parameters, metrics, reason))

@@ -1,10 +1,17 @@
-"""What a person in front of the terminal sees while a sweep runs."""
+"""What a person in front of the terminal sees while a sweep runs.
+
+No line ranks defences: before all attacks are made, and the uncompressed gradient is known to give way, the one that
+leaks least is the one that was attacked worst.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
+
+from raytrust.audit.verdict import floor_of_images
 
 PHASES = ("defences", "attacks", "evaluation")
 WORDS = {"defences": "defences trained", "attacks": "attacks tuned", "evaluation": "defences evaluated"}
@@ -34,7 +41,7 @@ class Progress:
         self._done = dict.fromkeys(PHASES, 0)
         self._running: dict[tuple[str, str], str] = {}
         self._seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
-        self._best: dict[str, tuple[float, float, str]] = {}
+        self._accuracy: dict[str, float] = {}
         self._names: dict[str, str] = {}
 
     def started(self, phase: str, key: str, what: str) -> None:
@@ -46,20 +53,20 @@ class Progress:
         if phase == "defences":
             self._seconds["defences"].append(result["wall_seconds"])
             self._seconds["attacks"] += [result["attack_seconds"] / max(1, result["attacks"])] * result["attacks"]
-            self._best[key] = (result["accuracy"], result["leakage"], name)
-            text = f"{name}: accuracy {100 * result['accuracy']:.1f} %, leakage {result['leakage']:.3f} so far"
+            self._accuracy[key] = result["accuracy"]
+            floor = result.get("floor")
+            text = f"SSIM {result['leakage']:.2f} on the tuning images{_floor_text(floor)}"
         elif phase == "attacks":
             self._seconds["attacks"].append(result["attack_seconds"])
-            objective = result["figures"]["attack"]["objective"]
-            text = f"{name}: {objective} attack, SSIM {result['ssim']:.3f} on the tuning images"
-            if key in self._best:
-                accuracy, leakage, _ = self._best[key]
-                self._best[key] = (accuracy, max(leakage, result["ssim"]), name)
+            figures = result["figures"]
+            objective = figures["attack"]["objective"]
+            text = f"{objective} attack, SSIM {result['ssim']:.2f} on the tuning images{_floor_text(_floor([figures]))}"
         else:
             means = {f["attack"]["objective"]: sum(f["ssim"]) / len(f["ssim"]) for f in result["figures"]}
-            values = ", ".join(f"{objective} {mean:.3f}" for objective, mean in means.items())
-            text = f"{name}: SSIM on the evaluation images: {values}"
-        self._line(phase, text)
+            values = ", ".join(f"{objective} {mean:.2f}" for objective, mean in means.items())
+            text = f"SSIM {values or '-'} on the evaluation images{_floor_text(_floor(result['figures']))}"
+        accuracy = f"accuracy {100 * self._accuracy[key]:.0f} %, " if key in self._accuracy else ""
+        self._line(phase, f"{name}: {accuracy}{text}")
 
     def failed(self, phase: str, key: str, reason: str) -> None:
         self._line(phase, f"{self._end(phase, key)}: FAILED, {reason}")
@@ -80,18 +87,8 @@ class Progress:
         return self._names.get(key, key)
 
     def _line(self, phase: str, text: str) -> None:
-        parts = [f"{self._done[phase]}/{self._totals[phase]} {WORDS[phase]}", text, self._best_so_far(), self._left()]
+        parts = [f"{self._done[phase]}/{self._totals[phase]} {WORDS[phase]}", text, self._left()]
         self.say(" | ".join(part for part in parts if part))
-
-    def _best_so_far(self) -> str:
-        """The least leakage among the defences whose accuracy is within two points of the best."""
-        if not self._best:
-            return ""
-        top = max(accuracy for accuracy, _, _ in self._best.values())
-        accuracy, leakage, name = min(
-            (best for best in self._best.values() if best[0] >= top - 0.02), key=lambda best: best[1]
-        )
-        return f"best so far {name} ({100 * accuracy:.1f} %, {leakage:.3f})"
 
     def _left(self) -> str:
         if not self._seconds["defences"]:
@@ -100,6 +97,19 @@ class Progress:
         left = {phase: max(0, self._totals[phase] - self._done[phase]) for phase in PHASES}
         attacks = mean["attacks"] * (left["attacks"] + self._evaluation_cost * left["evaluation"]) / self._parallel
         return f"about {_clock(left['defences'] * mean['defences'] + attacks)} left"
+
+
+def _floor(figures: Sequence[dict[str, Any]]) -> float | None:
+    """What is reached on the attacked images without any attack, if it was measured; the same for all attacks."""
+    for of_one in figures:
+        floor = floor_of_images(of_one.get("mean_image_ssim"), of_one.get("other_image_ssim"))
+        if floor is not None:
+            return sum(floor) / len(floor)
+    return None
+
+
+def _floor_text(floor: float | None) -> str:
+    return "" if floor is None else f" (floor {floor:.2f})"
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""From saved results to the table of the privacy frontier: rows, their file, their Pareto set.
+"""From saved results to the table of the privacy frontier: rows, their file, their verdicts.
 
 A row is one defence, a plain dict as ``frontier.json`` holds it. It may carry any further keys, which are kept as they
 are. Keys that raytrust reads:
@@ -8,9 +8,15 @@ are. Keys that raytrust reads:
 - ``leakage_ssim`` (mean SSIM under the strongest attack), ``leakage_interval`` or None, ``n_images``;
 - ``naive_ssim``, ``aware_ssim``: the best attack that ignores the compressor, and the best that knows it;
 - ``mean_image_ssim``, ``other_image_ssim``: floors, what the mean of the data set and a random other image reach;
-- ``bytes_per_step``, ``compression_ratio``; ``attack`` (the winner's settings), ``attacks_tried``, ``seeds``.
+- ``floor_ssim`` (the greater of the two), ``excess`` (leakage - floor) and ``excess_interval``, ``identified`` (how
+  many of the images, among ``candidates``): the evidence of the strongest attack; ``naive_excess_interval`` and
+  ``naive_identified``: of the best naive one;
+- ``bytes_per_step``, ``compression_ratio``; ``attack`` (the winner's settings), ``attacks_tried``, ``seeds``;
+- ``remarks``: a list of strings that a reader must know, such as "sends more bytes than the gradient itself".
 
-``pareto`` isn't read but computed anew, so that it can't be stale.
+``verdict`` ("leaks", "resists", "undecided", None of a failure), ``verdict_reason``, ``control`` (whether the attack
+works without compression) and ``pareto`` are written for other readers, but computed anew here from the evidence, so
+that they can't be stale. The rule is that of `raytrust.audit.verdict`.
 
 A finished row has numbers for accuracy and leakage. A failed row has none for accuracy and for whatever an attack
 measures, so that a failure can't pass for a zero, neither in a file nor in a figure; bytes it may have, as training may
@@ -29,16 +35,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-
-from raytrust import metrics
+from raytrust.audit.verdict import VERDICTS
+from raytrust.reports import judged
 
 Row = dict[str, Any]
 
 _REQUIRED = ("accuracy", "leakage_ssim")
 _ATTACKED = ("naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "mse", "lpips", "label_accuracy")
 _COMPARED = ("identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "aware_gain", "aware_gain_p")
-_MEASURED = (*_REQUIRED, *_ATTACKED, *_COMPARED)  # None in a failed row
+_EVIDENCE = ("floor_ssim", "excess", "excess_interval", "identified", "naive_excess_interval", "naive_identified")
+_MEASURED = (*_REQUIRED, *_ATTACKED, *_COMPARED, *_EVIDENCE, "verdict")  # None in a failed row
 _TABLE_WIDTH = 120
 
 
@@ -63,8 +69,8 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
 
     Raises:
         ValueError: a row without a name; a status other than "finished" and "failed"; a failed row that carries a
-            number for accuracy or from an attack; a finished row without a number for accuracy or leakage; NaN or
-            infinity anywhere.
+            verdict, or a number for accuracy or from an attack; a finished row without a number for accuracy or
+            leakage, or with an unknown verdict; NaN or infinity anywhere.
         TypeError: a value that JSON has no form for.
 
     The file is then left as it was.
@@ -73,19 +79,14 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     replace_file(path, (text + "\n").encode())
 
 
-def mark_pareto(rows: Sequence[Row]) -> list[Row]:
-    """Copies of the rows with ``pareto`` set: no finished row leaks less and is more accurate (see metrics.pareto).
-
-    A failed row gets False. Order is kept and the arguments are left alone.
+def judge_rows(rows: Sequence[Row]) -> list[Row]:
+    """Copies of the rows with ``verdict``, ``verdict_reason``, ``control`` and ``pareto``, as
+    `raytrust.reports.judged.judge_rows` computes them. Order is kept and the arguments are left alone.
 
     Raises:
         ValueError: as in :func:`write_rows`.
     """
-    rows = _checked(rows)
-    finished = [row for row in rows if row["status"] == "finished"]
-    points = np.array([[row["leakage_ssim"], row["accuracy"]] for row in finished]).reshape(-1, 2)
-    mask = iter(metrics.pareto(points, maximise=[False, True]).tolist())
-    return [{**row, "pareto": next(mask) if row["status"] == "finished" else False} for row in rows]
+    return judged.judge_rows(_checked(rows))
 
 
 def _checked(rows: Any) -> list[Row]:
@@ -104,6 +105,8 @@ def _checked(rows: Any) -> list[Row]:
                 value = row.get(key)
                 if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                     raise ValueError(f"Expected a finite number {key} in the finished row {name!r}, got {value!r}.")
+            if row.get("verdict") not in (None, *VERDICTS):
+                raise ValueError(f"Expected verdict={row['verdict']!r} of row {name!r} to be one of {VERDICTS}.")
         else:
             raise ValueError(f"Expected status='finished' or 'failed' in row {name!r}, got {status!r}.")
     return list(rows)
@@ -126,31 +129,29 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
 def frontier_table(rows: Sequence[Row]) -> str:
     """The frontier as plain text for a terminal, at most 120 columns wide.
 
-    Finished rows come first, least leakage on top; ``*`` marks the Pareto set, computed here from leakage and
-    accuracy. Failed rows follow with their reason and no number. A caption says what the numbers are and their n.
+    Where the attack fails without compression, the first lines say so. Finished rows come first, least leakage on top;
+    ``*`` marks the Pareto set (see `raytrust.reports.judged.mark_pareto`). Failed rows follow with their reason and no
+    number. A caption says what the numbers are and their n.
 
     Raises:
         ValueError: as in :func:`write_rows`.
     """
-    rows = mark_pareto(rows)
+    rows = judge_rows(rows)
     finished, failed = split(rows)
-    header = [
-        "  defence",
-        "accuracy %",
-        "leakage\nSSIM",
-        "naive/\naware",
-        "bytes/\nstep",
-        "ratio",
-        "strongest attack",
-        "tried",
-    ]
+    header = ["  defence", "verdict", "accuracy %", "leakage\nSSIM", "iden-\ntified", "naive/\naware", "bytes/\nstep"]
+    header += ["strongest attack"]
     cells = [header, *(_table_cells(row) for row in finished)]
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)]
-    spare = _TABLE_WIDTH - 2 * (len(widths) - 1) - sum(widths) + widths[0] + widths[6]
-    widths[0] = min(widths[0], max(22, spare - widths[6]))  # long names and attacks wrap
-    widths[6] = min(widths[6], spare - widths[0])
+    spare = _TABLE_WIDTH - 2 * (len(widths) - 1) - sum(widths) + widths[0] + widths[-1]
+    widths[0] = min(widths[0], max(14, min(22, spare - 10), spare - widths[-1]))  # long names and attacks wrap
+    widths[-1] = min(widths[-1], spare - widths[0])
 
-    lines = _table_lines(header, widths)
+    lines = (
+        []
+        if control_works(rows)
+        else [*textwrap.wrap(judged.control_sentence(rows), _TABLE_WIDTH, break_on_hyphens=False), ""]
+    )
+    lines += _table_lines(header, widths)
     lines.append("  ".join("-" * width for width in widths))
     for row_cells in cells[1:]:
         lines += _table_lines(row_cells, widths)
@@ -158,33 +159,55 @@ def frontier_table(rows: Sequence[Row]) -> str:
         rest = _TABLE_WIDTH - widths[0] - 2
         reason = textwrap.fill(f"failed: {reason_of(row)}", rest, subsequent_indent="  ")
         lines += _table_lines([f"  {row['name']}", reason], [widths[0], rest])
-    caption = (
-        f"{provenance(finished)} naive/aware: the strongest attack that ignores/knows the compressor. "
-        "r: restarts, s: training step attacked. *: Pareto set (least leakage, most accuracy)."
-    )
-    return "\n".join([*lines, "", *textwrap.wrap(caption, _TABLE_WIDTH)])
+    remarks = [f"{row['name']}: {remark}." for row in finished for remark in judged.remarks_of(row, rows)]
+    caption = f"{provenance(finished)} naive/aware: the strongest attack that ignores/knows the compressor. "
+    caption += "r: restarts, s: training step attacked. "
+    if control_works(rows):
+        caption += "*: Pareto set, no other is better in leakage or accuracy by intervals apart, and worse in neither."
+    texts = [text.replace(" %", "\N{NO-BREAK SPACE}%") for text in [caption, *remarks]]
+    notes = [line for text in texts for line in textwrap.wrap(text, _TABLE_WIDTH)]
+    return "\n".join([*lines, "", *notes])
+
+
+def control_works(judged_rows: Sequence[Row]) -> bool:
+    return any(row["control"] for row in judged_rows)
 
 
 def _table_cells(row: Row) -> list[str]:
-    accuracy, leakage = f"{100 * row['accuracy']:.1f}", f"{row['leakage_ssim']:.2f}"
-    if (interval := row.get("accuracy_interval")) is not None:
-        accuracy += f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    if (interval := row.get("leakage_interval")) is not None:
-        low, high = interval
-        centred = abs((low + high) / 2 - row["leakage_ssim"]) < 0.005
-        leakage += f" ±{(high - low) / 2:.2f}" if centred else f" [{low:.2f}, {high:.2f}]"
-    naive, aware = ("-" if row.get(key) is None else f"{row[key]:.2f}" for key in ("naive_ssim", "aware_ssim"))
-    ratio = row.get("compression_ratio")
+    naive, aware = ("-" if row.get(key) is None else two_digits(row[key]) for key in ("naive_ssim", "aware_ssim"))
+    identified = row.get("identified")
     return [
         f"{'*' if row['pareto'] else ' '} {row['name']}",
-        accuracy,
-        leakage,
+        row["verdict"],
+        accuracy_text(row),
+        leakage_text(row),
+        "-" if identified is None else f"{identified}/{row['n_images']}",
         f"{naive}/{aware}",
         human_bytes(row.get("bytes_per_step")),
-        "-" if ratio is None else f"{ratio:.0f}x" if ratio >= 9.95 else f"{ratio:.1f}x",
-        _attack_text(row.get("attack")),
-        "-" if row.get("attacks_tried") is None else str(row["attacks_tried"]),
+        attack_text(row.get("attack")),
     ]
+
+
+def accuracy_text(row: Row) -> str:
+    """Of a finished row, in per cent, with its interval: 93.0 [89.9, 95.2]."""
+    interval = row.get("accuracy_interval")
+    ends = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    return f"{100 * row['accuracy']:.1f}{ends}"
+
+
+def leakage_text(row: Row) -> str:
+    """Mean SSIM of a finished row with its interval: 0.41 ±0.10, or 0.41 [0.00, 0.71] if that isn't centred."""
+    text, interval = two_digits(row["leakage_ssim"]), row.get("leakage_interval")
+    if interval is None:
+        return text
+    low, high = interval
+    centred = abs((low + high) / 2 - row["leakage_ssim"]) < 0.005
+    return f"{text} ±{(high - low) / 2:.2f}" if centred else f"{text} [{two_digits(low)}, {two_digits(high)}]"
+
+
+def two_digits(value: float) -> str:
+    """With two digits after the point; what rounds to 0 has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def _table_lines(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -197,7 +220,8 @@ def _table_lines(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
     return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _attack_text(attack: Row | None) -> str:
+def attack_text(attack: Row | None) -> str:
+    """An attack's main settings in short: aware tv=0.01 lr=0.1 r=2 s=0."""
     names = {"objective": "", "tv": "tv=", "step_size": "lr=", "restarts": "r=", "capture_step": "s="}
     values = {label: attack.get(key) for key, label in names.items()} if attack else {}
     texts = [f"{label}{_short(value)}" for label, value in values.items() if value is not None]
@@ -252,7 +276,7 @@ def provenance(finished: Sequence[Row]) -> str:
     floors = {(row.get("mean_image_ssim"), row.get("other_image_ssim")) for row in finished}
     floor = ""
     if len(floors) == 1 and None not in (pair := floors.pop()):  # the same images for all, so the same floors
-        floor = f" The mean image reaches {pair[0]:.2f}, a random other image {pair[1]:.2f}."
+        floor = f" Floors, without any attack: the mean image {pair[0]:.2f}, a random other image {pair[1]:.2f}."
     steps = sorted({(row.get("threat") or {}).get("history", 0) for row in finished})
     history = ""
     if steps[-1]:

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytrust.attacks.membership.messages import message_scores
-from raytrust.attacks.membership.properties import auxiliary_batches, property_scores
 from raytrust.capture import Capture, atomic_write
 from raytrust.channel import LocalChannel
-from raytrust.config import Arm, CaptureConfig, Defence, DPSGDConfig, MembershipConfig, TrainConfig, digest, to_dict
+from raytrust.config import Arm, Defence, DPSGDConfig, MembershipConfig, TrainConfig, digest, to_dict
 from raytrust.data import Dataset
 from raytrust.dp import train_privately
 from raytrust.models import build_model
 from raytrust.store import read_json, write_json
+from raytrust.studies.properties import train_property
 from raytrust.train import Step, Trained, private_batches, train
 
 Array = NDArray[np.float32]
@@ -78,10 +78,17 @@ def draw_pool(config: MembershipConfig, data: Dataset) -> Pool:
     kinds = np.full(config.points, PLAIN)
     kinds[: config.mislabelled] = MISLABELLED
     kinds[config.mislabelled : config.mislabelled + config.duplicates] = DUPLICATE
-    shift = torch.from_numpy(generator.integers(1, data.classes, config.mislabelled))
-    labels[: config.mislabelled] = (labels[: config.mislabelled] + shift) % data.classes
+    # A wrong label is one of another class that has images: no network is taught an empty class by a canary alone.
+    present = data.train_labels.unique()
+    shift = torch.from_numpy(generator.integers(1, len(present), config.mislabelled))
+    place = torch.searchsorted(present, labels[: config.mislabelled])
+    labels[: config.mislabelled] = present[(place + shift) % len(present)]
     keep = generator.random((config.models, config.points)) < 0.5
-    return Pool(data.train_images[torch.from_numpy(chosen)], labels, kinds, keep)
+    pool = Pool(data.train_images[torch.from_numpy(chosen)], labels, kinds, keep)
+    fewest = min(len(pool.rows(model, config.copies)) for model in range(config.models))
+    if fewest < least:
+        raise ValueError(f"Expected points={config.points} to be more: a model has {fewest} images, and needs {least}.")
+    return pool
 
 
 @dataclass(frozen=True)
@@ -141,45 +148,6 @@ def train_shadow(config: MembershipConfig, arm: Arm, model: int, data: Dataset) 
         dense_bytes=float(steps[0].gradient_bytes),
         seconds=time.perf_counter() - started,
     )
-
-
-def train_property(config: MembershipConfig, defence: Defence, model: int, data: Dataset) -> dict[str, Any]:
-    """Property inference against one model (Melis et al. 2019): does a batch hold an image of class 0?
-
-    The model learns another task: whether the class is in the upper half. It is trained for a quarter of the steps, and
-    then its private batches are attacked. The attacker has twice as many batches of images that were never trained on,
-    which it compresses as the worker does, and, for comparison, as they are. Returns scores (batches,) of both
-    attackers, "aware" and "naive", and "holds", which batches do.
-    """
-    base = model_config(config, defence, model)
-    size, batches = min(8, base.batch_size), config.property_batches
-    step = max(1, config.train.steps // 4)
-    run = replace(
-        base,
-        threat=replace(base.threat, batch_size=size),
-        capture=CaptureConfig((step,), tuning=1, evaluation=batches - 1),
-        steps=step + 1,
-    )
-    generator = np.random.default_rng([config.train.seed, model])
-    order = torch.from_numpy(generator.permutation(len(data.train_labels)))
-    half = len(order) // 2
-    task, test_task = ((labels >= data.classes // 2).long() for labels in (data.train_labels, data.test_labels))
-    mine = order[:half]
-    part = replace(
-        data, train_images=data.train_images[mine], train_labels=task[mine], test_labels=test_task, classes=2
-    )
-    captures = [r for r in train(run, part, LocalChannel()) if isinstance(r, Capture)]
-    held = data.train_labels[mine][private_batches(run, half)] == 0
-
-    own = order[half:]  # the attacker's
-    index = own[auxiliary_batches(data.train_labels[own] == 0, 2 * batches, size, generator)]
-    images, labels, holds = data.train_images[index].float() / 255, task[index], (data.train_labels[index] == 0).any(1)
-    seen = [c.seen for c in captures]
-    scores = {
-        name: property_scores(seen, images, labels, holds, compressed)
-        for name, compressed in (("aware", True), ("naive", False))
-    }
-    return {**scores, "holds": held.any(1)[[c.index for c in captures]].numpy()}
 
 
 def model_config(config: MembershipConfig, arm: Arm, model: int) -> TrainConfig:
@@ -262,7 +230,7 @@ class ShadowStore:
             arrays = {f.name: getattr(shadow, f.name) for f in fields(shadow)}
         else:
             assert isinstance(arm, Defence)
-            arrays = train_property(config, arm, model, data)
+            arrays = train_property(config, model_config(config, arm, model), model, data)
         if not (path.parent / "config.json").exists():
             write_json(path.parent / "config.json", {"arm": to_dict(arm), "audit": to_dict(config)})
         with atomic_write(path) as file:
@@ -288,9 +256,9 @@ class ShadowStore:
     def fail(self, config: MembershipConfig, arm: Arm, model: int, kind: Kind, reason: str) -> None:
         write_json(self._failure(config, arm, model, kind), {"arm": arm.name, "reason": reason})
 
-    def failure(self, config: MembershipConfig, arm: Arm) -> str | None:
-        """Why a model of this arm failed, None if none did."""
-        for path in sorted((self.root / "failures").glob(f"{self.arm_id(config, arm)}-*.json")):
+    def failure(self, config: MembershipConfig, arm: Arm, kind: Kind = "shadow") -> str | None:
+        """Why a model of this arm and kind failed, None if none did."""
+        for path in sorted((self.root / "failures").glob(f"{self.arm_id(config, arm)}-{kind}-*.json")):
             return str(read_json(path)["reason"])
         return None
 

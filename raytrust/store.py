@@ -26,9 +26,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from raytrust.capture import Capture, atomic_write, load_capture
+from raytrust.attacks.inversion.engine import same_model
+from raytrust.capture import Capture, atomic_write, load_captures
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, digest, from_dict, to_dict
-from raytrust.evaluate import InversionFailure, InversionResult, evaluate_inversions
+from raytrust.evaluate import InversionFailure, InversionResult, evaluate_together
 
 Split: TypeAlias = Literal["tuning", "evaluation"]
 
@@ -68,7 +69,7 @@ class Store:
     def captures(self, train: TrainConfig, step: int, split: Split) -> list[Capture]:
         n, m = train.capture.tuning, train.capture.evaluation
         indices = range(n) if split == "tuning" else range(n, n + m)
-        return [load_capture(self.run_directory(train), step, i) for i in indices]
+        return load_captures(self.run_directory(train), step, indices)
 
     def attack(self, train: TrainConfig, attack: InversionConfig, split: Split) -> dict[str, Any] | None:
         """The figures of a finished attack, or None."""
@@ -84,26 +85,56 @@ class Store:
     ) -> list[dict[str, Any]]:
         """The figures of these attacks, each once: from the store, or by running what is not in it, and storing it.
 
-        Attacks on one step with equal iterations run as one batch. Those that fail have no figures; why, is stored.
+        Those that fail have no figures; why, is stored.
         """
-        batches: dict[tuple[int, int], list[InversionConfig]] = {}
-        attacks = list(dict.fromkeys(attacks))
-        for attack in attacks:
-            if self.attack(train, attack, split) is None and self.attack_failure(train, attack, split) is None:
-                batches.setdefault((attack.capture_step, attack.iterations), []).append(attack)
+        return self.run_together([(train, attacks)], split, device)[0]
+
+    def run_together(
+        self, requests: Sequence[tuple[TrainConfig, Sequence[InversionConfig]]], split: Split, device: str
+    ) -> list[list[dict[str, Any]]]:
+        """`run_attacks` on several runs: attacks with equal iterations on equal models are one batch, as the untrained
+        models of all runs are."""
+        requests = [(train, list(dict.fromkeys(attacks))) for train, attacks in requests]
+        batches: dict[tuple[int, int], list[tuple[TrainConfig, list[InversionConfig]]]] = {}
+        for train, attacks in requests:
+            for step, iterations in dict.fromkeys((a.capture_step, a.iterations) for a in attacks):
+                alike = [a for a in attacks if (a.capture_step, a.iterations) == (step, iterations)]
+                if missing := [a for a in alike if not self.knows(train, a, split)]:
+                    batches.setdefault((step, iterations), []).append((train, missing))
         for (step, _), batch in batches.items():
+            for group in self._of_equal_models(batch, step, split):
+                of_runs = evaluate_together([(c, attacks) for _, attacks, c in group], device, self.references())
+                for (train, _, _), results in zip(group, of_runs, strict=True):
+                    for result in results:
+                        self._keep(train, result, split)
+        figures = [[self.attack(train, attack, split) for attack in attacks] for train, attacks in requests]
+        return [[f for f in of_run if f is not None] for of_run in figures]
+
+    def knows(self, train: TrainConfig, attack: InversionConfig, split: Split) -> bool:
+        """Whether this attack has figures, or is known to have failed."""
+        return bool(self.attack(train, attack, split) or self.attack_failure(train, attack, split))
+
+    def _of_equal_models(
+        self, batch: Sequence[tuple[TrainConfig, list[InversionConfig]]], step: int, split: Split
+    ) -> list[list[tuple[TrainConfig, list[InversionConfig], list[Capture]]]]:
+        groups: list[list[tuple[TrainConfig, list[InversionConfig], list[Capture]]]] = []
+        for train, attacks in batch:
             captures = self.captures(train, step, split)
-            for result in evaluate_inversions(captures, batch, device, self.references()):
-                path = self._attack_path(train, result.attack, split)
-                if isinstance(result, InversionFailure):
-                    content = {"attack": to_dict(result.attack), "split": split, "reason": str(result.error)}
-                    write_json(path.with_suffix(".failed.json"), content)
-                    continue
-                with atomic_write(path.with_suffix(".pt")) as file:
-                    torch.save({"reconstructions": result.reconstructions, "originals": result.originals}, file)
-                write_json(path.with_suffix(".json"), _figures(result, split))  # last: it says that it is finished
-        figures = [self.attack(train, attack, split) for attack in attacks]
-        return [f for f in figures if f is not None]
+            alike = (g for g in groups if same_model(g[0][2][0].seen, captures[0].seen))
+            if (group := next(alike, None)) is None:
+                groups.append(group := [])
+            group.append((train, attacks, captures))
+        return groups
+
+    def _keep(self, train: TrainConfig, result: InversionResult | InversionFailure, split: Split) -> None:
+        path = self._attack_path(train, result.attack, split)
+        if isinstance(result, InversionFailure):
+            content = {"attack": to_dict(result.attack), "split": split, "reason": str(result.error)}
+            write_json(path.with_suffix(".failed.json"), content)
+            return
+        with atomic_write(path.with_suffix(".pt")) as file:
+            torch.save({"reconstructions": result.reconstructions, "originals": result.originals}, file)
+        write_json(path.with_suffix(".json"), _figures(result, split))  # last: it says that it is finished
 
     def attack_failure(self, train: TrainConfig, attack: InversionConfig, split: Split) -> str | None:
         """Why this attack has no figures, if it was tried in vain."""
@@ -173,18 +204,26 @@ class Store:
 
 
 def open_store(root: Path, sweep: SweepConfig, fingerprint: str, options: dict[str, Any] | None = None) -> Store:
-    """Begin a sweep in `root`, or go on with the same one; how many trials it makes may differ.
+    """Begin a sweep in `root`, or go on with the same one; how many trials it makes may differ, and its attacks, which
+    are then made on what was captured.
 
     options: kept with it, for whoever resumes it. Raises ValueError if `root` holds another sweep.
     """
     path = root / "sweep.json"
-    identity = {"sweep": to_dict(replace(sweep, trials=1)), "data": fingerprint}
-    found = read_json(path)
-    if found is None:
-        write_json(path, {**identity, "options": options or {}})
-    elif {k: found.get(k) for k in identity} != identity:
+    content = {"sweep": to_dict(sweep), "data": fingerprint, "options": options or {}}
+    kept = read_json(path)
+    if kept is not None and _identity(kept) != _identity(content):
         raise ValueError(f"Expected output={str(root)!r} to be empty or to hold this sweep, but it holds another one.")
+    if kept != content:
+        write_json(path, content)
     return Store(root, fingerprint)
+
+
+def _identity(content: dict[str, Any]) -> dict[str, Any]:
+    """What decides which runs a sweep trains and captures."""
+    changeable = ("trials", "portfolio", "attack_trials")
+    sweep = {k: v for k, v in (content.get("sweep") or {}).items() if k not in changeable}
+    return {"sweep": sweep, "data": content.get("data")}
 
 
 def write_json(path: Path, content: Any) -> None:

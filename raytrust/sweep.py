@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from raytrust import cli
 from raytrust.cluster.groups import training_groups
 from raytrust.cluster.phases import defence_objectives, evaluate_attacks, search_attacks, search_defences
 from raytrust.cluster.placement import Device
 from raytrust.cluster.runtime import Listener, cluster
-from raytrust.config import SweepConfig
+from raytrust.config import Space, SweepConfig
 from raytrust.data import Dataset
 from raytrust.evaluate import DISTRACTORS
-from raytrust.figures import frontier_figure, reconstructions_figure
-from raytrust.frontier import Row, audited_defences, drawing, finalists, row, trained_defences
+from raytrust.frontier import Row, audited_defences, finalists, row, trained_defences
 from raytrust.lock import exclusive
 from raytrust.progress import Progress
-from raytrust.report import frontier_table, mark_pareto, write_rows
+from raytrust.report import frontier_table, judge_rows
+from raytrust.reports.frontier_report import FILES, Program, write_report
+from raytrust.reports.summary import summary_lines
+from raytrust.reports.tracking_uri import default_uri, show_command
+from raytrust.reports.versions import versions
 from raytrust.store import Store
 from raytrust.sweep_log import SweepLog
-from raytrust.tracking import default_uri
 
 
 @dataclass(frozen=True)
 class Spaces:
-    """What the search may choose: Ray Tune domains, for the defence and for the attack."""
+    """What the search may choose, for the defence and for the attack."""
 
-    defence: dict[str, Any]
-    attack: dict[str, Any]
+    defence: Space
+    attack: Space
 
 
 def run_sweep(
@@ -45,17 +47,19 @@ def run_sweep(
     tracking_uri: str | None = None,
     parallel: int | None = None,
     device: Device = "auto",
+    program: Program | None = None,
 ) -> list[Row]:
-    """Run what is not finished yet, write the frontier, and return its rows.
+    """Run what is not finished yet, write the report, say what it found, and return the frontier's rows.
 
     parallel: trials at once on the cluster at `address`, which may start nodes for them; what it has, if not given.
-    device: "auto" is "cuda" where the cluster has GPUs that torch can use.
+    device: "auto" is "cuda" where the cluster has GPUs that torch can use. program: what was called, for the report.
     A defence that fails is a row with its reason. KeyboardInterrupt passes through; what was finished is stored. Raises
     ValueError if another sweep runs in the store's directory, or if the cluster or the tracking store can't be used.
     """
     with exclusive(store.root):
         uri = tracking_uri or default_uri(store.root)
-        return _run_alone(sweep, spaces, data, store, address, cpus, uri, parallel, device)
+        program = program or Program("python sweeps/privacy_frontier.py", data.name, {}, time.monotonic())
+        return _run_alone(sweep, spaces, data, store, address, cpus, uri, parallel, device, program)
 
 
 def _run_alone(
@@ -68,14 +72,17 @@ def _run_alone(
     tracking_uri: str,
     parallel: int | None,
     device: Device,
+    program: Program,
 ) -> list[Row]:
     progress = Progress(_totals(sweep, store), parallel=cpus, evaluation_cost=_evaluation_cost(sweep))
     store.clear_failures()
     others = torch.linspace(0, len(data.test_images) - 1, min(DISTRACTORS, len(data.test_images))).long()
     store.keep_references(data.test_images[others])  # none is private: private images are training images
+    for line in data.summary().splitlines():
+        progress.say(line)
     progress.say(
-        f"{sweep.name}: {sweep.trials} defences on {data.name} ({len(data.train_labels)} training images), "
-        f"{sweep.train.model.name} of width {sweep.train.model.width}, {sweep.train.workers} workers"
+        f"{sweep.trials} defences, {sweep.train.model.name} of width {sweep.train.model.width}, "
+        f"{sweep.train.workers} workers"
     )
     with (
         cluster(address, cpus, slots=2, parallel=parallel),  # while one defence is attacked, the next one is trained
@@ -84,23 +91,69 @@ def _run_alone(
         if _totals(sweep, store)["defences"]:
             groups.start()
         progress.say("Ray is up; opening the MLflow store")
-        log = SweepLog(sweep, store, data, tracking_uri, cpus, progress.say)
+        log = SweepLog(sweep, store, data, tracking_uri, progress.say)
         with log.open_run():
-            listener = _Both(progress, log)
-            started = time.perf_counter()
+            meter = Meter()
+            listener = _All(progress, log, meter)
             search_defences(sweep, spaces.defence, store, listener, groups, parallel)
             defences = audited_defences(sweep, store)
             trained = trained_defences(sweep, store, defences)
             search_attacks(sweep, spaces.attack, trained, store, listener, parallel)
             jobs = [finalists(store, sweep, d) for d in trained_defences(sweep, store, defences)]
             evaluate_attacks(jobs, store, listener)
-            wall = time.perf_counter() - started
-            rows = mark_pareto([row(store, sweep, defence) for defence in defences])
-            progress.say("drawing the figures")
-            artifacts = _write(store, sweep, rows, data)
-            log.finish(rows, artifacts, wall)
-    progress.say(f"done; {log.overhead(wall, len(rows)):.1f} s a defence beyond training and attacks")
+            rows = judge_rows([row(store, sweep, defence) for defence in defences])
+            progress.say("writing the report")
+            wall = time.monotonic() - program.started
+            artifacts = write_report(store, sweep, data, rows, program, meter.text(wall, cpus), versions())
+            log.finish(rows, artifacts, {"wall_seconds": wall, "overhead_seconds_per_trial": meter.beyond(wall, cpus)})
+    progress.say(f"done: {meter.text(time.monotonic() - program.started, cpus)}")
+    _conclude(store, sweep, rows, program, tracking_uri)
     return rows
+
+
+class Meter:
+    """A listener that counts CPU seconds of training and attacks, and the defences that they were spent on."""
+
+    def __init__(self) -> None:
+        self.busy = 0.0
+        self._runs: set[str] = set()
+
+    def started(self, phase: str, key: str, what: str) -> None:
+        pass
+
+    def finished(self, phase: str, key: str, result: dict[str, Any]) -> None:
+        self._runs.add(key)
+        figures = result.get("figures") or []
+        each = figures if isinstance(figures, list) else [figures]
+        self.busy += result.get("cpu_seconds", 0.0) + sum(f["cpu_seconds"] for f in each)
+
+    def failed(self, phase: str, key: str, reason: str) -> None:
+        self._runs.add(key)
+
+    def tick(self) -> None:
+        pass
+
+    def beyond(self, wall: float, cpus: int) -> float:
+        """Seconds a defence that were neither training nor attacks, had these kept all CPUs busy."""
+        return (wall - self.busy / cpus) / max(1, len(self._runs))
+
+    def text(self, wall: float, cpus: int) -> str:
+        return (
+            f"{wall:.0f} s; training and attacks took {self.busy:.0f} CPU seconds, {self.busy / cpus:.0f} s on {cpus} "
+            f"CPUs; {self.beyond(wall, cpus):.1f} s a defence besides"
+        )
+
+
+def _conclude(store: Store, sweep: SweepConfig, rows: list[Row], program: Program, tracking_uri: str) -> None:
+    """The end of what the terminal shows: the table, the files, what to do next, the answer in three lines."""
+    print("\n" + frontier_table(rows) + "\n")
+    cli.list_files(store.root, FILES)
+    print(f"\nCompare the runs in the MLflow UI:\n  {show_command(tracking_uri)}\n\nNext:")
+    for purpose, command in program.next_commands(store.root, sweep):
+        print(f"  {command}    # {purpose}")
+    print()
+    for line in summary_lines(rows, store.root / "report.html"):
+        print(line)
 
 
 def _totals(sweep: SweepConfig, store: Store) -> dict[str, int]:
@@ -120,21 +173,8 @@ def _evaluation_cost(sweep: SweepConfig) -> float:
     return 2 * sweep.train.capture.evaluation / sweep.train.capture.tuning
 
 
-def _write(store: Store, sweep: SweepConfig, rows: list[Row], data: Dataset) -> list[Path]:
-    """frontier.json, frontier.png and reconstructions.png; those that could be written."""
-    paths = [store.root / name for name in ("frontier.json", "frontier.png", "frontier.txt", "reconstructions.png")]
-    write_rows(paths[0], rows)
-    frontier_figure(rows, paths[1], title=f"{data.name}: accuracy against leakage")
-    paths[2].write_text(frontier_table(rows) + "\n")
-    drawn = [(r["name"], *drawing(store, sweep, r)) for r in rows if r["status"] == "finished"]
-    if not drawn:
-        return paths[:3]
-    reconstructions_figure(drawn[0][3], [(name, images, ssim) for name, images, ssim, _ in drawn], paths[3])
-    return paths
-
-
-class _Both:
-    """Tells two listeners."""
+class _All:
+    """Tells several listeners."""
 
     def __init__(self, *listeners: Listener):
         self._listeners = listeners

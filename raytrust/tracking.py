@@ -6,21 +6,18 @@ the driver, from the store. DIR/mlflow.jsonl says what is logged already, so a r
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
-import socket
-import subprocess
+import shlex
 import time
-import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+# What goes wrong is an exception too, and said in one line here.
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 # A server that is away must not hold up a sweep: what could not be sent is sent later.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -32,17 +29,20 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from raytrust.capture import atomic_write, make_private
+from raytrust.reports.moved import bring_along
+from raytrust.reports.reach import expect_database, expect_server
+from raytrust.reports.tracking_uri import artifact_location, database_path, default_uri, scrub, without_password
+from raytrust.reports.versions import versions
 
-UNREACHABLE = (MlflowException, OSError)  # what a tracking store that is away, full or read-only raises
+# What may pass: a server that is away or overloaded, a database that is locked, away or read-only.
+CURABLE = {"ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL_ERROR", "IO_ERROR", "REQUEST_LIMIT_EXCEEDED"}
+CURABLE |= {"RESOURCE_EXHAUSTED", "TEMPORARILY_UNAVAILABLE"}
+INCURABLE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 PARENT = "sweep"
 FAILURE = "raytrust.failure"
+GIVE_IT_AGAIN = "; no password is kept: give --tracking-uri with it again, or MLFLOW_TRACKING_URI in the environment"
 MAX_CAPTURE_BYTES = 64 * 2**20  # a larger capture is not copied into the artifact store, only named
-
-
-def default_uri(root: Path) -> str:
-    """A database of its own in the sweep's directory."""
-    return f"sqlite:///{root.resolve()}/mlflow.db"
 
 
 class Tracker:
@@ -52,28 +52,59 @@ class Tracker:
     Raises ValueError if the tracking store can't be used.
     """
 
+    errors: tuple[type[Exception], ...] = (MlflowException, OSError)  # of all that a tracking store raises
+
     def __init__(self, uri: str, root: Path, experiment: str):
         self._root = root.resolve()
         self._uri = uri
         self._ledger = _Ledger(self._root / "mlflow.jsonl")
         self._runs = self._ledger.read()
-        try:
+        with self._usable():
             self.expect_server()
+            if database_path(uri) == database_path(default_uri(self._root)):
+                bring_along(self._root)
+            if (path := database_path(uri)) is not None:
+                make_private(path.parent)
+            expect_database(uri)
             self._client = MlflowClient(tracking_uri=uri)
-            self._experiment = self._experiment_id(experiment, uri)
-        except Exception as error:  # of MLflow, of a database's driver or of the network: nearly anything
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ValueError(
-                f"Expected tracking_uri={uri!r} to be an MLflow store that can be used: {reason}"
-            ) from error
+            self._experiment = self._experiment_id(experiment)
 
     def expect_server(self) -> None:
-        """Raises OSError if nothing listens at an http address; MLflow would go on trying for a while."""
-        _expect_server(self._uri)
+        """Raises OSError if nothing listens at the store's address; MLflow would go on trying for a while."""
+        expect_server(self._uri)
+
+    def curable(self, error: Exception) -> bool:
+        """Whether the same call may succeed later, as far as one can tell."""
+        if isinstance(error, MlflowException):
+            return error.error_code in CURABLE
+        if (response := getattr(error, "response", None)) is not None:  # of requests, where a server refused a file
+            return response.status_code >= 500 or response.status_code in (408, 429)
+        return not isinstance(error, INCURABLE)
+
+    def reason(self, error: Exception) -> str:
+        """What went wrong, in one line and without passwords."""
+        return scrub(next(iter(str(error).strip().splitlines()), type(error).__name__), self._uri)
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of MLflow, of a database's driver or of the network: nearly anything
+            public, reason = without_password(self._uri), self.reason(error)
+            hint = GIVE_IT_AGAIN if any(word in reason.lower() for word in ("password", "401", "unauth")) else ""
+            raise ValueError(
+                f"Expected tracking_uri={public!r} to be an MLflow store that can be used: {reason}{hint}"
+            ) from error
 
     def begin_sweep(self, name: str, parameters: dict[str, Any], tags: dict[str, Any]) -> str:
-        """Begin or reopen the parent run; returns its id."""
-        run = self._open(PARENT, name, None, {**versions(), **tags})
+        """Begin or reopen the parent run; returns its id. Raises ValueError if the store refuses it."""
+        self._parent = (name, parameters, {**versions(), **tags})
+        with self._usable():
+            return self._begin()
+
+    def _begin(self) -> str:
+        name, parameters, tags = self._parent
+        run = self._open(PARENT, name, None, tags)
         if not run.data.params:
             self._log(run.info.run_id, parameters=parameters)
         if run.info.status != "RUNNING":
@@ -82,7 +113,7 @@ class Tracker:
 
     def end_sweep(self, status: str, artifacts: Iterable[Path] = (), metrics: dict[str, float] | None = None) -> None:
         """End the parent run as "FINISHED", "FAILED" or "KILLED". What is still open below it did not finish."""
-        run = self._runs[PARENT]
+        run = self._begin()
         self._log(run, metrics=metrics)
         for path in artifacts:
             self._client.log_artifact(run, str(path))
@@ -163,23 +194,38 @@ class Tracker:
             self._client.delete_tag(run.info.run_id, FAILURE)
         self._client.set_terminated(run.info.run_id, "FAILED" if reason else "FINISHED")
 
-    def _experiment_id(self, name: str, uri: str) -> str:
-        """The experiment of this name, made if there is none; a local store keeps its artifacts beside itself."""
-        found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
-        location = (self._root / "mlartifacts").as_uri() if uri == default_uri(self._root) else None
-        return self._client.create_experiment(name, artifact_location=location)
+    def lacks(self, key: str) -> bool:
+        """Whether the run of this key has been deleted, or there was none."""
+        return self._run(key) is None
+
+    def _experiment_id(self, name: str) -> str:
+        """The experiment of this name, made if there is none; beside a local database are the files of its runs."""
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            return self._client.create_experiment(name, artifact_location=artifact_location(self._uri))
+        if experiment.lifecycle_stage == "deleted":
+            store = shlex.quote(f"MLFLOW_TRACKING_URI={without_password(self._uri)}")
+            restore = f"env {store} mlflow experiments restore --experiment-id {experiment.experiment_id}"
+            raise ValueError(f"its experiment {name!r} has been deleted; restore it with: {restore}")
+        return experiment.experiment_id
+
+    def _run(self, key: str) -> Run | None:
+        """The run of this key as it is; None if it has been deleted, or the store is another one than before."""
+        if key not in self._runs:
+            return None
+        try:
+            run = self._client.get_run(self._runs[key])
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return None if run.info.lifecycle_stage == "deleted" else run
 
     def _open(self, key: str, name: str, parent: str | None, tags: dict[str, Any]) -> Run:
-        """The run of this key as it is, a new one if there is none."""
-        if (run := self._runs.get(key)) is not None:
-            try:
-                return self._client.get_run(run)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                del self._runs[key]  # the store is another one than before
+        """The run of this key as it is. If there is none, or it has been deleted, a new one, with all below the old."""
+        if (run := self._run(key)) is not None:
+            return run
+        before = self._runs.get(key)
         if parent is not None:
             tags = {**tags, "mlflow.parentRunId": parent, "raytrust.sweep": self._runs[PARENT]}
         created = self._client.create_run(
@@ -187,7 +233,15 @@ class Tracker:
         )
         self._runs[key] = created.info.run_id
         self._ledger.append(key, created.info.run_id)
+        if before is not None:
+            self._move(before, created.info.run_id)
         return created
+
+    def _move(self, before: str, after: str) -> None:
+        for tag in ("mlflow.parentRunId", "raytrust.sweep"):
+            while runs := self._client.search_runs([self._experiment], f"tags.`{tag}` = '{before}'"):  # a page of them
+                for run in runs:
+                    self._client.set_tag(run.info.run_id, tag, after)
 
     def _log(
         self,
@@ -229,42 +283,3 @@ class _Ledger:
             file.write(json.dumps({"key": key, "run": run}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def versions() -> dict[str, str | None]:
-    """Tags that say what ran: the git revision of this code, and the versions of what it stands on."""
-    packages = ("raytrust", "torch", "torchvision", "ray", "optuna", "mlflow")
-    tags: dict[str, str | None] = {f"version.{name}": _version(name) for name in packages}
-    return tags | {"version.python": platform.python_version(), "mlflow.source.git.commit": _revision()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _revision() -> str | None:
-    """The commit that this file is checked out from, marked where the tree has changes; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment may lie in somebody else's checkout
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _expect_server(uri: str) -> None:
-    """Raises OSError if nothing listens at an http address; MLflow would go on trying for minutes."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") or parts.hostname is None:
-        return
-    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    socket.create_connection((parts.hostname, port), timeout=10).close()

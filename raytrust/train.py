@@ -97,7 +97,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
         grads = torch.autograd.grad(loss, parameters)
         _agree_to_go_on(step, loss, grads, compressor, channel)
         keep = any(step < captured <= step + config.threat.history for captured in config.capture.steps)
-        tap = Tap(channel, keep)
+        tap = Tap(channel, keep=keep)
         state = _public_state(compressor) if keep else {}
         reduced = compressor.reduce(grads, tap)
         if keep:
@@ -223,7 +223,7 @@ def _captures(
         index = first + channel.rank
         mine = indices[index % len(indices)]  # in a last, short round some workers only keep the others company
         x, y = _fetch(images, labels, mine, data, device)
-        tap = Tap(channel)
+        tap = Tap(channel, keep=True)
         gradient, after = _private_gradient(model, x, y, config)
         copy.deepcopy(compressor).reduce(gradient, tap)
         if index >= len(indices):

@@ -45,9 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(model="resnet18", width=64, steps=8000, learning_rate=0.1, points=20000, batch_size=128,
                   canaries=500, defences=defences(1, 2, 4, 30, 50), dp_sgd=(), models=16),
 }  # fmt: skip
-MESSAGE_BATCH = 16  # images of an attacked batch
-MESSAGES = 4  # attacked batches at each of these shares of training
-CAPTURED = (0, 1 / 8, 1 / 4, 1 / 2, 1)
+CAPTURED = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # shares of training after which messages are attacked
+GUESSES = 200  # of the one-run epsilon at most, and one in five points
 RUN = cli.Directory("membership", "an audit", "membership.json", ("address", "tracking_uri", "cpus"))
 
 
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         data, config = _prepare(options)
         from raytrust.shadows import draw_pool, open_shadows  # imports torch: not needed to refuse a wrong option
 
-        draw_pool(config, data)
+        draw_pool(config, data)  # refuses sizes that do not fit
         RUN.check_free(root, options)
         store = open_shadows(root, config, data.fingerprint(), RUN.keep(options, ("cpus", "defences")))
     return _run(options, data, config, store)
@@ -67,12 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, data: Any, config: MembershipConfig, store: Any) -> int:
     from raytrust.membership import run_membership
-    from raytrust.membership_page import membership_table
 
     def work() -> int:
+        print(data.summary())
         cpus, uri = options.cpus or cli.cpus(), options.tracking_uri
         rows = run_membership(config, data, store, address=options.address, cpus=cpus, tracking_uri=uri)
-        print("\n" + membership_table(rows) + "\n")
+        print("\n" + (store.root / "membership.txt").read_text())
         cli.list_files(store.root, ("report.html", "results.json", "roc.png", "auc.png", "models"))
         return 0 if any(row["status"] == "finished" for row in rows) else 1
 
@@ -82,7 +81,11 @@ def _run(options: argparse.Namespace, data: Any, config: MembershipConfig, store
 def _parser() -> cli.Parser:
     parser = cli.Parser("membership.py", __doc__)
     add = parser.add_argument
-    add("--data", metavar="SOURCE", help="digits (default), cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
+    add(
+        "--data",
+        metavar="SOURCE",
+        help="digits (default), faces, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)",
+    )
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
     add("--preset", choices=list(PRESETS), help="quick: 32x32 images on a CPU (default); digits; paper: ResNet-18")
     add("--defence", action="append", metavar="NAME", help="audit this instead of the list; repeatable: powersgd:1:ef")
@@ -94,6 +97,11 @@ def _parser() -> cli.Parser:
     )
     add("--models", type=int, metavar="N", help="a defence, each attacked with the others as its shadows")
     add("--points", type=int, metavar="N", help="images of the pool, of which each model has about half")
+    add("--canaries", type=int, metavar="N", help="points with a wrong label, and as many that come several times")
+    add("--batch-size", type=int, metavar="N", help="images of a training step")
+    add("--messages", type=int, metavar="N", help="attacked batches at each captured step")
+    add("--message-batch", type=int, metavar="N", help="images of an attacked batch")
+    add("--property-models", type=int, metavar="N", help="models that property inference is measured on; 0: none")
     add("--width", type=int, metavar="N", help="of the network")
     add("--steps", type=int, metavar="N", help="training steps")
     add("--learning-rate", type=float, metavar="X", help="of all models; sign methods need a small one, such as 0.001")
@@ -104,29 +112,58 @@ def _parser() -> cli.Parser:
 
 
 DEFAULTS: dict[str, Any] = dict(
-    data="digits", image_size=None, preset="quick", defence=None, vantage="link", cpus=None, **cli.PLACES,
+    data="digits", image_size=None, preset="quick", defence=None, vantage="link", cpus=None, messages=4,
+    message_batch=16, property_models=4, chosen=(), **cli.PLACES,
 )  # fmt: skip
 
 
 def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
     default = "digits" if given.get("data", DEFAULTS["data"]) == "digits" else DEFAULTS["preset"]
     preset = given.get("preset", default)
-    return {**PRESETS[preset], **given, "preset": preset}
+    return {**PRESETS[preset], **given, "preset": preset, "chosen": sorted(given)}
+
+
+def _fit(options: argparse.Namespace, images: int) -> argparse.Namespace:
+    """The options for so many training images: sizes that nobody chose are made as small as these ask for."""
+    sizes = vars(options).copy()
+
+    def at_most(name: str, most: int) -> None:
+        if name not in options.chosen:
+            sizes[name] = min(sizes[name], max(1, most))
+
+    at_most("points", images)
+    points = sizes["points"]
+    at_most("canaries", points // 20)
+    at_most("batch_size", points // 5)
+    at_most("message_batch", points // (4 * sizes["messages"]))
+    at_most("property_models", sizes["models"])
+    return argparse.Namespace(**sizes)
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, MembershipConfig]:
     """The data and the configuration, both checked: what is wrong shows before Ray starts."""
-    cli.check_least(options, 1, "steps", "points", "models", "cpus")
-    references = _dp_sgd(options)
+    cli.check_least(options, 1, "steps", "points", "models", "message_batch", "batch_size", "cpus")
+    cli.check_least(options, 2, "messages")  # captures are tuned on one at least; here all are attacked alike
+    cli.check_least(options, 0, "canaries", "property_models")
+    references, listed = _dp_sgd(options), _defences(options)
     cli.check_cpus("cpus", options.cpus, options.address)
-    config = MembershipConfig(
+    from raytrust.data import load
+
+    data = load(options.data, image_size=options.image_size, seed=options.seed)
+    return data, _config(_fit(options, len(data.train_labels)), listed, references)
+
+
+def _config(
+    options: argparse.Namespace, listed: tuple[Defence, ...], references: tuple[DPSGDConfig, ...]
+) -> MembershipConfig:
+    return MembershipConfig(
         train=TrainConfig(
             model=ModelConfig(options.model, width=options.width),
-            threat=Threat(vantage=options.vantage, batch_size=MESSAGE_BATCH),
+            threat=Threat(vantage=options.vantage, batch_size=options.message_batch),
             capture=CaptureConfig(
                 tuple(sorted({min(round(share * options.steps), options.steps - 1) for share in CAPTURED})),
                 tuning=1,
-                evaluation=MESSAGES - 1,
+                evaluation=options.messages - 1,
             ),
             workers=1,
             batch_size=options.batch_size,
@@ -134,17 +171,15 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, MembershipConfig]:
             learning_rate=options.learning_rate,
             seed=options.seed,
         ),
-        defences=_defences(options),
+        defences=listed,
         dp_sgd=references,
         models=options.models,
         points=options.points,
         mislabelled=options.canaries,
         duplicates=options.canaries,
-        property_models=min(4, options.models),
+        guesses=max(2, min(GUESSES, options.points // 5)),
+        property_models=options.property_models,
     )
-    from raytrust.data import load
-
-    return load(options.data, image_size=options.image_size, seed=options.seed), config
 
 
 def _defences(options: argparse.Namespace) -> tuple[Defence, ...]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import two_workers
 from hypothesis import HealthCheck, settings
+from matplotlib.figure import Figure
 from toys import synthetic
 
 from raytrust.data import Dataset
@@ -53,6 +54,15 @@ def shared_data() -> Path:
 def group(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two gloo processes found, by rank: see `two_workers.everything`. Run once, as it takes seconds."""
     return two_workers.run_workers(two_workers.everything, 2, tmp_path_factory.mktemp("group"), 240)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that the test saves, for a look at their artists."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda fig, *args, **kwargs: (saved.append(fig), save(fig, *args, **kwargs)))
+    return saved
 
 
 @pytest.fixture(params=[1, 2], ids=["one worker", "two workers"])

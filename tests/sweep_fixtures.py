@@ -44,6 +44,12 @@ def save_images(path: Path, **changes: Any) -> Path:
     return path
 
 
+def _default_signals() -> None:
+    """A shell that starts the tests in the background, or nohup, has them ignore these, and children inherit that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @dataclass
 class Sweep:
     """A run of the script in a session of its own, as a terminal starts it. Its processes are known by a variable."""
@@ -62,8 +68,7 @@ class Sweep:
             # A busy machine would starve Ray's workers, which are nicer than others by default.
             env=os.environ | {"RAYTRUST_TEST": self.mark, "RAY_worker_niceness": "0"},
             start_new_session=True,
-            # A shell that starts the tests in the background has them ignore Ctrl-C, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_default_signals,
         )
 
     @property

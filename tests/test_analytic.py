@@ -59,7 +59,7 @@ def observe(
     loss = F.cross_entropy(model(x[None]), torch.tensor([label]))
     grads = torch.autograd.grad(loss, list(model.parameters()))
     threat = threat or Threat(labels="unknown")
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     defence = Defence(compressor)
     built = build(defence, [g.shape for g in grads])
     state = built.public_state()

@@ -33,7 +33,7 @@ def by_water_filling(s: list[float], rank: int) -> list[float]:
 def triples(x: Tensor, config: AtomoConfig, steps: int) -> list[int]:
     compressor, counts = Atomo(config, Layout([x.shape])), []
     for _ in range(steps):
-        tap = Tap(LocalChannel())
+        tap = Tap(LocalChannel(), keep=True)
         compressor.reduce([x], tap)
         counts.append(int(tap.messages[0].sent[0]))
     return counts
@@ -87,7 +87,7 @@ def test_equal_singular_values_have_equal_chances() -> None:
 def test_what_is_sent_are_singular_triples() -> None:
     """(s_i / p_i, u_i, v_i), the same s_i / p_i for all that are not certain; tensors of one dimension as they are."""
     x, bias = matrix(), torch.tensor([1.0, -2.0, 3.0])
-    compressor, tap = Atomo(AtomoConfig(2), Layout([x.shape, bias.shape]), seed=3), Tap(LocalChannel())
+    compressor, tap = Atomo(AtomoConfig(2), Layout([x.shape, bias.shape]), seed=3), Tap(LocalChannel(), keep=True)
     (own, own_bias) = compressor.reduce([x, bias], tap).own
     counts, payload = (message.sent[0] for message in tap.messages)
     assert counts.dtype == torch.int32

@@ -101,7 +101,7 @@ class Swept:
             assert sweep.wait() == 0, sweep.output + sweep.errors
         finally:
             sweep.end()
-        assert sweep.output.endswith(f"\n  {server.uri}\n")
+        assert f"\n  {server.uri}\n" in sweep.output
         self.logged = Logged(server.uri, self.root)
 
 

@@ -340,7 +340,7 @@ def test_files_hold_no_more_than_they_show(tmp_path: Path) -> None:
     """A view into a large tensor would be saved with all that it is a view of."""
     large = torch.randn(40_000)
     compressor = build(Defence(), [torch.Size((4,))])
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     compressor.reduce([large[:4]], tap)
     observation = Observation(
         step=0,

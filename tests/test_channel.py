@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 from two_workers import collectives
 
 from raytrust.channel import LocalChannel, Message, Tap, pack, unpack
+from raytrust.compress import build
+from raytrust.config import Defence, TopKConfig
 
 DTYPES = [
     torch.bool,
@@ -86,7 +89,7 @@ def test_ranks_are_those_of_the_group(group: list[dict[str, Any]]) -> None:
 
 
 def test_the_tap_counts_and_keeps_what_was_sent() -> None:
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     assert (tap.world_size, tap.rank, tap.sent_bytes) == (1, 0, 0)
     x, indices = torch.arange(5.0), torch.arange(3, dtype=torch.int32)
     mean = tap.all_mean(x)
@@ -101,11 +104,21 @@ def test_the_tap_counts_and_keeps_what_was_sent() -> None:
     assert tap.sent_bytes == 52
 
 
-def test_a_tap_that_only_counts_keeps_nothing() -> None:
-    tap = Tap(LocalChannel(), keep=False)
-    tap.all_mean(torch.zeros(3, dtype=torch.float64))
-    assert tap.sent_bytes == 24
-    assert tap.messages == []
+def test_a_tap_keeps_nothing_unless_told() -> None:
+    """It may live as long as a training: a step leaves no tensor behind."""
+    compressor, grads = build(Defence(TopKConfig(level=0.5)), [torch.Size((64,))]), [torch.arange(64.0)]
+    tap = Tap(LocalChannel())
+
+    def held() -> int:
+        compressor.reduce(grads, tap)
+        gc.collect()
+        return sum(type(x) is Tensor for x in gc.get_objects())
+
+    held()  # buffers are made in the first step
+    assert held() == held()
+    assert tap.sent_bytes == 3 * 8 * 32
+    with pytest.raises(ValueError, match=r"^Expected keep=False to be True for a tap whose messages are read\.$"):
+        _ = tap.messages
 
 
 def test_a_message_names_what_each_rank_contributed() -> None:

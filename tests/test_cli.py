@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -269,6 +270,77 @@ def test_a_resumed_sweep_keeps_its_options(
     assert begin("--resume", "../output")[0].address is None  # the cluster of the day is not the sweep's
 
 
+# The tracking store
+
+
+@pytest.mark.parametrize("name", ["x?8", "my%20results"])
+def test_a_directory_whose_database_would_lie_elsewhere(
+    refused: Callable[..., str], begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path, name: str
+) -> None:
+    assert f"to have no {name[1 if name[0] == 'x' else 2]} in its path" in refused("--output", name)
+    _, _, root = begin("--output", str(tmp_path / name), "--tracking-uri", "http://127.0.0.1:5000")
+    assert root == tmp_path / name  # a store elsewhere doesn't mind
+
+
+@pytest.mark.parametrize("name", ["my results", "x#8 & y", "für alle"])
+def test_an_odd_directory_is_shown_as_a_shell_reads_it(
+    begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path, name: str
+) -> None:
+    options, _, root = begin("--output", str(tmp_path / name))
+    assert options.tracking_uri is None
+    assert shlex.split(cli.resumption(root, options))[2:] == ["--resume", str(tmp_path / name)]
+
+
+def test_a_relative_store_stays_the_same(
+    begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a sweep that is resumed from elsewhere."""
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for given, expected in (("sqlite:///my.db", "sqlite:///HERE/my.db"), ("./mlruns", "file://HERE/mlruns")):
+        monkeypatch.chdir(tmp_path / "here")
+        expected = expected.replace("HERE", str(tmp_path / "here"))
+        root = tmp_path / given.rpartition("/")[2]
+        assert begin("--output", str(root), "--tracking-uri", given)[0].tracking_uri == expected
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert begin("--resume", str(root))[0].tracking_uri == expected
+
+
+def test_a_store_within_the_results_is_their_own_or_refused(
+    refused: Callable[..., str], begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
+) -> None:
+    """It would be looked for in the old place when the directory is moved."""
+    root = tmp_path / "results"
+    assert "to lie outside" in refused("--output", str(root), "--tracking-uri", f"sqlite:///{root}/my.db")
+    assert begin("--output", str(root), "--tracking-uri", f"sqlite:///{root}/mlflow.db")[0].tracking_uri is None
+
+
+@pytest.mark.parametrize("address", ["http://me:s3cret@host:5000", "postgresql://me:s3cret@host/mlflow"])
+def test_a_password_is_used_and_not_kept(
+    begin: Callable[..., tuple[Namespace, SweepConfig, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str,
+) -> None:
+    """A resumed sweep takes it from the environment, or has it given again."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / "results"
+    assert begin("--output", str(root), "--tracking-uri", address)[0].tracking_uri == address
+    assert not [path for path in root.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    resumed, _, _ = begin("--resume", str(root))
+    assert "s3cret" not in resumed.tracking_uri
+    assert "s3cret" not in cli.resumption(root, resumed)
+    assert begin("--resume", str(root), "--tracking-uri", address)[0].tracking_uri == address
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert begin("--resume", str(root))[0].tracking_uri == address
+
+
+def test_a_mistyped_option_shows_no_password(refused: Callable[..., str]) -> None:
+    line = refused("--tracking-url", "http://me:s3cret@host:5000")
+    assert "http://host:5000" in line
+    assert "s3cret" not in line
+
+
 @pytest.mark.parametrize("trials", [2, 5, 20])
 def test_a_resumed_sweep_may_have_other_trials(
     script: ModuleType, begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path, trials: int
@@ -406,12 +478,3 @@ def test_a_cluster_that_is_not_there_in_a_true_process(tmp_path: Path, closed_po
     assert LINE.match(done.stderr), done.stderr
     assert f"127.0.0.1:{closed_port}" in done.stderr
     assert seconds < 30
-
-
-def test_ctrl_c_while_libraries_load_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted() -> int:
-        raise KeyboardInterrupt
-
-    assert cli.start(interrupted) == 130
-    assert cli.start(lambda: 2) == 2
-    assert capsys.readouterr().err == "\nInterrupted.\n"

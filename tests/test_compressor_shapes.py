@@ -62,7 +62,7 @@ def test_any_gradient(name: str, shapes: list[torch.Size], kind: str, scale: flo
         if isinstance(compressor, ErrorFeedback) and compressor.residual is not None:
             residual = [e.clone() for e in compressor.residual]
         fresh.load_public_state(compressor.public_state())
-        tap = Tap(LocalChannel())
+        tap = Tap(LocalChannel(), keep=True)
         mean, own = compressor.reduce(grads, tap)
         assert all(map(torch.equal, grads, before))
         assert [(x.shape, x.dtype) for x in mean] == [(x.shape, x.dtype) for x in own]
@@ -146,7 +146,7 @@ def test_what_is_not_finite_is_refused_by_name_and_never_sent(name: str, bad: fl
     for step in range(before):
         for c in (compressor, undisturbed):
             c.reduce(gradients(step), LocalChannel())
-    grads, tap = gradients(50), Tap(LocalChannel())
+    grads, tap = gradients(50), Tap(LocalChannel(), keep=True)
     grads[2][3, 7], grads[2][0, 0] = bad, -bad
     grads[4][0] = 3e38  # finite, however large
     with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -191,7 +191,7 @@ def test_16_bits_do_not_overflow_in_the_sum_over_workers(dtype: str, workers: in
 @every_defence
 def test_a_view_of_scalars_and_of_what_has_no_entries(name: str) -> None:
     shapes = [torch.Size(s) for s in [(), (0,), (3, 4), (2, 0), (5,)]]
-    compressor, tap = build(DEFENCES[name], shapes), Tap(LocalChannel())
+    compressor, tap = build(DEFENCES[name], shapes), Tap(LocalChannel(), keep=True)
     state, grads = compressor.public_state(), [fill("random", s, 1.0, torch.float32, i) for i, s in enumerate(shapes)]
     compressor.reduce(grads, tap)
     compressor.load_public_state(state)

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raytrust.compress import build
 from raytrust.config import (
     AtomoConfig,
     CaptureConfig,
@@ -32,10 +34,12 @@ from raytrust.config import (
     TopKConfig,
     TrainConfig,
     VqSGDConfig,
+    compressors,
     digest,
     from_dict,
     to_dict,
 )
+from raytrust.config.compressors import compressor_types
 
 positive = st.integers(1, 2**31)
 seeds = st.integers(0, 2**31 - 1)
@@ -336,6 +340,8 @@ def test_values_at_the_ends_of_the_ranges() -> None:
         (Defence(TopKConfig(level=0.01)), "Top-K 1 %"),
         (Defence(TopKConfig(level=1)), "Top-K 100 %"),
         (Defence(TopKConfig(level=0.01, scope="layer")), "Top-K 1 % per layer"),
+        (Defence(TopKConfig(equal_to_rank=4)), "Top-K (bytes of rank 4)"),
+        (Defence(TopKConfig(equal_to_rank=4, equal_by="values"), True), "Top-K (values of rank 4) + EF"),
         (Defence(HalfConfig()), "fp16"),
         (Defence(HalfConfig("bfloat16"), error_feedback=True), "bf16 + EF"),
         (Defence(RandKConfig(0.05)), "Rand-K 5 %"),
@@ -354,6 +360,12 @@ def test_values_at_the_ends_of_the_ranges() -> None:
 )
 def test_name_of_a_defence(defence: Defence, name: str) -> None:
     assert defence.name == name
+
+
+def test_a_level_is_named_by_what_it_is_once_that_is_known() -> None:
+    assert Defence(TopKConfig(equal_to_rank=4), True).name_with(0.0141) == "Top-K 1.4 % (bytes of rank 4) + EF"
+    assert Defence(TopKConfig(level=0.01)).name_with(0.01) == "Top-K 1 %"
+    assert Defence(PowerSGDConfig(4)).name_with(None) == "PowerSGD rank 4"
 
 
 def test_names_of_equally_large_defences_differ() -> None:
@@ -458,9 +470,9 @@ def test_an_attack_as_it_applies_to_a_defence() -> None:
 
 
 def test_the_name_of_an_attack_says_what_is_not_default() -> None:
-    assert InversionConfig().name == "aware tv=0.01 lr=0.1 r=1 s=0"
+    assert InversionConfig().name == "aware tv=0.01 lr=1 r=1 s=0"
     attack = InversionConfig(matching="l2", optimiser="lbfgs", bn=0.25, label_recovery="joint", residual="avoid")
-    assert attack.name == "aware tv=0.01 lr=0.1 r=1 s=0 l2 lbfgs bn=0.25 joint avoid"
+    assert attack.name == "aware tv=0.01 lr=1 r=1 s=0 l2 lbfgs bn=0.25 joint avoid"
 
 
 @pytest.mark.parametrize("weight", ["tv", "bound", "l2", "colour", "bn", "group"])
@@ -470,3 +482,54 @@ def test_weights_of_priors_are_finite_and_not_negative(weight: str) -> None:
             InversionConfig(**{weight: value})
     with pytest.raises(ValueError, match=r"^Expected warmup=-1 to be at least 0\.$"):
         InversionConfig(warmup=-1)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Options of a method that `Defence` does not know."""
+
+    method: ClassVar[str] = "registered"
+
+
+@pytest.mark.parametrize(
+    "compressor", ["powersgd:4", None, PowerSGDConfig, Registered(), Defence(), {"method": "none"}]
+)
+def test_a_defence_of_what_is_no_method_is_refused_when_it_is_made(compressor: Any) -> None:
+    with pytest.raises(ValueError, match=r"^Expected compressor=.* to be one of AtomoConfig, DGCConfig, ") as raised:
+        Defence(compressor)
+    assert str(raised.value).startswith(f"Expected compressor={compressor!r} to be one of ")
+    assert "\n" not in str(raised.value)
+
+
+def test_options_that_build_would_drop_are_refused() -> None:
+    """Those of a subclass: it would be built, hashed and saved as what it is derived from."""
+
+    @dataclass(frozen=True)
+    class Mine(PowerSGDConfig):
+        power_iterations: int = 3
+
+    with pytest.raises(ValueError, match=r"^Expected compressor=.*Mine\(rank=4, warm_start=True, power_iterations=3\)"):
+        Defence(Mine())
+
+
+@pytest.mark.parametrize("error_feedback", ["ef", 1, None])
+def test_error_feedback_is_a_bool(error_feedback: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^Expected error_feedback={error_feedback!r} to be True or False\.$"):
+        Defence(PowerSGDConfig(), error_feedback)
+
+
+def test_every_method_of_the_config_is_built() -> None:
+    for kind in compressor_types():
+        config = TopKConfig(level=0.5) if kind is TopKConfig else kind()
+        assert build(Defence(config), [torch.Size((3, 4))]).layout.entries == 12
+
+
+def test_what_is_no_defence_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("powersgd:4", PowerSGDConfig(), None):
+        with pytest.raises(ValueError, match=r"^Expected defence=.* to be a Defence, which config.parse_defence makes"):
+            build(value, [torch.Size((3,))])  # type: ignore[arg-type]
+    known = compressor_types()
+    monkeypatch.setattr(compressors, "compressor_types", lambda: (*known, Registered))
+    defence = Defence(Registered())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^Expected compressor=.*Registered\(\) to be of a method that can be built"):
+        build(defence, [torch.Size((3,))])

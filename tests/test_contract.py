@@ -176,7 +176,7 @@ def sends(config: CompressorConfig, seed: int = 5, rank: int = 0, steps: int = 1
     """The bytes that a worker sends at the last of some steps, of the same gradient in each."""
     compressor = build(Defence(config), SHAPES, seed)
     for _ in range(steps):
-        tap = Tap(Echo(2, rank))
+        tap = Tap(Echo(2, rank), keep=True)
         compressor.reduce(gradients(0), tap)
     return torch.cat([x.view(torch.uint8).view(-1) for m in tap.messages for x in m.sent])
 
@@ -242,7 +242,7 @@ def resnet18() -> list[Tensor]:
 
 
 def bytes_sent(config: CompressorConfig, grads: list[Tensor]) -> int:
-    tap = Tap(LocalChannel(), keep=False)
+    tap = Tap(LocalChannel())
     build(Defence(config), [g.shape for g in grads]).reduce(grads, tap)
     return tap.sent_bytes
 
@@ -273,7 +273,7 @@ def test_on_a_gpu_as_on_the_cpu(name: str) -> None:
     """But for QSGD, whose dice are another generator there: of it only what one message says."""
     compressor = build(DEFENCES[name], SHAPES, seed=5)
     for step, expected in enumerate(alone(name)):
-        tap = Tap(LocalChannel())
+        tap = Tap(LocalChannel(), keep=True)
         state = compressor.public_state()
         reduced = compressor.reduce([g.cuda() for g in gradients(100 * step)], tap)
         assert tap.sent_bytes == bytes_by_formula(DEFENCES[name].compressor, SHAPES, step, tap.messages)

@@ -1,88 +1,27 @@
+"""The data set itself, the images that are shipped, .npz files, and what is refused of any source."""
+
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
-import http.server
-import itertools
 import pickle
 import random
-import socket
+import re
 import struct
 import subprocess
 import sys
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_files import arrays, equal, npz, pixels, refusal, rows, tree
 
-from raytrust import data
 from raytrust.data import Dataset, load
+from raytrust.data.arrays import stratified_split
 
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
-
-
-def arrays(train: int = 12, test: int = 6, shape: tuple[int, ...] = (9, 10, 3), classes: int = 3) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    return {
-        "train_images": rng.integers(0, 256, (train, *shape), dtype=np.uint8),
-        "train_labels": np.arange(train) % classes,
-        "test_images": rng.integers(0, 256, (test, *shape), dtype=np.uint8),
-        "test_labels": np.arange(test) % classes,
-    }
-
-
-def npz(folder: Path, name: str = "toy.npz", **changes: Any) -> str:
-    """Write a valid file with some keys replaced, or left out where the change is None."""
-    held = {key: value for key, value in {**arrays(), **changes}.items() if value is not None}
-    np.savez(folder / name, **held)
-    return str(folder / name)
-
-
-def picture(path: Path, array: np.ndarray) -> np.ndarray:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path)
-    return array
-
-
-def pixels(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def tree(folder: Path, counts: dict[str, int], *shape: int) -> Path:
-    """Fill `folder` with so many different PNG files a class."""
-    numbers = itertools.count()
-    for name, count in counts.items():
-        for index in range(count):
-            picture(folder / name / f"{index:03}.png", pixels(next(numbers), *(shape or (32, 32, 3))))
-    return folder
-
-
-def refusal(source: str | Path, **options: Any) -> str:
-    """The message with which `load` refuses `source`: a ValueError of one line in the house's form."""
-    with pytest.raises(ValueError, match=r"\AExpected [^\n]*\.\Z") as info:
-        load(str(source), **options)
-    return str(info.value)
-
-
-def equal(a: Dataset, b: Dataset) -> bool:
-    fields = ("train_images", "train_labels", "test_images", "test_labels")
-    return a.classes == b.classes and all(torch.equal(getattr(a, f), getattr(b, f)) for f in fields)
-
-
-def rows(images: torch.Tensor, labels: torch.Tensor) -> Counter[tuple[bytes, int]]:
-    return Counter(
-        (image.numpy().tobytes(), int(label)) for image, label in zip(images.unbind(), labels.unbind(), strict=True)
-    )
 
 
 # Dataset
@@ -155,6 +94,46 @@ def test_fingerprint_sees_every_change(tmp_path, change):
     assert dataclasses.replace(dataset, **changed).fingerprint() != dataset.fingerprint()
 
 
+# The summary
+
+
+def test_summary_of_what_is_shipped():
+    assert load("faces").summary().splitlines() == [
+        "faces: 160 training and 40 test images, 25x25, grey. Test images: a fifth of each class, drawn by the seed.",
+        "2 classes: face (80), no face (80).",
+        "Few images: accuracy on 40 is known to within 15 points.",
+    ]
+    first, second, _ = load("digits").summary().splitlines()
+    assert first.startswith("digits: 1437 training and 360 test images, 16x16, grey. Resized from 8x8. Test images:")
+    assert second.startswith("10 classes: 0 (142), 1 (")
+
+
+def test_summary_of_a_file_says_that_labels_begin_at_one(tmp_path):
+    labels = {"train_labels": np.arange(12) % 3 + 1, "test_labels": np.arange(6) % 3 + 1}
+    dataset = load(npz(tmp_path, **labels))
+    assert dataset.classes == 4  # not renumbered: labels stay what they are in the user's file
+    first, second, _ = dataset.summary().splitlines()
+    assert first == "toy: 12 training and 6 test images, 9x10, 3 channels. Test images: as stored in the file."
+    assert second == (
+        "3 classes: 1 (4), 2 (4), 3 (4). Without training images: 0; the network has outputs for them all the same."
+    )
+
+
+def test_summary_counts_many_classes_and_is_silent_on_many_images(tmp_path):
+    labels = np.concatenate([np.arange(100), np.arange(50)])
+    images = np.zeros((150, 8, 8), np.uint8)
+    tests = {"test_images": np.zeros((400, 8, 8), np.uint8), "test_labels": np.arange(400) % 100}
+    dataset = load(npz(tmp_path, train_images=images, train_labels=labels, **tests))
+    assert dataset.summary().splitlines()[1:] == ["100 classes of 1 to 2 training images each."]
+
+
+def test_names_are_left_aside_where_classes_change():
+    faces = load("faces")
+    assert faces.class_name(1) == "no face"
+    assert dataclasses.replace(faces, classes=3).class_name(1) == "1"
+    assert dataclasses.replace(faces, class_names=("a", "b"), notes=()).fingerprint() == faces.fingerprint()
+
+
 # Digits and the split
 
 
@@ -179,7 +158,7 @@ def test_digits_are_scikit_learns_in_order():
 def test_digits_split_is_stratified_and_drawn_by_the_seed():
     first, again, other = load("digits"), load("digits", seed=0), load("digits", seed=1)
     assert first.name == "digits"
-    assert first.image_size == (32, 32)
+    assert first.image_size == (16, 16)
     assert first.fingerprint() == again.fingerprint()
     assert first.fingerprint() != other.fingerprint()
     for digits in (first, other):
@@ -194,7 +173,7 @@ def test_split_is_within_one_image_of_a_fifth_of_each_class(counts):
     labels = np.repeat(np.arange(len(counts)), counts)
     images = np.arange(len(labels))
     for seed in range(5):
-        parts = data._split(images, labels, seed)
+        parts = stratified_split(images, labels, seed)
         assert sorted([*parts["train_images"], *parts["test_images"]]) == list(images)
         assert len(parts["test_images"]) == -(-len(labels) // 5)
         for split in ("train", "test"):
@@ -208,8 +187,22 @@ def test_split_gives_every_image_its_fair_chance():
     labels = np.arange(50) % 2
     drawn = np.zeros(50)
     for seed in range(500):
-        drawn[data._split(np.arange(50), labels, seed)["test_images"]] += 1
+        drawn[stratified_split(np.arange(50), labels, seed)["test_images"]] += 1
     assert (np.abs(drawn - 100) < 5 * np.sqrt(500 * 0.2 * 0.8)).all()  # binomial, five standard deviations
+
+
+def test_faces_are_scikit_images_halves():
+    from skimage.data import lfw_subset
+
+    faces = load("faces")
+    assert (faces.name, faces.class_names, faces.image_size) == ("faces", ("face", "no face"), (25, 25))
+    assert faces.train_labels.bincount().tolist() == [80, 80]
+    assert faces.test_labels.bincount().tolist() == [20, 20]
+    expected = torch.tensor(np.rint(lfw_subset() * 255)).byte()[:, None]
+    both = rows(faces.train_images, faces.train_labels) + rows(faces.test_images, faces.test_labels)
+    assert both == rows(expected, torch.arange(200) // 100)
+    assert load("faces", seed=1).fingerprint() != faces.fingerprint() == load("faces").fingerprint()
+    assert load("faces", image_size=32).image_size == (32, 32)
 
 
 # .npz files
@@ -269,18 +262,27 @@ def test_npz_suffix_in_capitals_and_home_directory(tmp_path, monkeypatch):
         (
             {"train_images": np.zeros((12, 9, 10, 3), np.float32)},
             "Expected train_images in FILE to be uint8 of shape (n, height, width[, 1 or 3]), "
-            "got float32 of shape (12, 9, 10, 3).",
+            "got float32 of shape (12, 9, 10, 3); convert with (images * 255).round().astype('uint8').",
         ),
         (
             {"test_images": np.full((6, 9, 10, 3), np.nan)},
             "Expected test_images in FILE to be uint8 of shape (n, height, width[, 1 or 3]), "
             "got float64 of shape (6, 9, 10, 3) with NaN.",
         ),
-        ({"train_images": np.zeros((12, 9, 10, 3), np.int16)}, "got int16 of shape (12, 9, 10, 3)."),
-        ({"train_images": np.zeros((12, 9, 10, 3), bool)}, "got bool of shape (12, 9, 10, 3)."),
+        (
+            {"train_images": np.zeros((12, 9, 10, 3), np.int16)},
+            "got int16 of shape (12, 9, 10, 3); convert with images.astype(",
+        ),
+        ({"train_images": np.zeros((12, 9, 10, 3), bool)}, "got bool of shape (12, 9, 10, 3); convert with"),
         ({"train_images": np.zeros((12, 9, 10, 2), np.uint8)}, "got uint8 of shape (12, 9, 10, 2)."),
-        ({"train_images": np.zeros((12, 3, 9, 10), np.uint8)}, "got uint8 of shape (12, 3, 9, 10)."),
-        ({"train_images": np.zeros((12, 90), np.uint8)}, "got uint8 of shape (12, 90)."),
+        (
+            {"train_images": np.zeros((12, 3, 9, 10), np.uint8)},
+            "got uint8 of shape (12, 3, 9, 10); convert with images.transpose(",
+        ),
+        (
+            {"train_images": np.zeros((12, 90), np.uint8)},
+            "got uint8 of shape (12, 90); convert with images.reshape(",
+        ),
         ({"train_images": np.zeros((12, 9, 10, 3, 1), np.uint8)}, "got uint8 of shape (12, 9, 10, 3, 1)."),
         ({"train_images": np.uint8(3)}, "got uint8 of shape ()."),
         ({"train_images": np.array([None] * 12)}, "Expected train_images in FILE to be readable (Object"),
@@ -305,13 +307,17 @@ def test_npz_suffix_in_capitals_and_home_directory(tmp_path, monkeypatch):
         ),
         (
             {"train_labels": np.zeros(12, np.float32)},
-            "Expected train_labels in FILE to be integers of shape (n,) or (n, 1), got float32 of shape (12,).",
+            "Expected train_labels in FILE to be integers of shape (n,) or (n, 1), got float32 of shape (12,); "
+            "convert with labels.astype('int64').",
         ),
         ({"test_labels": np.full(6, np.nan)}, "got float64 of shape (6,) with NaN."),
-        ({"train_labels": np.zeros(12, bool)}, "got bool of shape (12,)."),
-        ({"train_labels": np.array(["cat"] * 12)}, "got <U3 of shape (12,)."),
-        ({"train_labels": np.zeros((12, 14), int)}, "got int64 of shape (12, 14)."),
-        ({"train_labels": np.zeros((1, 12), int)}, "got int64 of shape (1, 12)."),
+        ({"train_labels": np.zeros(12, bool)}, "got bool of shape (12,); convert with labels.astype('int64')."),
+        (
+            {"train_labels": np.array(["cat"] * 12)},
+            "got <U3 of shape (12,); convert with np.unique(labels",
+        ),
+        ({"train_labels": np.zeros((12, 14), int)}, "got int64 of shape (12, 14); an image has one label here."),
+        ({"train_labels": np.zeros((1, 12), int)}, "got int64 of shape (1, 12); convert with labels.reshape(-1)."),
         ({"train_labels": np.int64(3)}, "got int64 of shape ()."),
         (
             {"train_labels": np.arange(11) % 3},
@@ -349,6 +355,63 @@ def test_npz_refusals(tmp_path, changes, expected):
     message = refusal(path)
     expected = expected.replace("FILE", path)
     assert message == expected if expected.startswith("Expected") and expected.endswith(".") else expected in message
+
+
+IMAGES = pixels(5, 12, 9, 10, 3)
+GREY = pixels(6, 12, 9, 10)
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (IMAGES / 255, IMAGES),
+        (IMAGES.astype(np.float16), IMAGES),
+        (IMAGES.astype(np.uint16) * 257, IMAGES),
+        (IMAGES.astype(np.int64), IMAGES),
+        (IMAGES.transpose(0, 3, 1, 2), IMAGES),
+        (IMAGES.transpose(0, 3, 1, 2).astype(np.float32) / 255, IMAGES),
+        (GREY[:, None], GREY[..., None]),
+        (np.concatenate([IMAGES, IMAGES[..., :1]], axis=3), IMAGES),
+        (GREY > 127, (GREY > 127) * np.uint8(255)),
+        ((GREY - GREY.min()) / 50 - 1.5, None),  # normalised: what black and white were is lost
+    ],
+)
+def test_the_conversion_of_images_that_a_refusal_names_works(tmp_path, stored, expected):
+    message = refusal(npz(tmp_path, train_images=stored, test_images=stored[:6]))
+    conversion = re.search(r"; convert with (.*)\.$", message)
+    assert conversion, message
+    images = eval(conversion.group(1), {"np": np, "images": stored})
+    dataset = load(npz(tmp_path, train_images=images, test_images=images[:6]))
+    loaded = dataset.train_images.permute(0, 2, 3, 1).numpy()
+    if expected is None:
+        assert (loaded.min(), loaded.max()) == (0, 255)
+    else:
+        np.testing.assert_array_equal(loaded, expected.reshape(loaded.shape))
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        np.eye(3, dtype=np.uint8)[np.arange(12) % 3],
+        np.eye(3, dtype=np.float32)[np.arange(12) % 3],
+        np.array(["ant", "bee", "cat"] * 4),
+        (np.arange(12) % 3).astype(np.float64),
+        (np.arange(12) % 3)[None],
+    ],
+)
+def test_the_conversion_of_labels_that_a_refusal_names_works(tmp_path, stored):
+    conversion = re.search(r"; convert with (.*)\.$", refusal(npz(tmp_path, train_labels=stored)))
+    assert conversion
+    labels = eval(conversion.group(1), {"np": np, "labels": stored})
+    assert load(npz(tmp_path, train_labels=labels)).train_labels.tolist() == [0, 1, 2] * 4
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_nothing_is_suggested_where_no_conversion_is_right(tmp_path, dtype):
+    assert "convert" not in refusal(npz(tmp_path, train_images=np.zeros((12, 9, 10, 2), dtype)))
+    several = np.ones((12, 3), dtype)  # every image of all classes
+    assert "convert" not in refusal(npz(tmp_path, train_labels=several))
+    assert "convert" not in refusal(npz(tmp_path, train_labels=np.arange(12) + 0.5))
 
 
 def test_npz_that_is_no_npz(tmp_path):
@@ -460,335 +523,12 @@ def test_seed_refusals(seed):
     assert refusal("digits", seed=seed) == f"Expected seed={seed!r} to be an integer in [0, 2**63)."
 
 
-# Directories
-
-
-@pytest.mark.parametrize("other", ["test", "val"])
-def test_directory_with_both_parts_is_loaded_bit_for_bit(tmp_path, other):
-    tree(tmp_path / "pets" / "train", {"dog": 2, "cat": 3})
-    tree(tmp_path / "pets" / other, {"dog": 2, "cat": 1})
-    dataset = load(str(tmp_path / "pets"))
-    assert dataset.name == "pets"
-    assert dataset.classes == 2
-    assert dataset.train_labels.tolist() == [0, 0, 0, 1, 1]  # cat, dog
-    assert dataset.test_labels.tolist() == [0, 1, 1]
-    for images, seeds in ((dataset.train_images, [2, 3, 4, 0, 1]), (dataset.test_images, [2, 0, 1])):
-        assert images.dtype == torch.uint8
-        assert images.is_contiguous()
-        expected = np.stack([pixels(seed, 32, 32, 3) for seed in seeds])
-        np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
-
-
-def test_directory_prefers_test_to_val_and_numbers_by_the_training_folders(tmp_path):
-    tree(tmp_path / "train", {"a": 1, "b": 1, "c": 1})
-    tree(tmp_path / "val", {"a": 5})
-    tree(tmp_path / "test", {"c": 2})
-    dataset = load(str(tmp_path))
-    assert dataset.test_labels.tolist() == [2, 2]
-    assert dataset.classes == 3
-
-
-def test_directory_without_a_test_set_is_split_by_the_seed(tmp_path):
-    counts = {"a": 10, "b": 20, "train": 5}  # a class may be called train
-    tree(tmp_path, counts, 32, 32)
-    first, again, other = (load(str(tmp_path), seed=seed) for seed in (0, 0, 1))
-    assert equal(first, again)
-    assert first.fingerprint() != other.fingerprint()
-    for dataset in (first, other):
-        assert dataset.train_labels.bincount().tolist() == [8, 16, 4]
-        assert dataset.test_labels.bincount().tolist() == [2, 4, 1]
-        together = torch.cat([dataset.train_images, dataset.test_images])
-        stored = [pixels(seed, 32, 32).tobytes() for seed in range(35)]
-        assert Counter(image.numpy().tobytes() for image in together.unbind()) == Counter(stored)
-
-
-@pytest.mark.parametrize("options", [{}, {"image_size": 20}])
-@pytest.mark.parametrize("shape", [(70, 50, 3), (20, 90, 3), (9, 9, 3)])
-def test_directory_resizes_the_shorter_side_and_crops_the_centre(tmp_path, shape, options):
-    from torchvision.transforms import CenterCrop, Compose, Resize
-
-    size = options.get("image_size", 32)
-    tree(tmp_path / "train", {"a": 1, "b": 1}, *shape)
-    tree(tmp_path / "test", {"a": 1, "b": 1}, *shape)
-    dataset = load(str(tmp_path), **options)
-    assert dataset.image_size == (size, size)
-    expected = Compose([Resize(size), CenterCrop(size)])(Image.fromarray(pixels(0, *shape)))
-    np.testing.assert_array_equal(dataset.train_images[0].permute(1, 2, 0).numpy(), np.asarray(expected))
-
-
-def test_directory_has_one_channel_if_all_files_are_greyscale(tmp_path):
-    tree(tmp_path / "train", {"a": 1, "b": 1}, 40, 50)
-    tree(tmp_path / "test", {"a": 1, "b": 1}, 40, 50)
-    picture(tmp_path / "train" / "a" / "bits.png", pixels(9, 32, 32) > 127)
-    grey = load(str(tmp_path))
-    assert grey.channels == 1
-    assert set(grey.train_images[1].unique().tolist()) == {0, 255}
-
-    picture(tmp_path / "test" / "b" / "coloured.png", pixels(3, 32, 32, 4))
-    mixed = load(str(tmp_path))
-    assert mixed.channels == 3
-    assert torch.equal(mixed.train_images, grey.train_images.expand(-1, 3, -1, -1))
-    np.testing.assert_array_equal(mixed.test_images[-1].permute(1, 2, 0).numpy(), pixels(3, 32, 32, 4)[..., :3])
-
-
-def test_directory_accepts_palettes_and_jpeg(tmp_path):
-    tree(tmp_path, {"a": 2, "b": 2})
-    for mode, name in (("P", "c.png"), ("CMYK", "d.jpg")):
-        Image.fromarray(pixels(0, 32, 32, 3)).convert(mode).save(tmp_path / "a" / name)
-    assert load(str(tmp_path)).channels == 3
-
-
-def test_a_name_wins_over_a_directory(tmp_path, monkeypatch):
-    tree(tmp_path / "digits", {"a": 2, "b": 2})
-    monkeypatch.chdir(tmp_path)
-    assert load("digits").classes == 10
-    assert load("./digits").classes == 2
-    monkeypatch.chdir(tmp_path / "digits")
-    assert load(".").name == "digits"
-
-
-def test_directory_refusals(tmp_path):
-    assert "to hold one folder of images a class (Couldn't find any class folder" in refusal(tmp_path)
-    tree(tmp_path, {"a": 3})
-    assert refusal(tmp_path) == f"Expected {tmp_path} to hold at least 2 folders, one a class, got a."
-    (tmp_path / "b").mkdir()
-    assert "Found no valid file for the classes b" in refusal(tmp_path)
-    picture(tmp_path / "b" / "1.png", pixels(0, 32, 32))
-    assert refusal(tmp_path) == f"Expected {tmp_path / 'b'} to hold at least 2 images, to train and to test, got 1."
-
-
-def test_directory_refuses_a_class_that_is_tested_only(tmp_path):
-    tree(tmp_path / "train", {"a": 1, "b": 1})
-    tree(tmp_path / "test", {"a": 1, "b": 1, "c": 1, "d": 1})
-    assert refusal(tmp_path) == f"Expected the classes in {tmp_path / 'test'} to be among those in train, got c, d."
-
-
-def test_directory_refuses_a_part_without_images(tmp_path):
-    tree(tmp_path / "train", {"a": 1, "b": 1})
-    (tmp_path / "test").mkdir()
-    assert refusal(tmp_path).startswith(f"Expected {tmp_path / 'test'} to hold one folder of images a class")
-
-
-@pytest.mark.parametrize("content", ["text", "empty", "truncated", "deep", "float"])
-def test_directory_refuses_an_unreadable_image(tmp_path, content):
-    tree(tmp_path, {"a": 2, "b": 2})
-    path = tmp_path / "b" / ("001.tif" if content == "float" else "001.png")
-    whole = (tmp_path / "b" / "001.png").read_bytes()
-    if content == "deep":
-        Image.fromarray(pixels(0, 32, 32).astype(np.uint16) * 257).save(path)
-    elif content == "float":
-        Image.fromarray(pixels(0, 32, 32).astype(np.float32)).save(path)
-    else:
-        path.write_bytes({"text": b"GIF89a? No.", "empty": b"", "truncated": whole[: len(whole) // 2]}[content])
-    message = refusal(tmp_path)
-    assert message.startswith(f"Expected {path} to be a readable 8-bit image (")
-    assert ("has more than 8 bits" in message) == (content in ("deep", "float"))
-
-
-def test_directory_refuses_a_decompression_bomb(tmp_path, monkeypatch):
-    tree(tmp_path, {"a": 2, "b": 2})
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "decompression bomb" in refusal(tmp_path)
-
-
 @pytest.mark.parametrize(
     "source", ["", "CIFAR10", "no/such/directory", "toy.npy", "two\nlines", "\0", ".npz", "~no-such-user/x"]
 )
 def test_other_sources_are_refused(source):
-    expected = "to be digits, cifar10, cifar100, mnist, a FILE.npz or an existing directory."
+    expected = "to be digits, faces, cifar10, cifar100, mnist, a FILE.npz or an existing directory."
     assert refusal(source) == f"Expected source={source!r} {expected}"
-
-
-# torchvision
-
-
-def mnist_files() -> dict[str, bytes]:
-    """A tiny MNIST in its IDX format, and its pixels are `arrays(shape=(28, 28))`."""
-    held = arrays(shape=(28, 28))
-    files = {}
-    for part, split in (("train", "train"), ("t10k", "test")):
-        images, labels = held[f"{split}_images"], held[f"{split}_labels"].astype(np.uint8)
-        files[f"{part}-images-idx3-ubyte"] = struct.pack(">4I", 2051, *images.shape) + images.tobytes()
-        files[f"{part}-labels-idx1-ubyte"] = struct.pack(">2I", 2049, len(labels)) + labels.tobytes()
-    return files
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    def urlopen(*_: Any, **__: Any) -> None:
-        raise urllib.error.URLError("Name or service\nnot known")
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-
-
-@pytest.mark.usefixtures("offline")
-def test_mnist_is_read_from_root_without_a_network(tmp_path, capsys):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name, content in mnist_files().items():
-        (raw / name).write_bytes(content)
-    dataset = load("mnist", root=tmp_path)
-    assert dataset.name == "mnist"
-    assert dataset.fingerprint() == load(npz(tmp_path, **arrays(shape=(28, 28)))).fingerprint()
-    assert load("mnist", root=tmp_path, image_size=32).image_size == (32, 32)
-    assert capsys.readouterr().out == ""
-
-    for content in (b"", b"\0", mnist_files()["train-images-idx3-ubyte"][:-1], bytes(20)):  # a broken-off download
-        (raw / "train-images-idx3-ubyte").write_bytes(content)
-        assert f"put the intact files under {tmp_path}" in refusal("mnist", root=tmp_path)
-
-
-@pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize(
-    ("name", "kind", "label"), [("cifar10", "CIFAR10", "labels"), ("cifar100", "CIFAR100", "fine_labels")]
-)
-def test_cifar_is_read_from_root_without_a_network(tmp_path, monkeypatch, name, kind, label):
-    from torchvision import datasets
-
-    cls = getattr(datasets, kind)
-    held = arrays(shape=(32, 32, 3))
-    folder = tmp_path / cls.base_folder
-    folder.mkdir()
-    for split in ("train", "test"):
-        planes = held[f"{split}_images"].transpose(0, 3, 1, 2).reshape(-1, 3072)
-        content = {"data": planes, label: held[f"{split}_labels"].tolist()}
-        (folder / split).write_bytes(pickle.dumps(content))
-        monkeypatch.setattr(cls, f"{split}_list", [[split, None]])
-    (folder / "meta").write_bytes(pickle.dumps({"names": ["a", "b", "c"]}))
-    monkeypatch.setattr(cls, "meta", {"filename": "meta", "key": "names", "md5": None})
-    assert load(name, root=tmp_path).fingerprint() == load(npz(tmp_path, **held)).fingerprint()
-
-
-@pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist"])
-def test_no_network_is_said_in_one_line(tmp_path, name):
-    before = socket.getdefaulttimeout()
-    assert refusal(name, root=tmp_path) == (
-        f"Expected {name} under {tmp_path} or a network to fetch it from, but the download failed "
-        f"(<urlopen error Name or service not known>); give --data FILE.npz or put the intact files under {tmp_path}."
-    )
-    assert socket.getdefaulttimeout() == before
-
-
-@pytest.mark.parametrize("error", [urllib.error.URLError("gone"), RuntimeError("gone"), TimeoutError("gone")])
-def test_whatever_torchvision_raises_is_a_refusal(tmp_path, monkeypatch, capsys, error):
-    from torchvision import datasets
-
-    def raises(*_: Any, **__: Any) -> None:
-        print("Downloading")
-        raise error
-
-    monkeypatch.setattr(datasets.CIFAR10, "__init__", raises)
-    monkeypatch.setattr(urllib.request, "urlopen", raises if isinstance(error, OSError) else lambda *_, **__: _Answer())
-    assert "gone" in refusal("cifar10", root=tmp_path)
-    assert capsys.readouterr().out == ""
-
-
-class _Answer:
-    def close(self) -> None:
-        pass
-
-
-@pytest.mark.usefixtures("offline")
-def test_root_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "the download failed" in refusal("mnist", root=tmp_path / "file")
-
-
-@pytest.mark.usefixtures("offline")
-def test_default_root_is_in_the_home_directory(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert f"under {tmp_path / '.cache' / 'raytrust'}" in refusal("mnist")
-
-
-@pytest.fixture
-def serve(monkeypatch) -> Iterator[Callable[[dict[str, bytes], bool], list[float | None]]]:
-    """Let a local server be MNIST's only mirror; it stalls in the middle of every file if told so.
-
-    What comes back fills up with the default time-out of sockets as it was at each request.
-    """
-    from torchvision import datasets
-
-    stop, servers = threading.Event(), []
-    monkeypatch.setenv("no_proxy", "*")
-
-    def start(files: dict[str, bytes], stall: bool) -> list[float | None]:
-        timeouts: list[float | None] = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.send_error(403)
-
-            def do_GET(self) -> None:
-                timeouts.append(socket.getdefaulttimeout())
-                content = files[self.path.lstrip("/")]
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[:20] if stall else content)
-                if stall:
-                    stop.wait(5)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        servers.append(server)
-        resources = [(name, hashlib.md5(content).hexdigest()) for name, content in files.items()]
-        monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        monkeypatch.setattr(datasets.MNIST, "resources", resources)
-        return timeouts
-
-    yield start
-    stop.set()
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_mnist_is_downloaded_once(tmp_path, serve):
-    before = socket.getdefaulttimeout()
-    requests = serve({f"{name}.gz": gzip.compress(content) for name, content in mnist_files().items()}, False)
-    dataset = load("mnist", root=tmp_path / "new" / "root")
-    assert dataset.fingerprint() == load(npz(tmp_path, **arrays(shape=(28, 28)))).fingerprint()
-    assert set(requests) == {data._TIMEOUT}
-    assert socket.getdefaulttimeout() == before
-    requests.clear()
-    assert equal(load("mnist", root=tmp_path / "new" / "root"), dataset)
-    assert not requests
-
-
-def test_download_that_stalls_is_given_up(tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(data, "_TIMEOUT", 0.5)
-    before = socket.getdefaulttimeout()
-    serve({f"{name}.gz": gzip.compress(content) for name, content in mnist_files().items()}, True)
-    start = time.monotonic()
-    assert "the download failed (timed out)" in refusal("mnist", root=tmp_path)
-    assert time.monotonic() - start < 3
-    assert socket.getdefaulttimeout() == before
-
-
-def test_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
-    from torchvision import datasets
-
-    monkeypatch.setattr(data, "_TIMEOUT", 0.2)
-    monkeypatch.setenv("no_proxy", "*")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz")
-        start = time.monotonic()
-        assert "the download failed (" in refusal("cifar10", root=tmp_path)
-        assert time.monotonic() - start < 2
-
-
-def test_name_that_is_never_resolved_is_given_up(tmp_path, monkeypatch):
-    release = threading.Event()
-    monkeypatch.setattr(data, "_TIMEOUT", 0.2)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: release.wait(5) and _Answer())
-    start = time.monotonic()
-    assert "no answer from https://" in refusal("cifar10", root=tmp_path)
-    assert time.monotonic() - start < 2
-    release.set()
 
 
 # The module

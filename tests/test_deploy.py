@@ -99,6 +99,7 @@ def test_nodes_have_the_keys_of_the_clouds_own_api() -> None:
 def test_ray_starts_with_a_token_and_a_private_dashboard(launcher: dict[str, Any]) -> None:
     for start in (launcher["head_start_ray_commands"], launcher["worker_start_ray_commands"]):
         assert "export RAY_AUTH_MODE=token" in start[-1]
+        assert "ulimit -c 0" in start[-1]  # a core file of a worker shows private images
         arguments = shlex.split(start[-1].partition("ray start")[2])
         ray_cli.commands["start"].make_context("start", arguments, resilient_parsing=True)  # refuses unknown options
     assert "--dashboard-host=127.0.0.1" in launcher["head_start_ray_commands"][-1]

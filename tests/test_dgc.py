@@ -67,7 +67,7 @@ def test_the_warm_up_falls_by_a_quarter_four_times() -> None:
     compressor = DGC(DGCConfig(level=0.001, warmup_steps=8), Layout([torch.Size((100_000,))]))
     ks = []
     for _ in range(10):
-        tap = Tap(LocalChannel())
+        tap = Tap(LocalChannel(), keep=True)
         ks.append(compressor.k)
         compressor.reduce([torch.randn(100_000, generator=torch.Generator().manual_seed(0))], tap)
         assert len(tap.messages[0].sent[0]) == ks[-1]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from ray import tune
-from sweep_fixtures import TINY, Logged, MlflowServer, Sweep, save_images
+from sweep_fixtures import SCRIPT, TINY, Logged, MlflowServer, Sweep, save_images
 from toys import synthetic
 
 from raytrust.capture import load_capture
@@ -132,7 +134,102 @@ def test_ctrl_c_twice(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
     assert not (root / "sweep.lock").exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "everybody"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGHUP, False)],
+    ids=["docker stop", "scancel", "closed terminal"],
+)
+def test_a_scheduler_ends_it(
+    sweep: Callable[..., Sweep], tmp_path: Path, number: signal.Signals, everybody: bool
+) -> None:
+    """As Ctrl-C does, and no process that holds private images may leave a core file."""
+    root = tmp_path / "results"
+    run = sweep("--steps", "300")
+    run.wait_for(lambda: list(root.glob("captures/*/config.json")))
+    limits = [core_limit(process) for process in run.alive()]
+    assert len(limits) > 3  # with Ray's own
+    assert set(limits) == {"0"}
+    (os.killpg if everybody else os.kill)(run.process.pid, number)
+    assert run.wait(120) == 128 + number, run.output + run.errors
+    assert run.errors == ""
+    command = f"python {shlex.quote(str(SCRIPT))} --resume {root}"
+    assert run.output.endswith(f"\nEnded by {number.name}; what was finished is kept. Go on with: {command}\n")
+    assert run.left_over(20) == []
+    assert run.named("ray::") == []
+    assert Logged(default_uri(root), root).statuses() == {"KILLED"}
+    assert not (root / "sweep.lock").exists()
+    resumed(sweep, root)
+    assert len(finished(root)) == 1
+
+
+def core_limit(process: int) -> str:
+    """The most bytes that the process's core file may have."""
+    with suppress(OSError):  # it has just ended
+        lines = Path(f"/proc/{process}/limits").read_text().splitlines()
+        return next(line.split()[4] for line in lines if line.startswith("Max core file size"))
+    return "0"
+
+
+# Directories that are carried elsewhere
+
+
+@pytest.mark.parametrize("carry", [shutil.move, shutil.copytree], ids=["moved", "copied"])
+def test_a_directory_that_was_carried_elsewhere(
+    sweep: Callable[..., Sweep], tmp_path: Path, carry: Callable[[Path, Path], object]
+) -> None:
+    """Everything that the resumed sweep writes is in the new place, also what MLflow keeps."""
+    old, new = tmp_path / "results", tmp_path / "new place"
+    run = sweep("--trials", "2", "--defence", "powersgd:1", "--iterations", "300")
+    run.wait_for(lambda: list(old.glob("captures/*/training.json")))
+    os.kill(run.process.pid, signal.SIGTERM)
+    assert run.wait() == 143, run.output + run.errors
+    carry(old, new)
+    before = {path: path.stat().st_mtime_ns for path in old.rglob("*")}
+    resumed(sweep, new)
+    assert {path: path.stat().st_mtime_ns for path in old.rglob("*")} == before
+    assert old.exists() == (carry is shutil.copytree)
+    assert len(finished(new)) == 2
+    logged = Logged(default_uri(new), old)  # its run keeps its name
+    assert set(logged.defences) == {"none", "PowerSGD rank 1"}
+    for defence in logged.defences.values():
+        assert "reconstructions.png" in logged.artifacts(defence)
+    pictures = list((new / "mlartifacts").rglob("reconstructions.png"))
+    assert len(pictures) == 3  # of each defence, and of the sweep
+    assert not (tmp_path / "mlruns").exists()
+
+
 # The tracking server
+
+
+@pytest.mark.parametrize("what", ["experiment", "run"])
+def test_what_is_deleted_in_mlflow_meanwhile(sweep: Callable[..., Sweep], tmp_path: Path, what: str) -> None:
+    """The sweep ends with its results, and waits for nothing. A run begins anew; an experiment stays deleted."""
+    root = tmp_path / "results"
+    run = sweep("--steps", "300")
+    run.wait_for(lambda: list(root.glob("captures/*/config.json")))
+    logged = Logged(default_uri(root), root)
+    if what == "run":
+        logged.client.delete_run(logged.parent.info.run_id)
+    else:
+        logged.client.delete_experiment(logged.parent.info.experiment_id)
+    run.wait_for(lambda: "defences evaluated" in run.output)
+    started = time.monotonic()
+    assert run.wait() == 0, run.output + run.errors
+    assert time.monotonic() - started < 60
+    assert run.errors == ""
+    assert len(finished(root)) == 1
+    if what == "run":
+        assert "MLflow" not in run.output.partition("opening the MLflow store")[2].partition("Compare the runs")[0]
+        assert Logged(default_uri(root), root).statuses() == {"FINISHED"}
+        return
+    assert run.output.count("MLflow refused an entry, the sweep goes on: ") >= 1
+    again = sweep("--resume", str(root))
+    assert again.wait() == 2
+    assert again.errors.count("\n") == 1
+    assert "restore it with: env MLFLOW_TRACKING_URI=" in again.errors
+    logged.client.restore_experiment(logged.parent.info.experiment_id)
+    resumed(sweep, root)
+    assert Logged(default_uri(root), root).statuses() == {"FINISHED"}
 
 
 def test_a_tracking_server_away_for_a_minute(sweep: Callable[..., Sweep], tmp_path: Path) -> None:

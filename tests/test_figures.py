@@ -1,125 +1,13 @@
-from __future__ import annotations
+"""The private images beside what the attacks made of them."""
 
-import struct
-import time
+from __future__ import annotations
 
 import numpy as np
 import pytest
-from frontier_rows import failed, finished, sweep
-from matplotlib.figure import Figure
+from drawings import png_size, texts
 
-from raytrust import figures, report
-
-
-def png_size(path):
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert data[-8:-4] == b"IEND"
-    return struct.unpack(">II", data[16:24])
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved, for a look at their artists."""
-    saved = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda fig, *args, **kwargs: (saved.append(fig), save(fig, *args, **kwargs)))
-    return saved
-
-
-def texts(fig):
-    return [t for t in [*fig.texts, *(t for ax in fig.axes for t in ax.texts)] if t.get_text()]
-
-
-FRONTIERS = {
-    "14 defences": [*sweep(14), failed()],
-    "all failed": [failed("one"), failed("two", reason="reason " * 60)],
-    "nothing": [],
-    "single": [finished()],
-    "single without intervals": [finished(accuracy_interval=None, leakage_interval=None, n_images=1)],
-    "one image": sweep(5, n_images=1, leakage_interval=None),
-    "long names": [row | {"name": f"{row['name']} {'very ' * 12}long ${i}_x$"} for i, row in enumerate(sweep(6))],
-    "equal points": [finished(name=f"twin {i}") for i in range(4)],
-    "equal bytes, unknown compressors": [finished(f"d{i}", compressor=f"new{i}") for i in range(12)],
-    "a ruined model": [*sweep(9), finished("ruined", accuracy=0.3, leakage=0.02)],
-    "bytes unknown": sweep(3, bytes_per_step=None),
-    "perfect": [finished(accuracy=1.0, leakage=1.0), finished("zero", accuracy=0.0, leakage=-0.05)],
-}
-
-
-@pytest.mark.parametrize("rows", FRONTIERS.values(), ids=FRONTIERS)
-def test_frontier_figure_is_a_png_inside_which_all_text_lies(tmp_path, drawn, rows):
-    path = tmp_path / "frontier.png"
-    figures.frontier_figure(rows, path, title="A $title$ with 100 %")
-    width, height = png_size(path)
-    assert width == 1800
-    assert height > 1000
-    assert path.stat().st_size > 10_000
-    assert list(tmp_path.iterdir()) == [path]
-    (fig,) = drawn
-    for artist in [*texts(fig), *(ax.get_legend() for ax in fig.axes if ax.get_legend())]:
-        box = artist.get_window_extent()
-        assert box.x0 >= 0, artist
-        assert box.y0 >= 0, artist
-        assert box.x1 <= width, artist
-        assert box.y1 <= height, artist
-
-
-@pytest.mark.parametrize("name", ["14 defences", "a ruined model", "long names"])
-def test_frontier_labels_name_every_point_without_overlap(tmp_path, drawn, name):
-    rows = FRONTIERS[name]
-    figures.frontier_figure(rows, tmp_path / "frontier.png")
-    labels = [t for t in drawn[0].axes[0].texts if "compressed" not in t.get_text()]
-    assert len(labels) == sum(row["status"] == "finished" for row in rows)
-    boxes = [label.get_window_extent() for label in labels]
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert ("compressed" in " ".join(t.get_text() for t in texts(drawn[0]))) == (name == "a ruined model")
-
-
-def test_frontier_figure_lists_a_failure_and_does_not_plot_it(tmp_path, drawn):
-    figures.frontier_figure([*sweep(3), failed("broken", reason="disk full")], tmp_path / "frontier.png")
-    (fig,) = drawn
-    note = " ".join(t.get_text() for t in fig.texts)
-    assert "broken (disk full)" in note
-    assert "n = 360" in note
-    assert "n = 4" in note
-    assert not any("broken" in t.get_text() for t in fig.axes[0].texts)
-    markers = [line for line in fig.axes[0].lines if line.get_marker() not in ("None", None, "")]
-    assert len(markers) == 3
-
-
-def test_frontier_figure_shows_every_point_and_its_pareto_stairs(tmp_path, drawn):
-    rows = [*sweep(10), finished("ruined", accuracy=0.2, leakage=0.9)]
-    figures.frontier_figure(rows, tmp_path / "frontier.png")
-    ax = drawn[0].axes[0]
-    (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
-    for row in rows:
-        assert x0 < row["leakage_ssim"] < x1
-        assert y0 < 100 * row["accuracy"] < y1
-    (stairs,) = [line for line in ax.lines if line.get_color() == figures._STAIRS]
-    x, y = stairs.get_xdata(), stairs.get_ydata()
-    assert (np.diff(x) >= 0).all()
-    assert (np.diff(y) >= 0).all()
-    best = {(row["leakage_ssim"], 100 * row["accuracy"]) for row in report.mark_pareto(rows) if row["pareto"]}
-    assert best <= set(zip(x, y, strict=True))
-
-
-def test_frontier_figure_leaves_out_the_scale_of_unknown_bytes(tmp_path, drawn):
-    some = [*sweep(3), *sweep(3, seed=1, bytes_per_step=None)]
-    for rows in (sweep(3), some, sweep(3, bytes_per_step=None)):
-        figures.frontier_figure(rows, tmp_path / "frontier.png")
-    legends = [[t.get_text() for t in fig.axes[0].get_legend().get_texts()] for fig in drawn]
-    assert [len(fig.axes) for fig in drawn] == [2, 2, 1]
-    assert ["grey: bytes unknown" in legend for legend in legends] == [False, True, True]
-
-
-def test_frontier_figure_of_a_large_sweep_takes_little_time(tmp_path):
-    rows, seconds = [*sweep(22), finished("ruined", accuracy=0.3, leakage=0.02)], []
-    for _ in range(3):
-        start = time.process_time()
-        figures.frontier_figure(rows, tmp_path / "frontier.png")
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1.5
+from raytrust import figures
+from raytrust.figures import Drawn
 
 
 def pictures(n, channels, side=8, seed=0):
@@ -129,14 +17,19 @@ def pictures(n, channels, side=8, seed=0):
 @pytest.mark.parametrize(("n", "channels", "defences"), [(1, 1, 1), (4, 3, 6), (10, 1, 24), (3, 1, 0)])
 def test_reconstructions_figure(tmp_path, drawn, n, channels, defences):
     truth = pictures(n, channels)
-    rows = [(f"defence {i} " + "long " * i, pictures(n, channels, seed=i), [0.5] * n) for i in range(defences)]
+    rows = [
+        Drawn(f"defence {i} " + "long " * i, pictures(n, channels, seed=i), [0.5] * n, [i % 2 == 0] * n, "aware")
+        for i in range(defences)
+    ]
     path = tmp_path / "reconstructions.png"
     figures.reconstructions_figure(truth, rows, path)
     width, height = png_size(path)
     assert path.stat().st_size > 2000
     assert list(tmp_path.iterdir()) == [path]
     (fig,) = drawn
-    assert len(fig.axes[0].images) == n * (defences + 1)
+    shown = min(n, figures.MOST_SHOWN)
+    assert len(fig.axes[0].images) == shown * (defences + 1)
+    assert all(image.get_window_extent().width > 130 for image in fig.axes[0].images)  # pixels: large enough to see
     artists = [*texts(fig), *fig.axes[0].images]
     boxes = np.array([artist.get_window_extent().extents for artist in artists])
     assert boxes.min() >= 0
@@ -157,6 +50,46 @@ def test_reconstructions_figure_shows_the_numbers_and_the_pixels(tmp_path, drawn
         assert np.array_equal(image.get_array()[..., 2], expected[0])
 
 
+def test_identified_images_are_framed_and_the_attacker_is_named(tmp_path, drawn):
+    truth = pictures(3, 1)
+    row = Drawn("PowerSGD rank 1", truth, [0.5, 0.6, 0.7], [True, False, True], "naive")
+    figures.reconstructions_figure(truth, [row], tmp_path / "r.png")
+    (fig,) = drawn
+    assert len(fig.axes[0].lines) == 2
+    words = " ".join(t.get_text() for t in texts(fig))
+    assert "attacker ignores the compressor" in words
+    assert "2 of 3 identified" in " ".join(words.split())
+    assert "Framed: identified" in words
+
+
+def test_of_many_images_the_first_are_drawn_and_all_are_counted(tmp_path, drawn):
+    truth = pictures(12, 1)
+    figures.reconstructions_figure(truth, [Drawn("none", truth, [0.0] * 6 + [1.0] * 6)], tmp_path / "r.png")
+    words = " ".join(t.get_text() for t in texts(drawn[0]))
+    assert "mean SSIM 0.50 (n = 12)" in words
+    assert "The first 8 of 12 images." in words
+
+
+def test_the_strip_tells_the_story_in_few_rows(tmp_path, drawn):
+    truth = pictures(2, 1)
+
+    def both(name, naive, aware):
+        return [Drawn(name, truth, [ssim] * 2, None, kind) for kind, ssim in (("naive", naive), ("aware", aware))]
+
+    rows = [
+        *both("PowerSGD rank 1", 0.1, 0.7),
+        Drawn("none", truth, [0.8] * 2),
+        *both("Top-K level 1", 0.2, 0.5),
+        *both("PowerSGD rank 4", 0.5, 0.7),
+        Drawn("signSGD", truth, [0.3] * 2, None, "naive"),
+    ]
+    for names in (None, ["Top-K level 1"]):
+        figures.strip_figure(truth, rows, tmp_path / "strip.png", names)
+    chosen = [[t.get_text().split("\n")[0] for t in texts(fig) if "mean SSIM" in t.get_text()] for fig in drawn]
+    assert chosen[0] == ["none", "PowerSGD rank 1", "PowerSGD rank 1", "Top-K level 1", "Top-K level 1"]
+    assert chosen[1] == ["none", "Top-K level 1", "Top-K level 1"]
+
+
 def test_reconstructions_figure_refuses(tmp_path):
     truth, path = pictures(2, 1), tmp_path / "r.png"
     for bad in (truth[0], pictures(2, 2), truth[:0], truth + 1, truth * np.nan):
@@ -165,4 +98,6 @@ def test_reconstructions_figure_refuses(tmp_path):
     for images, ssim in [(pictures(2, 3), [0, 0]), (truth[:1], [0]), (truth, [0]), (truth - 1, [0, 0])]:
         with pytest.raises(ValueError, match="Expected"):
             figures.reconstructions_figure(truth, [("bad", images, ssim)], path)
+    with pytest.raises(ValueError, match="Expected"):
+        figures.reconstructions_figure(truth, [Drawn("bad", truth, [0, 0], [True])], path)
     assert not path.exists()

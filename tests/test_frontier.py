@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from toys import synthetic
 
+from raytrust.audit.verdict import image_evidence
 from raytrust.capture import Capture, save_capture
 from raytrust.channel import LocalChannel
 from raytrust.config import (
@@ -21,7 +22,7 @@ from raytrust.config import (
     TopKConfig,
     TrainConfig,
 )
-from raytrust.frontier import Row, finalists, row
+from raytrust.frontier import Row, drawing, drawn_attacks, finalists, row
 from raytrust.metrics import bootstrap_interval, paired_difference
 from raytrust.store import Store
 from raytrust.train import train
@@ -80,6 +81,39 @@ def test_a_row_has_the_strongest_attack_s_figures(store: Store) -> None:
     assert tuple(found["aware_gain_interval"]) == paired.interval
 
 
+def test_a_row_has_the_evidence_of_the_strongest_attack_and_of_the_naive_one(store: Store) -> None:
+    found = attacked(store, NAIVE, AWARE)
+    figures = store.attacks(replace(SWEEP.train, defence=DEFENCE), "evaluation")
+    best = max(figures, key=lambda f: np.mean(f["ssim"]))
+    (naive,) = [f for f in figures if f["attack"]["objective"] == "naive"]
+    names = ("ssim", "mean_image_ssim", "other_image_ssim", "identified_ssim", "candidates")
+    strongest, ignorant = (image_evidence(*(f[name] for name in names)) for f in (best, naive))
+    assert strongest.interval is not None
+    assert ignorant.interval is not None
+    assert found["floor_ssim"] == strongest.floor
+    assert found["excess"] == pytest.approx(found["leakage_ssim"] - found["floor_ssim"])
+    assert found["excess_interval"] == list(strongest.interval)
+    assert (found["identified"], found["candidates"]) == (sum(best["identified_ssim"]), best["candidates"])
+    assert found["naive_excess_interval"] == list(ignorant.interval)
+    assert found["naive_identified"] == sum(naive["identified_ssim"])
+
+
+def test_the_naive_attack_is_drawn_beside_the_strongest(store: Store) -> None:
+    found = attacked(store, NAIVE, AWARE)
+    drawn, originals = drawn_attacks(store, SWEEP, found)
+    kinds = [d.attack for d in drawn]
+    assert kinds == (["naive", "aware"] if found["aware_ssim"] > found["naive_ssim"] else ["naive"])
+    assert np.mean(drawn[0].ssim) == found["naive_ssim"]
+    assert np.mean(drawn[-1].ssim) == found["leakage_ssim"]
+    assert drawn[-1].identified is not None
+    assert sum(drawn[-1].identified) == found["identified"]
+    images, ssim, same = drawing(store, SWEEP, found)
+    assert np.array_equal(images, drawn[-1].images)
+    assert ssim == drawn[-1].ssim
+    assert np.array_equal(originals, same)
+    assert originals.shape == images.shape == (3, 3, 8, 8)
+
+
 def test_one_objective_is_compared_with_none(store: Store) -> None:
     found = attacked(store, NAIVE)
     assert found["status"] == "finished"
@@ -99,4 +133,5 @@ def test_a_defence_on_which_every_attack_failed_is_no_zero(store: Store) -> None
         "no attack has a result: Expected a model whose first layer is linear, with bias, on the flat image."
     )
     assert found["leakage_ssim"] is found["aware_gain"] is found["mean_image_ssim"] is None
+    assert found["floor_ssim"] is found["excess_interval"] is found["identified"] is None
     assert finalists(store, SWEEP, DEFENCE)[1] == []

@@ -41,7 +41,7 @@ def views_of(target: list[Tensor]) -> dict[str, Distance]:
     shapes = [g.shape for g in target]
     found: dict[str, Distance] = {}
     for compressor in (DenseConfig(), TopKConfig(level=0.2), PowerSGDConfig(2)):
-        tap = Tap(LocalChannel())
+        tap = Tap(LocalChannel(), keep=True)
         build(Defence(compressor), shapes).reduce(target, tap)
         view = build(Defence(compressor), shapes).view(tap.messages, "link")
         found[compressor.method] = view.distance

@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "config": set(),
     "metrics": set(),
     "lock": set(),
-    "cli": set(),
+    "cli": {"cluster", "reports"},  # of these, what imports nothing that takes time
     "audit": {"metrics"},
     "data": set(),
     "channel": set(),
@@ -38,18 +38,21 @@ LAYERS: dict[str, set[str]] = {
     "compress": {"channel", "config"},
     "capture": {"channel", "compress", "config", "models"},
     "dp": {"config", "data", "models", "train"},
-    "shadows": {"attacks", "capture", "channel", "config", "data", "dp", "models", "store", "train"},
+    "studies": {"attacks", "capture", "channel", "config", "data", "train"},
+    "shadows": {"attacks", "capture", "channel", "config", "data", "dp", "models", "store", "studies", "train"},
     "membership_rows": {"attacks", "audit", "config", "dp", "shadows"},
     "published": {"config"},
     "membership_paper": {"audit", "published"},
     "membership_figures": {"report"},
-    "membership_page": {"membership_figures", "membership_paper", "published", "report"},
+    "membership_page": {"membership_figures", "membership_paper", "published", "report", "reports"},
+    "reports": {"audit", "config", "data", "figures", "frontier", "membership_figures", "placement", "report", "store"},
     "train": {"capture", "channel", "compress", "config", "data", "models"},
     "attacks": {"capture", "channel", "compress", "config", "models"},
     "evaluate": {"attacks", "capture", "config", "metrics"},
-    "store": {"capture", "config", "evaluate"},
+    "store": {"attacks", "capture", "config", "evaluate"},
     "paper": {
         "attacks",
+        "audit",
         "capture",
         "channel",
         "config",
@@ -132,6 +135,14 @@ def test_imports_run_one_way(layer: str) -> None:
         if is_within(name, (own,)):
             internal = {i.split(".")[1] for i in imports(path) if i.startswith("raytrust.")}
             assert internal - {layer} <= LAYERS[layer], f"{name} imports {internal}"
+
+
+def test_the_command_line_is_there_at_once() -> None:
+    """A wrong option is refused, and a signal answered, before libraries are loaded."""
+    slow = ("ray", "mlflow", "sqlalchemy", "torch", "numpy", "optuna")
+    program = f"import sys, raytrust.cli; print([n for n in {slow!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_attacks_know_nothing_of_training_and_data() -> None:

@@ -96,7 +96,8 @@ def test_rows_hold_what_the_models_say(rows: list[dict[str, Any]], store: Shadow
     cell = message_figure(found, 30, "held-out points", "gradient difference")
     assert cell["value"] == pytest.approx(np.mean(areas))
     assert len(found["messages"]) == 3 * 2 * 3
-    assert set(found["property"]) == {"aware", "naive"}
+    assert set(found["property"]) == {"aware", "naive", "label"}
+    assert found["property"]["label"] == 0
 
 
 def test_the_grid_has_every_cell(rows: list[dict[str, Any]]) -> None:
@@ -168,7 +169,7 @@ def test_the_page_needs_nothing_else(rows: list[dict[str, Any]], tmp_path: Path)
     assert "not resolvable" in page
     assert "the setting" in page
     text = membership_table(rows)
-    assert "Top-K level 1 + EF" in text
+    assert "Top-K (bytes of rank 1) + EF" in text
     assert f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]" in text
 
 
@@ -233,6 +234,14 @@ def test_the_nearest_cell_is_found_after_the_shift_of_all() -> None:
         (["--defence", "powersgd:0"], "Expected rank=0 to be at least 1"),
         (["--dp-sgd=-1:1"], "Expected noise=-1.0 to be positive and finite"),
         (["--dp-sgd", "1"], "Expected dp_sgd='1' to be NOISE:CLIP, two numbers, or none."),
+        (["--canaries", "-1"], "Expected canaries=-1 to be at least 0"),
+        (["--points", "120", "--canaries", "40"], "Expected points=120 to exceed twice the number of canaries, 80."),
+        (["--messages", "1"], "Expected messages=1 to be at least 2"),
+        (["--property-models", "9"], "Expected property_models=9 in [0, models]"),
+        (
+            ["--points", "100", "--message-batch", "16"],
+            "Expected points=100 to be at least 160, for 64 images",
+        ),
         (["--steps", "0"], "Expected steps=0 to be at least 1"),
         (["--cpus", "9999"], "Expected cpus=9999 to be at most the number of CPUs"),
         (["--resume", "nowhere"], "Expected resume='nowhere' to hold an audit"),

@@ -42,9 +42,9 @@ from raytrust.shadows import (
     ShadowStore,
     draw_pool,
     open_shadows,
-    train_property,
     train_shadow,
 )
+from raytrust.studies.properties import train_property
 from raytrust.train import Trained, train
 
 DATA = synthetic(train=240, test=40, vivid=True)
@@ -229,7 +229,8 @@ def test_the_config_survives_json() -> None:
 
 
 def test_property_inference_finds_what_the_batches_hold() -> None:
-    found = train_property(AUDIT, Defence(PowerSGDConfig(2)), 0, DATA)
+    found = train_property(AUDIT, replace(AUDIT.train, defence=Defence(PowerSGDConfig(2))), 0, DATA)
+    assert found["label"] == 0
     assert found["aware"].shape == found["naive"].shape == found["holds"].shape == (12,)
     # Half of the images belong to classes 0 and 1, a quarter to class 0: 1 - 0.75^8 of batches hold one.
     assert 0.5 < found["holds"].mean() <= 1.0

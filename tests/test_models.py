@@ -16,7 +16,9 @@ def size(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", ["resnet18", "convnet", "resnet20", "lenet"])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
-@pytest.mark.parametrize(("channels", "pixels", "classes"), [(3, 8, 10), (1, 28, 4), (3, 33, 2)])
+@pytest.mark.parametrize(
+    ("channels", "pixels", "classes"), [(3, 8, 10), (1, 16, 10), (1, 25, 2), (1, 28, 4), (3, 33, 2)]
+)
 def test_logits(
     name: Literal["resnet18", "convnet", "resnet20", "lenet"],
     stem: Literal["cifar", "imagenet"],

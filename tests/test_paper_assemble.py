@@ -10,7 +10,7 @@ import pytest
 from paper_fixtures import MICRO, digits, fill, table
 
 from raytrust.paper.assemble import Report, assemble
-from raytrust.paper.page import _means
+from raytrust.paper.page import _first_screen, _means
 from raytrust.paper.progress import Progress
 from raytrust.paper.rows import membership_rows
 from raytrust.paper.selection import AWARE, NAIVE, WORST, Plan, chosen, plan_for, worst_units
@@ -132,6 +132,22 @@ def test_means_are_over_the_same_cells() -> None:
     assert "CIFAR-10, in no cell are all three attacks finished; without compression 0.50" in _means(begun)
     text = "mean SSIM over the 9 of 10 cells with all three: 0.10 to the attack as in the paper, 0.20 to one"
     assert text in _means(report)
+
+
+def test_the_first_screen_says_where_the_attack_fails_without_compression() -> None:
+    rows = table(0.05, 0.45)
+    said = "nothing can be said about any defence there"
+    assert said not in _first_screen(Report(MICRO, 0, ("cifar10",), (1,), table_1=with_n(rows)))
+    blind = [r | {"identified": [False] * len(r["ssim"])} for r in rows]
+    screen = _first_screen(Report(MICRO, 0, ("cifar10",), (1,), table_1=with_n(blind)))
+    assert said in screen
+    assert "0 of 10 identified among 100" in screen
+    assert "10 cells" in screen  # none of which is decided
+    assert "Of 10 defences, 0 protect" in screen
+
+
+def with_n(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [r | {"n": len(r["ssim"]), "bytes_per_step": None} for r in rows]
 
 
 def test_no_rule_is_the_nearest_until_the_audit_is_finished() -> None:

@@ -91,12 +91,15 @@ def test_figures_like_the_paper_s_are_reproduced() -> None:
 
 
 def test_an_attack_that_fails_without_compression_decides_nothing() -> None:
-    """One of ten reconstructions identifies its image among a hundred by chance in 10 % of all cases, two in 0.4 %."""
-    rows = [r | {"identified": [True] + 9 * [False]} for r in table(0.05, 0.45)]
+    """It must beat the floor and identify half of the images, as everywhere (`raytrust.audit.verdict`)."""
+    rows = [r | {"identified": 4 * [True] + 6 * [False]} for r in table(0.05, 0.45)]
     assert {claim.verdict for claim in inversion_claims(rows)} == {"not tested"}
     assert "left out" in inversion_claims(rows)[0].evidence
     assert protection(Table(rows), "cifar10", ("topk", 1))[0] == "not decided"
-    assert Table([r | {"identified": [True, True] + 8 * [False]} for r in rows]).datasets == ["cifar10"]
+    note = "the attack fails on uncompressed images (without compression: SSIM 0.50 (n = 10), +0.40 ["
+    assert note in inversion_claims(rows)[0].evidence
+    assert Table([r | {"identified": 5 * [True] + 5 * [False]} for r in rows]).datasets == ["cifar10"]
+    assert Table([r | {"floor": [0.6] * 10} for r in table(0.05, 0.45)]).datasets == []
 
 
 def test_what_is_not_finished_decides_nothing() -> None:
@@ -187,7 +190,7 @@ def test_membership() -> None:
     names = [
         "none",
         *(f"PowerSGD rank {r} + EF" for r in (1, 2)),
-        *(f"Top-K level {r} + EF" for r in (1, 2, 4, 30, 50)),
+        *(f"Top-K (bytes of rank {r}) + EF" for r in (1, 2, 4, 30, 50)),
     ]
     alike = [audit_row(n, 0.6, 0.8) for n in names]
     assert [c.verdict for c in membership_claims({"cifar10": alike})] == ["reproduced", "overturned", "not tested"]

@@ -107,6 +107,28 @@ def test_mlflow_holds_the_same(finished: Path) -> None:
     assert cell.data.metrics["naive_ssim"] == pytest.approx(ours["ours"])
 
 
+@pytest.mark.parametrize("refused", [True, False], ids=["refused", "away"])
+def test_a_tracking_store_that_fails_at_the_end_leaves_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: bool
+) -> None:
+    from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
+
+    from raytrust.reports import outbox
+    from raytrust.tracking import MlflowClient, MlflowException
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MlflowException("no place for it", PERMISSION_DENIED if refused else TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", fail)
+    monkeypatch.setattr(outbox, "PATIENCE", 0.0)
+    run(tmp_path, hours=1e-9)
+    assert (tmp_path / "report.html").exists()
+    said = [line for line in capsys.readouterr().out.splitlines() if "MLflow" in line]
+    assert len(said) == 2
+    assert said[0].endswith(": no place for it")
+    assert said[1].endswith("--resume tries it again" if refused else "--resume sends it")
+
+
 def test_a_second_run_with_the_seed_gives_the_same_tables(finished: Path, tmp_path: Path) -> None:
     run(tmp_path / "again")
     for name in ("table1.csv", "table2.csv"):

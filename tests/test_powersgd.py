@@ -89,7 +89,7 @@ def test_a_gradient_of_zeros_gives_zeros_and_does_no_harm(warm_start: bool) -> N
     matrix = low_rank(12, 20, 2)
     compressor = PowerSGD(PowerSGDConfig(2, warm_start), Layout([matrix.shape, torch.Size((3,))]))
     for _ in range(2):
-        tap, state = Tap(LocalChannel()), compressor.public_state()
+        tap, state = Tap(LocalChannel(), keep=True), compressor.public_state()
         mean, _ = compressor.reduce([torch.zeros_like(matrix), torch.zeros(3)], tap)
         assert all(torch.equal(m, torch.zeros_like(m)) for m in mean)
         compressor_of_peer = PowerSGD(PowerSGDConfig(2, warm_start), Layout([matrix.shape, torch.Size((3,))]))
@@ -123,7 +123,7 @@ def test_one_step_is_algorithm_1() -> None:
     matrix = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
     compressor = PowerSGD(PowerSGDConfig(2), Layout([matrix.shape]), seed=3)
     q = compressor.public_state()["q.0"].T
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     (mean,), _ = compressor.reduce([matrix], tap)
     p = matrix @ q
     torch.testing.assert_close(tap.messages[0].sent[0].view(2, 6), p.T)
@@ -145,7 +145,7 @@ def test_the_view_weighs_directions_by_the_gradient_not_by_q() -> None:
     q = torch.zeros(2, 6)
     q[0, 0], q[1, 1] = 1000.0, 1.0
     compressor.load_public_state({"q.0": q})
-    tap, matrix = Tap(LocalChannel()), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    tap, matrix = Tap(LocalChannel(), keep=True), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     compressor.reduce([matrix], tap)
     compressor.load_public_state({"q.0": q})
     first, _ = compressor.view(tap.messages, "link").observed

@@ -102,7 +102,8 @@ def steps(channel: Channel, rank: int, error_feedback: bool, warm_start: bool) -
         before.clear()
         F.cross_entropy(ddp(x), y).backward()
         if step >= START:
-            compressor.load_state_dict(compressor.state_dict() | before)
+            ours = {k: x for k, x in before.items() if error_feedback or not k.startswith("residual.")}
+            compressor.load_state_dict(compressor.state_dict() | ours)
             grads = [local[name] for name in named]
             inputs = [g + before[f"residual.{name}"] for g, name in zip(grads, named, strict=True)]
             mean = [m.clone() for m in compressor.reduce(grads, channel).mean]

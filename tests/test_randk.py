@@ -47,7 +47,7 @@ def test_every_step_sends_exactly_k_entries_as_they_are() -> None:
 
 
 def test_only_values_travel() -> None:
-    compressor, tap = RandK(RandKConfig(level=0.1), Layout(SHAPES), seed=1), Tap(LocalChannel())
+    compressor, tap = RandK(RandKConfig(level=0.1), Layout(SHAPES), seed=1), Tap(LocalChannel(), keep=True)
     compressor.reduce(gradients(0), tap)
     (message,) = tap.messages
     assert [(x.dtype, x.shape) for x in message.sent] == [(torch.float32, (24,))]

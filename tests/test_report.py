@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from frontier_rows import failed, finished, sweep
+from frontier_rows import control, failed, finished, sweep
 
 from raytrust import report
+
+JUDGED = ("verdict", "verdict_reason", "control", "pareto")
 
 # --- files ---
 
@@ -26,8 +28,8 @@ def test_further_keys_are_kept_as_they_are(tmp_path):
     rows = [finished() | further, failed() | further]
     report.write_rows(tmp_path / "rows.json", rows)
     assert report.load_rows(tmp_path / "rows.json") == rows
-    marked = report.mark_pareto(rows)
-    assert marked == [rows[0] | {"pareto": True}, rows[1] | {"pareto": False}]
+    kept = [{k: v for k, v in row.items() if k not in JUDGED} for row in report.judge_rows(rows)]
+    assert kept == [{k: v for k, v in row.items() if k != "pareto"} for row in rows]
     assert report.frontier_table(rows) == report.frontier_table([finished(), failed()])
 
 
@@ -45,7 +47,8 @@ def test_rows_may_be_none_at_all(tmp_path):
 
 MEASURED = ["accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "mse"]
 MEASURED += ["lpips", "label_accuracy", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim"]
-MEASURED += ["aware_gain", "aware_gain_p"]
+MEASURED += ["aware_gain", "aware_gain_p", "floor_ssim", "excess", "excess_interval", "identified", "verdict"]
+MEASURED += ["naive_excess_interval", "naive_identified"]
 BAD_ROWS = {
     **{f"failed with {key}": failed() | {key: 0.0} for key in MEASURED},
     "finished without accuracy": finished(accuracy=0.9) | {"accuracy": None},
@@ -58,6 +61,7 @@ BAD_ROWS = {
     "NaN deep inside": finished(attack={"tv": math.nan}),
     "NaN in a further key": finished() | {"note": math.nan},
     "unknown status": finished(status="done"),
+    "unknown verdict": finished() | {"verdict": "protects"},
     "no name": finished(name=""),
 }
 
@@ -102,50 +106,46 @@ def test_a_write_that_breaks_leaves_the_old_file_and_no_other(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [path]
 
 
-# --- Pareto set ---
-
-
-def test_mark_pareto_minimises_leakage_and_maximises_accuracy():
-    rows = [
-        finished("private", 0.80, 0.1),
-        failed(),
-        finished("accurate", 0.95, 0.6),
-        finished("worse in both", 0.79, 0.2),
-        finished("no more accurate", 0.95, 0.7),
-        finished("private again", 0.80, 0.1),
-    ]
-    marked = report.mark_pareto(rows)
-    assert [row["pareto"] for row in marked] == [True, False, True, False, False, True]
-    assert all("pareto" not in row for row in rows)
-    assert [{k: v for k, v in row.items() if k != "pareto"} for row in marked] == rows
-    json.dumps(marked)  # plain booleans
-
-
-def test_mark_pareto_of_nothing():
-    assert report.mark_pareto([]) == []
-    assert report.mark_pareto([failed()]) == [failed() | {"pareto": False}]
-
-
 # --- table ---
 
 
 def test_table_shows_a_row_in_full():
-    table = report.frontier_table([finished()])
+    table = report.frontier_table([finished(), control()])
     line = next(line for line in table.splitlines() if "PowerSGD" in line)
     low, high = (100 * x for x in finished()["accuracy_interval"])
     for text in (
-        "* PowerSGD rank 4 + EF",
+        "* PowerSGD rank 4 + EF  leaks",
         f"93.0 [{low:.1f}, {high:.1f}]",
         "0.41 ±0.10",
+        "8/8",
         "0.20/0.41",
         "12.3 kB",
-        "72x",
     ):
         assert text in line
-    assert line.endswith("aware tv=0.01 lr=0.1 r=2 s=0  7")
+    assert line.endswith("aware tv=0.01 lr=0.1 r=2 s=0")
     caption = " ".join(table.split("\n\n")[1].split())
-    for text in ("n = 360", "n = 4", "seeds: 1", "95 %", "SSIM", "strongest of 7 attacks"):
+    for text in ("n = 360", "n = 8", "seeds: 1", "95 %", "SSIM", "strongest of 7 attacks", "*: Pareto set"):
         assert text in caption
+
+
+def test_table_names_no_best_where_the_attack_fails():
+    table = report.frontier_table([finished(leakage=0.05), control(works=False)])
+    words = " ".join(table.split())
+    assert words.startswith("The attack fails here: nothing can be said about any defence; give it more (--iterations,")
+    assert "Without compression: SSIM 0.15 (n = 8), -0.05 [-0.15, +0.05] over the floor 0.20, 0 of 8" in words
+    assert "*" not in table
+    assert "resists" not in table
+    assert max(map(len, table.splitlines())) <= 120
+    none = report.frontier_table([finished(leakage=0.05)])
+    assert none.startswith("No control: add --defence none. Without it, nothing can be said about any defence.")
+    assert "*" not in none
+
+
+def test_table_says_what_an_accuracy_is_worth():
+    rows = [control(), finished("ruined", accuracy=0.5) | {"remarks": ["sends more bytes than the gradient itself"]}]
+    table = report.frontier_table(rows)
+    assert "ruined: sends more bytes than the gradient itself." in table
+    assert "ruined: accuracy 44 points below training without compression." in table
 
 
 def test_table_puts_least_leakage_first_and_failures_last():
@@ -168,21 +168,22 @@ def test_table_gives_a_failure_its_reason_and_no_number():
 
 
 def test_table_says_what_is_missing():
-    bare = finished(n_images=1, leakage_interval=None, aware_ssim=None, bytes_per_step=None, compression_ratio=None)
+    bare = finished(n_images=1, leakage_interval=None, aware_ssim=None, bytes_per_step=None, excess_interval=None)
     table = report.frontier_table([bare | {"attack": None, "seeds": None}])
     line = next(line for line in table.splitlines() if "PowerSGD" in line)
     assert "0.20/-" in line
+    assert "undecided" in line
     assert "±" not in line
     assert "none where n = 1" in table
     assert "seeds: ?" in table
 
 
 def test_table_keeps_an_asymmetric_interval():
-    assert "0.41 [0.00, 0.71]" in report.frontier_table([finished(leakage_interval=[0.0, 0.71])])
+    assert "0.41 [0.00, 0.71]" in report.frontier_table([finished(leakage_interval=[-0.001, 0.71])])
 
 
 def test_table_gives_ranges_where_rows_differ():
-    assert "n = 4 to 8" in " ".join(report.frontier_table([finished(), finished(n_images=8)]).split())
+    assert "n = 4 to 8" in " ".join(report.frontier_table([finished(), finished(n_images=4)]).split())
 
 
 @pytest.mark.parametrize("name", ["short", "a very long name of a defence " * 4, "x" * 200])
@@ -209,7 +210,6 @@ def test_table_fits_a_terminal(name):
     compact = "".join(table.split())
     assert compact.count("".join(name.split())[:16]) >= 1
     assert "123.5 MB" in table
-    assert "12346x" in table
 
 
 @pytest.mark.parametrize(
@@ -240,14 +240,15 @@ def test_the_caption_and_the_attack_say_what_history_was_used():
     assert "steps before" not in report.provenance([row, row | {"threat": {"history": 0}}])
     caption = report.provenance([row, row | {"threat": {"history": 2}}])
     assert " The attacker also had the messages of up to 2 steps before (used to avoid or weigh residuals)." in caption
-    assert report._attack_text({"objective": "aware", "tv": 0.1, "residual": "avoid"}) == "aware tv=0.1 avoid"
-    assert report._attack_text({"objective": "aware", "tv": 0.1, "residual": "ignore"}) == "aware tv=0.1"
+    assert report.attack_text({"objective": "aware", "tv": 0.1, "residual": "avoid"}) == "aware tv=0.1 avoid"
+    assert report.attack_text({"objective": "aware", "tv": 0.1, "residual": "ignore"}) == "aware tv=0.1"
 
 
 def test_the_caption_gives_the_floors_where_they_are_known():
     floors = {"mean_image_ssim": 0.031, "other_image_ssim": 0.014}
-    text = "The mean image reaches 0.03, a random other image 0.01."
+    text = "Floors, without any attack: the mean image 0.03, a random other image 0.01."
     assert text in report.provenance([finished() | floors, finished() | floors])
-    for rows in ([finished()], [finished() | floors, finished()]):
+    unknown = finished() | dict.fromkeys(floors)
+    for rows in ([unknown], [finished() | floors, unknown]):
         assert "mean image" not in report.provenance(rows)
     assert "bootstrap over images" in report.provenance([finished()])

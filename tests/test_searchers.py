@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -163,8 +164,15 @@ def test_a_sampled_topk_is_equal_in_bytes_to_the_rank() -> None:
 # The search over attacks
 
 
-def attack_search(budget: dict[str, int], known: Any = None, space: Any = ATTACKS, seed: int = 0) -> AttackSearch:
-    return AttackSearch(space, budget, known or {}, seed)
+def attack_search(
+    budget: dict[str, int], known: Any = None, space: Any = ATTACKS, seed: int = 0, together: int = 1
+) -> AttackSearch:
+    return AttackSearch(space, budget, known or {}, seed, together)
+
+
+def reached(*values: float | None) -> dict[str, Any]:
+    """The result of a trial whose attacks reached this."""
+    return {"ssim": max((v for v in values if v is not None), default=math.nan), "values": json.dumps(values)}
 
 
 def test_runs_take_turns_within_their_budgets() -> None:
@@ -174,10 +182,30 @@ def test_runs_take_turns_within_their_budgets() -> None:
     assert searcher.suggest("6") == searcher.suggest("7") == Searcher.FINISHED
     for attack in found:
         assert isinstance(attack, dict)
-        assert attack["objective"] in ("naive", "aware")
-        assert 1e-3 <= attack["tv"] <= 1
-        assert attack["restarts"] in (1, 2)
-        assert set(attack) == {"run", *ATTACKS}
+        (settings,) = attack["settings"]
+        assert settings["objective"] in ("naive", "aware")
+        assert 1e-3 <= settings["tv"] <= 1
+        assert settings["restarts"] in (1, 2)
+        assert set(settings) == set(ATTACKS)
+
+
+def test_a_trial_tries_several_attacks_of_one_run_and_its_study_learns_each() -> None:
+    searcher = attack_search({"a": 5, "b": 1}, together=4)
+    assert searcher.trials == 3
+    first, of_b, last = (searcher.suggest(f"{i}") for i in range(3))
+    assert isinstance(first, dict)
+    assert isinstance(of_b, dict)
+    assert isinstance(last, dict)
+    assert [(t["run"], len(t["settings"])) for t in (first, of_b, last)] == [("a", 4), ("b", 1), ("a", 1)]
+    assert len({s["tv"] for s in first["settings"]}) == 4
+    searcher.on_trial_complete("0", reached(0.1, None, 0.3, 0.2))
+    study = searcher._studies["a"]._ot_study
+    assert [t.value for t in study.trials] == [0.1, None, 0.3, 0.2, None]
+    assert states(study) == [TrialState.COMPLETE, TrialState.FAIL, *[TrialState.COMPLETE] * 2, TrialState.RUNNING]
+    searcher.on_trial_complete("1", None, error=True)
+    searcher.on_trial_complete("2", reached(0.5))
+    assert searcher._studies == searcher._owner == {}
+    assert searcher.suggest("3") == Searcher.FINISHED
 
 
 def test_no_budget_ends_at_once() -> None:
@@ -188,7 +216,7 @@ def test_no_budget_ends_at_once() -> None:
 def test_runs_start_from_different_attacks_and_a_seed_repeats_them() -> None:
     def first(seed: int) -> list[float]:
         searcher = attack_search({"a": 1, "b": 1, "c": 1}, seed=seed)
-        return [found["tv"] for i in range(3) if isinstance(found := searcher.suggest(f"{i}"), dict)]
+        return [found["settings"][0]["tv"] for i in range(3) if isinstance(found := searcher.suggest(f"{i}"), dict)]
 
     assert len(set(first(0))) == 3
     assert first(0) == first(0)
@@ -200,13 +228,13 @@ def test_every_run_has_a_study_of_its_own() -> None:
     for i, value in enumerate((0.1, 0.2, math.nan, 0.4)):
         searcher.suggest(f"{i}")
         searcher.on_trial_result(f"{i}", {"ssim": value, "training_iteration": 1})
-        searcher.on_trial_complete(f"{i}", {"ssim": value, "training_iteration": 1})
+        searcher.on_trial_complete(f"{i}", reached(value))
     a, b = (searcher._studies[run]._ot_study for run in "ab")
     assert [(t.state, t.value) for t in a.trials] == [(TrialState.COMPLETE, 0.1), (TrialState.FAIL, None)]
     assert [(t.state, t.value) for t in b.trials] == [(TrialState.COMPLETE, 0.2), (TrialState.COMPLETE, 0.4)]
 
 
-@pytest.mark.parametrize("result", [{"ssim": math.nan}, {"ssim": None}, {}, None])
+@pytest.mark.parametrize("result", [reached(math.nan), reached(None), {}, None])
 def test_an_attack_without_a_finite_ssim_has_failed(result: Any) -> None:
     searcher = attack_search({"a": 2})
     searcher.suggest("0")
@@ -235,7 +263,7 @@ def test_the_driver_holds_the_studies_of_a_window(monkeypatch: pytest.MonkeyPatc
     for trial in range(81):
         if trial % 3 == 2 or trial == 80:
             while len(running) > 1:
-                searcher.on_trial_complete(running.pop(), {"ssim": 0.5})
+                searcher.on_trial_complete(running.pop(), reached(0.5))
         found = searcher.suggest(f"{trial}")
         if isinstance(found, dict):
             running.append(f"{trial}")
@@ -245,7 +273,7 @@ def test_the_driver_holds_the_studies_of_a_window(monkeypatch: pytest.MonkeyPatc
     assert sorted(suggested) == sorted(4 * [f"{i}" for i in range(20)])
     assert suggested[:6] == ["0", "1", "2"] * 2
     assert 3 <= most <= 3 + 3  # those that take turns, and those of the trials on their way
-    searcher.on_trial_complete(running.pop(), {"ssim": 0.5})
+    searcher.on_trial_complete(running.pop(), reached(0.5))
     assert searcher._studies == searcher._owner == {}
 
 
@@ -259,4 +287,4 @@ def test_the_search_moves_towards_what_worked() -> None:
     known = [({"objective": "aware", "tv": tv, "restarts": 1}, 1 - 0.1 * distance(tv)) for tv in grid]
     searcher = attack_search({"a": 10}, {"a": known})
     found = [searcher.suggest(f"{i}") for i in range(10)]
-    assert sum(distance(f["tv"]) for f in found if isinstance(f, dict)) / 10 < math.log(2.5)
+    assert sum(distance(f["settings"][0]["tv"]) for f in found if isinstance(f, dict)) / 10 < math.log(2.5)

@@ -34,7 +34,7 @@ class Electorate:
     def all_gather(self, xs: Any, counts: Any = None) -> list[tuple[Tensor, ...]]:
         found = [tuple(xs)]
         for other in self._others:
-            tap = Tap(LocalChannel())
+            tap = Tap(LocalChannel(), keep=True)
             SignSGD(SignSGDConfig(), Layout([other.shape])).reduce([other], tap)
             found.append(tap.messages[0].sent)
         return found
@@ -42,7 +42,7 @@ class Electorate:
 
 def test_one_bit_an_entry_and_what_it_says() -> None:
     """The first entry in the lowest bit, 1 for a negative one; a zero of either sign is positive."""
-    x, tap = torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-30, -1e-30, 5.0, 5.0, -2.0]), Tap(LocalChannel())
+    x, tap = torch.tensor([1.0, -1.0, 0.0, -0.0, 1e-30, -1e-30, 5.0, 5.0, -2.0]), Tap(LocalChannel(), keep=True)
     mean, own = SignSGD(SignSGDConfig(), Layout([x.shape])).reduce([x], tap)
     (packed,) = tap.messages[0].sent
     assert (packed.dtype, packed.tolist()) == (torch.uint8, [0b00100010, 0b00000001])
@@ -74,7 +74,7 @@ def test_signs_have_no_scale() -> None:
 
 def test_the_scaled_sign_is_the_mean_magnitude_of_each_tensor() -> None:
     grads = [torch.tensor([[1.0, -3.0], [0.0, 4.0]]), torch.tensor([-6.0])]
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     own = ScaledSign(Layout([g.shape for g in grads])).reduce(grads, tap).own
     assert [o.tolist() for o in own] == [[[2, -2], [2, 2]], [-6]]
     scales, packed = tap.messages[0].sent
@@ -103,7 +103,7 @@ def test_tensors_that_begin_within_a_byte_and_end_beyond_a_chunk() -> None:
     generator = torch.Generator().manual_seed(0)
     grads = [(i + 1) * torch.randn(n, generator=generator).sign() for i, n in enumerate([3, 300_001, 1, 13, 140_000])]
     layout = Layout([g.shape for g in grads])
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     mean, own = ScaledSign(layout).reduce(grads, tap)
     assert distance(own, grads) < 1e-6
     assert distance(mean, grads) < 1e-6

@@ -23,9 +23,14 @@ every_defence = pytest.mark.parametrize("name", DEFENCES)
 
 def step(compressor: Compressor, seed: int) -> list[Tensor]:
     """All that a step says and returns."""
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     reduced = compressor.reduce(gradients(seed), tap)
     return [x.clone() for x in (*reduced.mean, *reduced.own, *(x for m in tap.messages for x in m.sent))]
+
+
+def tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """A state without its metadata."""
+    return {key: value for key, value in state.items() if key != "metadata"}
 
 
 def fresh(name: str, seed: int = 5) -> Compressor:
@@ -52,7 +57,7 @@ def test_a_state_names_its_parameters(name: str) -> None:
     compressor = fresh(name)
     step(compressor, 0)
     shapes = dict(zip(NAMES, SHAPES, strict=True))
-    for key, value in compressor.state_dict().items():
+    for key, value in tensors(compressor.state_dict()).items():
         kind, _, parameter = key.partition(".")
         if parameter:
             expected = shapes[parameter]
@@ -74,7 +79,8 @@ def test_a_state_that_was_handed_out_stands_still(name: str) -> None:
         before = copy.deepcopy(state)
         for moved in (compressor, other):
             step(moved, 1)
-        assert all(torch.equal(state[key], before[key]) for key in state)
+        assert state.get("metadata") == before.get("metadata")
+        assert all(torch.equal(x, before[key]) for key, x in tensors(state).items())
 
 
 @every_defence
@@ -83,8 +89,9 @@ def test_a_state_that_was_handed_out_may_be_overwritten(name: str) -> None:
     for i in range(2):
         state = compressor.state_dict()
         other.load_state_dict(state)
-        for x in (*state.values(), *compressor.public_state().values()):
+        for x in (*tensors(state).values(), *compressor.public_state().values()):
             x.fill_(99)
+        state.get("metadata", {}).clear()
         expected = step(undisturbed, i)
         for c in (compressor, other):
             assert all(map(torch.equal, step(c, i), expected))
@@ -136,8 +143,10 @@ def test_who_has_a_memory() -> None:
     for name, config in COMPRESSORS.items():
         compressor = fresh(name)
         step(compressor, 0)
-        private = compressor.state_dict().keys() - compressor.public_state().keys() - {"generator", "seed", "step"}
+        state = compressor.state_dict()
+        private = tensors(state).keys() - compressor.public_state().keys() - {"generator", "seed", "step"}
         kinds = {key.partition(".")[0] for key in private}
+        assert kinds == set(state["metadata"]["memory"])
         match config:
             case DGCConfig():
                 assert kinds == {"u", "v"}

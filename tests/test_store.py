@@ -28,7 +28,7 @@ from raytrust.config import (
     TrainConfig,
     to_dict,
 )
-from raytrust.evaluate import InversionFailure, InversionResult, evaluate_inversion, evaluate_inversions
+from raytrust.evaluate import InversionFailure, InversionResult, Request, evaluate_inversion, evaluate_together
 from raytrust.store import Store, open_store, read_json, write_json
 from raytrust.train import train
 
@@ -120,12 +120,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     found: Calls = []
 
     def counted(
-        captures: Sequence[Capture], attacks: Sequence[InversionConfig], device: str, references: Tensor | None
-    ) -> list[InversionResult | InversionFailure]:
-        found.append(([c.index for c in captures], list(attacks)))
-        return evaluate_inversions(captures, attacks, device, references)
+        requests: Sequence[Request], device: str, references: Tensor | None
+    ) -> list[list[InversionResult | InversionFailure]]:
+        found.extend(([c.index for c in captures], list(attacks)) for captures, attacks in requests)
+        return evaluate_together(requests, device, references)
 
-    monkeypatch.setattr(module, "evaluate_inversions", counted)
+    monkeypatch.setattr(module, "evaluate_together", counted)
     return found
 
 
@@ -161,6 +161,34 @@ def test_only_what_is_missing_is_run_and_like_with_like(store: Store, calls: Cal
     assert store.run_attacks(TRAIN, [], "tuning", "cpu") == []
 
 
+def test_runs_of_equal_models_are_one_batch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At step 0 all are the same untrained model; later each is its own. What they find does not depend on it."""
+    sparse = replace(TRAIN, defence=Defence(TopKConfig(level=0.1)))
+    later = replace(ATTACK, capture_step=1)
+    aware = replace(ATTACK, objective="aware")
+    for config in (TRAIN, sparse):
+        trained(store, config)
+    batches: list[int] = []
+
+    def counted(requests: Sequence[Request], *rest: Any) -> list[list[InversionResult | InversionFailure]]:
+        batches.append(len(requests))
+        return evaluate_together(requests, *rest)
+
+    monkeypatch.setattr(module, "evaluate_together", counted)
+    requests = [(TRAIN, [ATTACK, later]), (sparse, [ATTACK, aware, later, IMPOSSIBLE])]
+    found = store.run_together(requests, "tuning", "cpu")
+    assert batches == [2, 1, 1]
+    assert [[f["attack"] for f in of_run] for of_run in found] == [
+        [to_dict(ATTACK), to_dict(later)],
+        [to_dict(ATTACK), to_dict(aware), to_dict(later)],
+    ]
+    assert store.attack_failure(sparse, IMPOSSIBLE, "tuning") is not None
+    alone = evaluate_inversion(store.captures(sparse, 0, "tuning"), aware)
+    assert found[1][1]["ssim"] == pytest.approx(alone.ssim, abs=1e-3)
+    assert store.run_together(requests, "tuning", "cpu") == found
+    assert batches == [2, 1, 1]  # from the store
+
+
 def test_attacks_on_a_run(store: Store) -> None:
     trained(store)
     assert store.attacks(TRAIN, "tuning") == []
@@ -193,12 +221,11 @@ def test_a_perfect_copy_can_be_stored(store: Store, monkeypatch: pytest.MonkeyPa
     """Its PSNR is infinite, which JSON has no word for."""
     trained(store)
 
-    def perfect(
-        captures: Sequence[Capture], attacks: Sequence[InversionConfig], *_: Any
-    ) -> list[InversionResult | InversionFailure]:
-        return [replace(evaluate_inversion(captures, a), psnr=[float("inf")]) for a in attacks]
+    def perfect(requests: Sequence[Request], *_: Any) -> list[list[InversionResult | InversionFailure]]:
+        ((captures, attacks),) = requests
+        return [[replace(evaluate_inversion(captures, a), psnr=[float("inf")]) for a in attacks]]
 
-    monkeypatch.setattr(module, "evaluate_inversions", perfect)
+    monkeypatch.setattr(module, "evaluate_together", perfect)
     assert store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")[0]["psnr"] == [100.0]
     assert store.attack(TRAIN, ATTACK, "tuning") is not None
 

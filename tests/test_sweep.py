@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="watches processes in /proc"),
 ]
 
+JUDGED: dict[str, type | tuple[type, ...]] = {"verdict": str, "verdict_reason": str, "control": bool, "pareto": bool}
 COLUMNS: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "compressor": str,
@@ -45,6 +46,7 @@ COLUMNS: dict[str, type | tuple[type, ...]] = {
     "seeds": list,
     "threat": dict,
     "run": str,
+    "remarks": list,
     "bytes_per_step": int,
     "compression_ratio": float,
     "attacks_tried": int,
@@ -71,7 +73,14 @@ COLUMNS: dict[str, type | tuple[type, ...]] = {
     "aware_gain": (float, type(None)),
     "aware_gain_interval": (list, type(None)),
     "aware_gain_p": (float, type(None)),
-    "pareto": bool,
+    "floor_ssim": float,
+    "excess": float,
+    "excess_interval": list,
+    "identified": int,
+    "candidates": int,
+    "naive_excess_interval": list,
+    "naive_identified": int,
+    **JUDGED,
 }
 MEASURED = ("accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "attack")
 
@@ -140,16 +149,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 def test_it_ends_with_a_table_the_paths_and_how_to_compare_runs(whole: Whole) -> None:
-    before, _, after = whole.output.partition("done; ")
+    before, _, after = whole.output.partition("done: ")
     assert "2/2 defences trained" in before
     assert "2/2 attacks tuned" in before
     assert "2/2 defences evaluated" in before
     for row in whole.rows:
-        assert re.search(rf"^[* ] {re.escape(row['name'])} +{100 * row['accuracy']:.1f} ", after, re.MULTILINE)
-    for name in ("frontier.json", "frontier.png", "reconstructions.png", "captures"):
+        line = rf"^[* ] {re.escape(row['name'])} +{row['verdict']} +{100 * row['accuracy']:.1f} "
+        assert re.search(line, after, re.MULTILINE)
+    for name in ("report.html", "frontier.json", "frontier.png", "reconstructions.png", "captures"):
         assert f"  {whole.root / name}\n" in after
         assert (whole.root / name).exists()
-    assert after.endswith(f"  mlflow ui --host 127.0.0.1 --backend-store-uri {default_uri(whole.root)}\n")
+    assert f"  mlflow ui --host 127.0.0.1 --backend-store-uri {default_uri(whole.root)}\n" in after
+    assert f" --resume {whole.root} --iterations " in after
+    assert re.match(r"\d+ s; training and attacks took \d+ CPU seconds, .* s a defence besides\n", after)
+    *_, answer, control, page = after.splitlines()
+    assert answer.startswith(("Leaks", "Undecided"))
+    assert control.startswith("The attack fails here: nothing can be said about any defence")
+    assert page == f"The whole answer on one page: {whole.root / 'report.html'}"
     assert (whole.root / "frontier.txt").read_text() in after
 
 
@@ -171,10 +187,11 @@ def test_rows_have_every_column_in_its_type(whole: Whole) -> None:
             assert low <= row[value] <= high
         assert 0 <= row["accuracy"] <= 1
         assert -1 <= row["leakage_ssim"] <= 1
-        assert (row["n_test"], row["n_images"], row["n_tuning_images"], row["seeds"]) == (360, 2, 2, [0])
+        assert (row["n_test"], row["n_images"], row["n_tuning_images"], row["seeds"]) == (360, 2, 4, [0])
         assert row["threat"]["vantage"] == "link"
         from_dict(InversionConfig, row["attack"])
-    assert any(row["pareto"] for row in whole.rows)
+    assert not any(row["control"] or row["pareto"] for row in whole.rows)  # two iterations reconstruct nothing
+    assert "The attack fails here: nothing can be said about any defence" in whole.output
 
 
 def test_leakage_is_the_maximum_over_the_evaluated_attacks(whole: Whole) -> None:
@@ -219,15 +236,15 @@ def test_captures_hold_what_was_attacked(whole: Whole) -> None:
     seen = []
     for row, train in whole.configs():
         folder = whole.root / "captures" / row["run"] / "step-000000"
-        parts = {f"{half}-00{i}.pt" for half in ("seen", "truth") for i in range(4)}
+        parts = {f"{half}-00{i}.pt" for half in ("seen", "truth") for i in range(6)}
         assert {path.name for path in folder.iterdir()} == parts | {"model.pt"}
         captures = [*whole.store.captures(train, 0, "tuning"), *whole.store.captures(train, 0, "evaluation")]
         assert {c.seen.victim for c in captures} == {0, 1}
         assert {c.seen.world_size for c in captures} == {2}
         sent = [sum(x.numel() * x.element_size() for m in c.seen.messages for x in m.sent) for c in captures]
-        assert sent == [row["bytes_per_step"]] * 4  # what is counted is what is attacked
+        assert sent == [row["bytes_per_step"]] * 6  # what is counted is what is attacked
         seen.append(np.concatenate([c.truth.images.numpy() for c in captures]))
-    assert len({image.tobytes() for image in seen[0]}) == 4
+    assert len({image.tobytes() for image in seen[0]}) == 6
     assert all(np.array_equal(images, seen[0]) for images in seen)  # defences are compared on the same images
 
 
@@ -278,9 +295,9 @@ def test_mlflow_has_the_metrics_step_by_step(whole: Whole) -> None:
 
 
 def test_mlflow_has_the_artifacts(whole: Whole) -> None:
-    figures = {"frontier.json", "frontier.png", "frontier.txt", "reconstructions.png"}
+    figures = {"frontier.json", "frontier.png", "frontier.txt", "reconstructions.png", "report.html"}
     assert whole.logged.artifacts(whole.logged.parent) == figures
-    capture = {f"capture/step-000000/{name}.pt" for name in ("model", *(f"seen-00{i}" for i in range(4)))}
+    capture = {f"capture/step-000000/{name}.pt" for name in ("model", *(f"seen-00{i}" for i in range(6)))}
     for run in whole.logged.defences.values():
         assert whole.logged.artifacts(run) == {"reconstructions.png"} | capture  # and no truth
 
@@ -391,10 +408,10 @@ def test_a_defence_that_fails_is_a_row_without_numbers(interrupted: Interrupted,
     assert failed["reason"] == f"Expected a capture at {path}, but there is no such file."
     assert [failed[name] for name in MEASURED] == [None] * len(MEASURED)
     assert not failed["pareto"]
-    assert rows["none"]["pareto"]
+    assert failed["verdict"] is None
     assert f"PowerSGD rank 1: FAILED, {failed['reason']}" in resumed.output
-    assert "failed: Expected a capture at" in resumed.output.partition("done; ")[2]
-    assert resumed.output.endswith(f"--backend-store-uri {interrupted.uri}\n")
+    assert "failed: Expected a capture at" in resumed.output.partition("done: ")[2]
+    assert f"--backend-store-uri {interrupted.uri}\n" in resumed.output
 
     logged = Logged(interrupted.uri, interrupted.root)
     assert len(logged.parents) == 1
@@ -461,5 +478,5 @@ def test_what_is_not_finished_is_a_failed_row(tmp_path: Path) -> None:
     found = frontier.row(Store(tmp_path, "data"), sweep, Defence())
     assert (found["status"], found["reason"]) == ("failed", "not finished")
     assert [found[name] for name in MEASURED] == [None] * len(MEASURED)
-    assert set(found) == set(COLUMNS) - {"pareto"}
+    assert set(found) == set(COLUMNS) - set(JUDGED)
     json.dumps(found, allow_nan=False)

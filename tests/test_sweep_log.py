@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, INVALID_STATE, PERMISSION_DENIED
 from toys import synthetic
 
 from raytrust import sweep_log as module
+from raytrust import tracking
 from raytrust.config import (
     CaptureConfig,
     Defence,
@@ -20,6 +23,8 @@ from raytrust.config import (
     TrainConfig,
     to_dict,
 )
+from raytrust.reports import outbox
+from raytrust.reports.outbox import PATIENCE, PAUSE
 from raytrust.store import Store
 from raytrust.sweep_log import SweepLog
 
@@ -33,7 +38,16 @@ FIGURES = {"attack": to_dict(InversionConfig("naive")), "ssim": [0.5], "seconds"
 
 
 class Tracker:
-    """Notes what it is sent, unless it is away."""
+    """Notes what it is sent, unless it is away. Its errors are judged as those of a true one."""
+
+    errors = tracking.Tracker.errors
+    curable = tracking.Tracker.curable
+
+    def reason(self, error: Exception) -> str:
+        return str(error)
+
+    def lacks(self, key: str) -> bool:
+        return False
 
     def __init__(self, *_: Any, **__: Any):
         self.sent: list[tuple[str, ...]] = []
@@ -71,15 +85,15 @@ class Logged:
         self.now = 0.0
         self.said: list[str] = []
         monkeypatch.setattr(module, "Tracker", Tracker)
-        monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(module.time, "sleep", self._sleep)
+        monkeypatch.setattr(outbox.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(outbox.time, "sleep", self._sleep)
         self.store = Store(root, "data")
         self.keys = []
         for defence in SWEEP.defences:
             train = module.replace(SWEEP.train, defence=defence)
             self.store.begin(train)
             self.keys.append(self.store.run_id(train))
-        self.log = SweepLog(SWEEP, self.store, synthetic(), "http://127.0.0.1:1", 1, self.said.append)
+        self.log = SweepLog(SWEEP, self.store, synthetic(), "http://127.0.0.1:1", self.said.append)
         self.tracker: Any = self.log._tracker
         self.back_at: float | None = None
 
@@ -96,6 +110,12 @@ class Logged:
 @pytest.fixture
 def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Logged:
     return Logged(tmp_path, monkeypatch)
+
+
+def answer(status: int) -> requests.Response:
+    response = requests.Response()
+    response.status_code = status
+    return response
 
 
 AWAY = [
@@ -119,7 +139,7 @@ def test_what_happens_meanwhile_is_sent_later_and_in_order(logged: Logged, error
         logged.tracker.away = None
         logged.log.tick()
         assert len(logged.tracker.sent) == 2
-        logged.now += module.PAUSE
+        logged.now += PAUSE
         logged.log.tick()
         assert logged.tracker.sent[2:] == [
             ("trained", "PowerSGD rank 1"),
@@ -134,19 +154,55 @@ def test_what_happens_meanwhile_is_sent_later_and_in_order(logged: Logged, error
 def test_the_end_waits_for_it(logged: Logged) -> None:
     with logged.log.open_run():
         logged.tracker.away, logged.back_at = AWAY[0], 60.0
-        logged.log.finish([{"status": "failed"}], [], 1.0)
+        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0})
     assert logged.tracker.sent[-1] == ("end", "FINISHED")
-    assert 60 <= logged.now <= 60 + module.PAUSE
+    assert 60 <= logged.now <= 60 + PAUSE
 
 
 def test_the_end_does_not_wait_for_ever(logged: Logged) -> None:
     with logged.log.open_run():
         logged.tracker.away = AWAY[0]
         logged.train(0)
-        logged.log.finish([{"status": "failed"}], [], 1.0)
+        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0})
     assert logged.tracker.sent == [("begin",)]
-    assert module.PATIENCE <= logged.now <= module.PATIENCE + 2 * module.PAUSE
+    assert PATIENCE <= logged.now <= PATIENCE + 2 * PAUSE
     assert logged.said[-1] == "MLflow lacks the end of this sweep; --resume sends it"
+
+
+REFUSED = [
+    MlflowException("The run x must be in the 'active' state.", error_code=INVALID_PARAMETER_VALUE),
+    MlflowException("The experiment 1 must be in the 'active' state.", error_code=INVALID_STATE),
+    MlflowException("Permission denied", error_code=PERMISSION_DENIED),
+    PermissionError(13, "Permission denied", "/elsewhere/mlartifacts"),
+    requests.HTTPError("403 Client Error: Forbidden", response=answer(403)),
+]
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=["run", "experiment", "permission", "folder", "upload"])
+def test_what_no_retry_can_cure_is_said_at_once_and_left_out(logged: Logged, error: Exception) -> None:
+    """One line for all that it befalls, no second is waited, and the rest is sent."""
+    with logged.log.open_run():
+        logged.tracker.away = error
+        logged.train(0)
+        logged.log.finished("attacks", logged.keys[0], {"figures": FIGURES, "attack_seconds": 0.1})
+        assert logged.said == [f"MLflow refused an entry, the sweep goes on: {error}"]
+        logged.tracker.away = None
+        logged.train(1)
+        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0})
+    assert logged.tracker.sent == [("begin",), ("trained", "PowerSGD rank 1"), ("end", "FINISHED")]
+    assert logged.said[1:] == ["MLflow lacks what it refused of this sweep; --resume tries it again"]
+    assert logged.now == 0
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_server_that_is_busy_is_waited_for(logged: Logged, status: int) -> None:
+    with logged.log.open_run():
+        logged.tracker.away = requests.HTTPError("busy", response=answer(status))
+        logged.train(0)
+        logged.tracker.away = None
+        logged.now += PAUSE
+        logged.log.tick()
+    assert logged.tracker.sent == [("begin",), ("trained", "none")]
 
 
 def test_an_interruption_passes_through_a_store_that_is_away(logged: Logged) -> None:

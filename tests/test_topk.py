@@ -39,7 +39,7 @@ def test_contraction(values: list[float], level: float) -> None:
 @given(st.lists(numbers, min_size=1, max_size=40), st.floats(0, 1, exclude_min=True))
 def test_the_largest_magnitudes_are_sent_as_they_are(values: list[float], level: float) -> None:
     x = torch.tensor(values)
-    compressor, tap = TopK(TopKConfig(level=level), Layout([x.shape])), Tap(LocalChannel())
+    compressor, tap = TopK(TopKConfig(level=level), Layout([x.shape])), Tap(LocalChannel(), keep=True)
     own = compressor.reduce([x], tap).own[0]
     values_sent, indices = tap.messages[0].sent
     assert (values_sent.dtype, indices.dtype) == (torch.float32, torch.int32)
@@ -133,7 +133,7 @@ def test_per_layer_the_contraction_holds_for_each(values: list[float], level: fl
     x = torch.tensor(values)
     grads = list(x.split([2, 1, len(x) - 3]))
     compressor = TopK(TopKConfig(level=level, scope="layer"), Layout([g.shape for g in grads]))
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     own, view = compressor.reduce(grads, tap).own, compressor.view(tap.messages, "link")
     for g, o, positions in zip(grads, own, view.positions, strict=True):
         left, right = (float(e.double().square().sum()) for e in (g - o, g))

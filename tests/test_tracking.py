@@ -1,20 +1,34 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
+import shutil
 import socket
 import stat
 import subprocess
+import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    RESOURCE_DOES_NOT_EXIST,
+    TEMPORARILY_UNAVAILABLE,
+)
+from mlflow.tracking._tracking_service import utils as mlflow_utils
 
+import raytrust.reports.versions
 from raytrust import tracking
 from raytrust.tracking import Tracker, default_uri, versions
 
@@ -328,6 +342,192 @@ def test_a_local_store_keeps_artifacts_beside_itself(tmp_path: Path, monkeypatch
     assert not (tmp_path / "mlruns").exists()
 
 
+def test_a_given_database_keeps_artifacts_beside_itself_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not where the first of its sweeps happened to be started."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tracker = open_tracker(f"sqlite:///{tmp_path}/databases/my.db", tmp_path / "results")
+    tracker.begin_sweep("sweep", {}, {})
+    (tmp_path / "figure.png").write_bytes(b"png")
+    tracker.end_sweep("FINISHED", [tmp_path / "figure.png"])
+    assert [p.name for p in (tmp_path / "databases" / "mlartifacts").rglob("*.png")] == ["figure.png"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+# Directories that were moved or copied
+
+
+def log_everything(root: Path, picture: str) -> None:
+    """A sweep in its own database, whose files show private images."""
+    tracker = Tracker(default_uri(root), root, "experiment")
+    tracker.begin_sweep("sweep", {}, {})
+    train(tracker)
+    step = root / "captures" / "run" / "step-000000"
+    step.mkdir(parents=True, exist_ok=True)
+    (step / "seen-000.pt").write_bytes(b"gradients")
+    (root / picture).write_bytes(b"png")
+    tracker.log_capture("run", step)
+    tracker.evaluated("run", {}, {}, [root / picture])
+    tracker.end_sweep("FINISHED", [root / picture])
+
+
+@pytest.fixture
+def another_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Forgets what MLflow knows of runs that it has met in this process."""
+    return lambda: monkeypatch.setattr(mlflow_utils, "_artifact_repos_cache", OrderedDict())
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {p.relative_to(folder): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("carry", [shutil.move, shutil.copytree], ids=["moved", "copied"])
+def test_what_goes_on_in_another_place_writes_only_there(
+    tmp_path: Path, carry: Callable[[Path, Path], object], another_process: Callable[[], None]
+) -> None:
+    """What somebody else keeps in the same database stays where it is."""
+    old, new = tmp_path / "old", tmp_path / "new place/für alle #1"
+    log_everything(old, "first.png")
+    theirs = "s3://bucket/mlartifacts"
+    MlflowClient(tracking_uri=default_uri(old)).create_experiment("theirs", artifact_location=theirs)
+    new.parent.mkdir(exist_ok=True)
+    carry(old, new)
+    before = files(old)
+    another_process()
+    log_everything(new, "second.png")
+    assert files(old) == before
+    assert old.exists() == (carry is shutil.copytree)
+    client = MlflowClient(tracking_uri=default_uri(new))
+    experiment = client.get_experiment_by_name("experiment")
+    assert experiment is not None
+    assert experiment.artifact_location == (new / "mlartifacts").as_uri()
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(found) == {"sweep", "PowerSGD run"}  # it goes on in its own runs, which keep what they had
+    for run in found.values():
+        paths = [f.path for f in client.list_artifacts(run.info.run_id) if not f.is_dir]
+        assert paths == ["first.png", "second.png"]
+        assert run.info.artifact_uri.startswith(experiment.artifact_location + "/")
+    assert found["PowerSGD run"].data.tags["raytrust.capture"].startswith(str(new))
+    assert {e.artifact_location for e in client.search_experiments()} >= {theirs}
+
+
+def test_a_database_without_tables_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").touch()
+    open_tracker(default_uri(tmp_path), tmp_path).begin_sweep("sweep", {}, {})
+
+
+@pytest.mark.parametrize("name", ["mlflow.db", "other.db"])
+def test_a_database_that_is_none_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"no database" * 100)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"\AExpected tracking_uri=[^\n]+ can be used: [^\n]*file is not a database\Z"):
+        open_tracker(f"sqlite:///{tmp_path}/{name}", tmp_path)
+    assert time.monotonic() - started < 10
+
+
+# What somebody has deleted
+
+
+def test_a_deleted_experiment_is_refused_with_the_command_that_restores_it(
+    tracker: Tracker, client: MlflowClient, uri: str, tmp_path: Path
+) -> None:
+    experiment = client.get_experiment_by_name(f"of {tmp_path}")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(ValueError, match=r"\AExpected tracking_uri=[^\n]+ has been deleted; [^\n]+\Z") as error:
+        open_tracker(uri, tmp_path)
+    command = str(error.value).partition("restore it with: ")[2]
+    subprocess.run([sys.executable, "-m", *shlex.split(command)[2:]], check=True, env=restoring(command))
+    open_tracker(uri, tmp_path).begin_sweep("sweep", {"data": "digits"}, {})
+
+
+def restoring(command: str) -> dict[str, str]:
+    """The environment in which the command runs."""
+    env, variable, *rest = shlex.split(command)
+    assert (env, rest[:3]) == ("env", ["mlflow", "experiments", "restore"])
+    name, _, value = variable.partition("=")
+    return os.environ | {name: value}
+
+
+def test_a_deleted_experiment_is_not_worth_waiting_for(tracker: Tracker, client: MlflowClient, tmp_path: Path) -> None:
+    experiment = client.get_experiment_by_name(f"of {tmp_path}")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    with pytest.raises(MlflowException, match="must be in the 'active' state") as error:
+        train(tracker)
+    assert not tracker.curable(error.value)
+    assert "\n" not in tracker.reason(error.value)
+
+
+@pytest.mark.parametrize("deleted", ["sweep", "PowerSGD run", "aware tv=0.1"])
+@pytest.mark.parametrize("meanwhile", [True, False], ids=["while it runs", "before it goes on"])
+def test_a_deleted_run_begins_anew(
+    tracker: Tracker, client: MlflowClient, uri: str, tmp_path: Path, deleted: str, meanwhile: bool
+) -> None:
+    """With all that was below it."""
+    train(tracker)
+    attack(tracker)
+    gone = runs(client, tmp_path)[deleted].info.run_id
+    client.delete_run(gone)
+    if not meanwhile:
+        tracker = open_tracker(uri, tmp_path)
+        tracker.begin_sweep("sweep", {"data": "digits"}, {"seeds": [0]})
+    assert tracker.lacks("run") == (deleted == "PowerSGD run")
+    train(tracker)
+    attack(tracker)
+    tracker.evaluated("run", {"leakage_ssim": 0.5}, {}, [])
+    tracker.end_sweep("FINISHED", metrics={"defences_finished": 1})
+    found = runs(client, tmp_path)
+    assert set(found) == {"sweep", "PowerSGD run", "aware tv=0.1"}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert gone not in {run.info.run_id for run in found.values()}
+    sweep, defence, tried = found["sweep"], found["PowerSGD run"], found["aware tv=0.1"]
+    assert sweep.data.params == {"data": "digits"}
+    assert defence.data.metrics["accuracy"] == 0.75
+    assert tried.data.metrics["tuning_psnr"] == 15
+    assert defence.data.tags["mlflow.parentRunId"] == sweep.info.run_id
+    assert tried.data.tags["mlflow.parentRunId"] == defence.info.run_id
+    assert {run.data.tags["raytrust.sweep"] for run in (defence, tried)} == {sweep.info.run_id}
+
+
+@pytest.mark.parametrize(
+    ("error", "curable"),
+    [
+        (ConnectionRefusedError(), True),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (requests.ConnectionError(), True),
+        (PermissionError(), False),
+        (FileNotFoundError(), False),
+        (MlflowException("too many 503 error responses"), True),
+        (MlflowException("database is locked", TEMPORARILY_UNAVAILABLE), True),
+        (MlflowException("Permission denied", PERMISSION_DENIED), False),
+        (MlflowException("not in the 'active' state", INVALID_PARAMETER_VALUE), False),
+        (MlflowException("no such run", RESOURCE_DOES_NOT_EXIST), False),
+    ],
+)
+def test_what_a_retry_may_cure(tracker: Tracker, error: Exception, curable: bool) -> None:
+    assert tracker.curable(error) == curable
+
+
+# Passwords
+
+
+def test_a_refusal_shows_no_password(closed_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    for uri in (f"http://me:s3cret@127.0.0.1:{closed_port}", f"postgresql://me:s3cret@127.0.0.1:{closed_port}/mlflow"):
+        with pytest.raises(ValueError, match=r"\AExpected tracking_uri=[^\n]+\Z") as error:
+            Tracker(uri, tmp_path, "experiment")
+        assert f"127.0.0.1:{closed_port}" in str(error.value)
+        assert "s3cret" not in str(error.value)
+
+
+def test_a_later_error_shows_no_password(uri: str, tmp_path: Path) -> None:
+    tracker = open_tracker(uri, tmp_path)
+    tracker._uri = "http://me:s3/cr#t@host:5000"
+    error = MlflowException("API request to http://me:s3/cr#t@host:5000/api failed\nin two lines")
+    assert tracker.reason(error) == "API request to http://host:5000/api failed"
+
+
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port on which nobody listens, kept from others for the while."""
@@ -363,10 +563,10 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "package" / "tracking.py"
+    module = tmp_path / "package" / "versions.py"
     module.parent.mkdir()
     module.write_text("1\n")
-    monkeypatch.setattr(tracking, "__file__", str(module))
+    monkeypatch.setattr(raytrust.reports.versions, "__file__", str(module))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
     def revision() -> str | None:

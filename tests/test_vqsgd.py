@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from toys import assert_unbiased, draws, relative_variance
 
-from raytrust.channel import LocalChannel, Tap
+from raytrust.channel import LocalChannel, Message, Tap
 from raytrust.compress import Layout
-from raytrust.compress.packing import unpack_words
+from raytrust.compress.packing import pack_words, unpack_words
 from raytrust.compress.vqsgd import VqSGD
 from raytrust.config import VqSGDConfig
 
@@ -25,7 +25,7 @@ def test_it_is_unbiased_with_the_variance_of_its_vertices(samples: int) -> None:
 
 
 def vertices(x: Tensor, samples: int, seed: int = 0) -> Tensor:
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     VqSGD(VqSGDConfig(samples), Layout([x.shape]), seed).reduce([x], tap)
     norm, packed = tap.messages[0].sent
     torch.testing.assert_close(norm, x.norm().view(1))
@@ -54,7 +54,7 @@ def test_one_entry_is_exact(value: float) -> None:
 
 def test_the_likelihood_is_largest_at_the_true_gradient() -> None:
     """In the mean over draws: the cross-entropy of the vertices is least at their own distribution."""
-    tap = Tap(LocalChannel())
+    tap = Tap(LocalChannel(), keep=True)
     compressor = VqSGD(VqSGDConfig(50_000), Layout([GRADIENT.shape]))
     compressor.reduce([GRADIENT], tap)
     view = compressor.view(tap.messages, "link")
@@ -69,7 +69,7 @@ def test_the_likelihood_is_largest_at_the_true_gradient() -> None:
 def test_the_distance_of_a_gradient_all_along_its_vertex_is_the_least_possible() -> None:
     x = torch.zeros(6)
     x[2] = -4
-    compressor, tap = VqSGD(VqSGDConfig(4), Layout([x.shape])), Tap(LocalChannel())
+    compressor, tap = VqSGD(VqSGDConfig(4), Layout([x.shape])), Tap(LocalChannel(), keep=True)
     compressor.reduce([x], tap)
     view = compressor.view(tap.messages, "link")
     along = -2.0 * torch.nn.functional.one_hot(torch.tensor(2), 6)
@@ -89,3 +89,29 @@ def test_entries_beyond_the_first_chunk_are_drawn() -> None:
     assert int(found.max()) == max(last, first)
     halves = found.view(2, -1).sum(1) if len(found) % 2 == 0 else found[:-1].view(2, -1).sum(1)
     assert abs(int(halves[0] - halves[1])) < 5 * 100_000**0.5
+
+
+def decoded(norm: Tensor, drawn: Tensor) -> Tensor:
+    """Of vertices of 12 dimensions' polytope, all in one message."""
+    message = Message("all_gather", (norm, pack_words(drawn, 5)), ())
+    return VqSGD(VqSGDConfig(len(drawn)), Layout([torch.Size((12,))])).decode([message], "link")[0][0]
+
+
+def test_vertices_drawn_many_times_add_up_to_the_bit_in_any_order() -> None:
+    """As a GPU adds them in any; in float32 the sum of 3 l, -l and 5 l is one of several."""
+    generator = torch.Generator().manual_seed(0)
+    drawn, norm = torch.randint(24, (4001,), generator=generator), torch.tensor([0.7])
+    expected = decoded(norm, drawn)
+    counts = drawn.bincount(minlength=24).view(12, 2)
+    length = norm * (12**0.5 / 4001)
+    assert torch.equal(expected, (counts[:, 0] - counts[:, 1]) * length)
+    for _ in range(5):
+        assert torch.equal(decoded(norm, drawn[torch.randperm(4001, generator=generator)]), expected)
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_to_the_bits_of_the_cpu() -> None:
+    drawn, norm = torch.randint(24, (400_001,), generator=torch.Generator().manual_seed(0)), torch.tensor([0.7])
+    expected = decoded(norm, drawn)
+    for _ in range(20):
+        assert torch.equal(decoded(norm.cuda(), drawn.cuda()).cpu(), expected)

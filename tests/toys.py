@@ -152,7 +152,7 @@ class Echo:
 
 def gradients(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+    return [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in SHAPES]
 
 
 def norm(xs: Sequence[Tensor]) -> float:

@@ -112,7 +112,7 @@ def same_gradient(channel: Channel, config: CompressorConfig) -> list[Message]:
     """What this worker sends of a gradient that all workers have, at its second step."""
     compressor = build(Defence(config), SHAPES, seed=5)
     compressor.reduce(gradients(0), channel)
-    tap = Tap(channel)
+    tap = Tap(channel, keep=True)
     compressor.reduce(gradients(1), tap)
     return tap.messages
 
@@ -181,7 +181,7 @@ def reductions(channel: Channel, defence: Defence, scribble: bool = False) -> li
             inputs = [g + e for g, e in zip(grads, compressor.residual, strict=True)]
         inputs = [x.clone() for x in inputs]
         before, rng, state = [g.clone() for g in grads], global_rng(), compressor.public_state()
-        tap = Tap(channel)
+        tap = Tap(channel, keep=True)
         with intercepted() as payloads:
             reduced = compressor.reduce(grads, tap)
         mean, own = [m.clone() for m in reduced.mean], [o.clone() for o in reduced.own]

@@ -7,10 +7,12 @@ with its reason, and the others go on.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrust.attacks.inversion.memory import keep_freed_memory
+from raytrust.audit.verdict import floor_of_images
 from raytrust.cluster.failures import RETRIES, last_error, one_line, report
 from raytrust.cluster.groups import TrainingGroups
 from raytrust.cluster.placement import Placement, remote_attack
@@ -31,7 +34,10 @@ from raytrust.store import Split, Store, read_json
 
 ROUND = 500  # trials that Tune holds in memory, at least
 SHARE = 10  # trials of a round for each that runs at once, so that its actors stay warm
+TOGETHER = 4  # settings of a trial, and runs of an evaluation task, that are attacked as one batch
 OBJECTIVES = ("leakage", "accuracy", "bytes_per_step")
+
+Requests = Sequence[tuple[TrainConfig, Sequence[InversionConfig]]]
 
 
 def search_defences(
@@ -86,7 +92,8 @@ def search_attacks(
 ) -> None:
     """Inner search: for each defence, `sweep.attack_trials` attacks that maximise SSIM on the tuning images.
 
-    Runs in warm actors without Ray Train; the portfolio's results are where each study starts from.
+    Runs in warm actors without Ray Train; the portfolio's results are where each study starts from. A trial is up to
+    `TOGETHER` attacks on one run, which are one batch where they take as many iterations of the same step.
     """
     runs = {store.run_id(train): train for train in (replace(sweep.train, defence=d) for d in defences)}
     known, budget = {}, {}
@@ -94,12 +101,12 @@ def search_attacks(
         found = store.attacks(train, "tuning")
         known[run] = [({k: f["attack"][k] for k in space}, float(np.mean(f["ssim"]))) for f in found]
         portfolio = sweep.portfolio_against(train.defence)
-        tried = sum(from_dict(InversionConfig, f["attack"]) not in portfolio for f in found)
-        budget[run] = sweep.attack_trials - tried
-    total = sum(max(0, n) for n in budget.values())
-    if total == 0:
+        attacks = [from_dict(InversionConfig, f["attack"]) for f in found]
+        tried = sum(a not in portfolio and a.iterations == sweep.portfolio[0].iterations for a in attacks)
+        budget[run] = max(0, sweep.attack_trials - tried)
+    search = AttackSearch(space, budget, known, sweep.train.seed, TOGETHER)
+    if search.trials == 0:
         return
-    search = AttackSearch(space, budget, known, sweep.train.seed)
     device = cluster_device()
     trainable = tune.with_resources(
         tune.with_parameters(_attack_trial, base=to_dict(sweep.portfolio[0]), store=store),
@@ -110,38 +117,51 @@ def search_attacks(
         return parameters["run"], runs[parameters["run"]].defence.name
 
     concurrent = max(parallel or 0, capacity("GPU" if device == "cuda" else "CPU"))
-    _tune("attacks", trainable, search, total, concurrent, store, _Relay("attacks", listener, key))
+    _tune("attacks", trainable, search, search.trials, concurrent, store, _Relay("attacks", listener, key))
 
 
 def evaluate_attacks(
     jobs: Sequence[tuple[TrainConfig, Sequence[InversionConfig]]], store: Store, listener: Listener
 ) -> None:
-    """Run attacks on the evaluation images of a defence, one Ray task a defence, and keep the figures in the store."""
+    """Run attacks on the evaluation images of each run, a few runs in a Ray task, and keep the figures in the store."""
     device = cluster_device()
     task = _remote_attack(device)
     split: Split = "evaluation"
-    pending = deque(
-        (train, attacks)
-        for train, attacks in jobs
-        if any(not (store.attack(train, a, split) or store.attack_failure(train, a, split)) for a in attacks)
-    )
-    most = 2 * capacity("GPU" if device == "cuda" else "CPU")  # none idles, and few wait in the driver's memory
-    waiting: dict[Any, TrainConfig] = {}
+    left = [(train, attacks) for train, attacks in jobs if not all(store.knows(train, a, split) for a in attacks)]
+    places = capacity("GPU" if device == "cuda" else "CPU")
+    pending = deque(_alike(left, places))
+    most = 2 * places  # none idles, and few wait in the driver's memory
+    waiting: dict[Any, Requests] = {}
     while pending or waiting:
         while pending and len(waiting) < most:
-            train, attacks = pending.popleft()
-            listener.started("evaluation", store.run_id(train), train.defence.name)
-            waiting[task.remote(store, train, attacks, split, device)] = train
+            requests = pending.popleft()
+            for train, _ in requests:
+                listener.started("evaluation", store.run_id(train), train.defence.name)
+            waiting[task.remote(store, requests, split, device)] = requests
         done, _ = ray.wait(list(waiting), timeout=0.5)
         listener.tick()
         for ref in done:
-            train = waiting.pop(ref)
+            requests = waiting.pop(ref)
             try:
-                listener.finished("evaluation", store.run_id(train), {"figures": ray.get(ref)})
+                for (train, _), figures in zip(requests, ray.get(ref), strict=True):
+                    listener.finished("evaluation", store.run_id(train), {"figures": figures})
             except ray.exceptions.RayError as error:
+                if len(requests) > 1:  # which of them it was, shows when each has a process of its own
+                    pending.extend([request] for request in requests)
+                    continue
+                ((train, _),) = requests
                 reason = one_line(error)
                 store.fail(train, f"evaluation: {reason}")
                 listener.failed("evaluation", store.run_id(train), reason)
+
+
+def _alike(jobs: Requests, places: int) -> list[Requests]:
+    """The jobs in tasks for this many places: runs next to each other whose attacks start at the same steps, so that
+    equal models meet in one batch, but none waits while another has much to do."""
+    jobs = sorted(jobs, key=lambda job: max((a.capture_step for a in job[1]), default=0))
+    tasks = places * math.ceil(len(jobs) / (places * TOGETHER))
+    cuts = [len(jobs) * i // tasks for i in range(tasks + 1)] if jobs else []
+    return [jobs[a:b] for a, b in pairwise(cuts) if a < b]
 
 
 def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> dict[str, float] | None:
@@ -180,19 +200,23 @@ def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placeme
     started = time.perf_counter()
     training = train_on_cluster(train, store, queue)
     attacks = config.portfolio_against(defence)
+    requests = [(train, attacks)]
     if placement.attack_gpu:
         task = remote_attack(_attack_task, placement)
-        figures = ray.get(task.remote(store, train, attacks, "tuning", placement.device))
+        (figures,) = ray.get(task.remote(store, requests, "tuning", placement.device))
     else:
-        figures = _attack_task(store, train, attacks, "tuning", placement.device)
+        (figures,) = _attack_task(store, requests, "tuning", placement.device)
     objectives = defence_objectives(store, config, defence)
     if objectives is None:
         raise FloatingPointError(f"No attack has a result: {store.attack_failure(train, attacks[0], 'tuning')}")
+    floor = floor_of_images(figures[0]["mean_image_ssim"], figures[0]["other_image_ssim"])
     return {
         **objectives,
+        "floor": None if floor is None else float(np.mean(floor)),
         "attacks": len(figures),
         "attack_seconds": sum(f["seconds"] for f in figures),
         "train_seconds": training["seconds"],
+        "cpu_seconds": training["cpu_seconds"] + sum(f["cpu_seconds"] for f in figures),
         "waited_seconds": training.get("waited_seconds", 0.0),
         "wall_seconds": time.perf_counter() - started,
     }
@@ -202,22 +226,23 @@ def _attack_trial(parameters: dict[str, Any], base: dict[str, Any], store: Store
     """Tune trial of the inner search. Nothing that it is given grows with the number of runs."""
     found = read_json(store.root / "captures" / parameters["run"] / "config.json")
     train = from_dict(TrainConfig, found["train"])
-    settings = {**base, **{k: v for k, v in parameters.items() if k != "run"}}
-    report(lambda: _try_attack(train, settings, store), ["ssim"])
+    settings = [{**base, **chosen} for chosen in parameters["settings"]]
+    report(lambda: _try_attacks(train, settings, store), ["ssim"])
 
 
-def _try_attack(train: TrainConfig, settings: dict[str, Any], store: Store) -> dict[str, Any]:
-    """Run one attack on the tuning images, and return what the inner search learns from."""
+def _try_attacks(train: TrainConfig, settings: Sequence[dict[str, Any]], store: Store) -> dict[str, Any]:
+    """Run attacks on the tuning images, and return what the inner search learns from."""
     started = time.perf_counter()
-    attack = from_dict(InversionConfig, settings).against(train.defence)
-    found = _attack_task(store, train, [attack], "tuning", cluster_device())
-    if not found:
-        raise FloatingPointError(store.attack_failure(train, attack, "tuning"))
-    (figures,) = found
+    attacks = [from_dict(InversionConfig, s).against(train.defence) for s in settings]
+    (figures,) = _attack_task(store, [(train, attacks)], "tuning", cluster_device())
+    if not figures:
+        raise FloatingPointError(store.attack_failure(train, attacks[0], "tuning"))
+    by_attack = {from_dict(InversionConfig, f["attack"]): float(np.mean(f["ssim"])) for f in figures}
     return {
-        "ssim": float(np.mean(figures["ssim"])),
+        "ssim": max(by_attack.values()),
+        "values": json.dumps([by_attack.get(attack) for attack in attacks]),  # None of one that failed
         "figures": json.dumps(figures),  # Tune keeps a history of every number that it sees
-        "attack_seconds": figures["seconds"],
+        "attack_seconds": sum(f["seconds"] for f in figures),
         "wall_seconds": time.perf_counter() - started,
     }
 
@@ -231,12 +256,10 @@ def _remote_attack(device: str) -> Any:
     )
 
 
-def _attack_task(
-    store: Store, train: TrainConfig, attacks: Sequence[InversionConfig], split: Split, device: str
-) -> list[dict[str, Any]]:
+def _attack_task(store: Store, requests: Requests, split: Split, device: str) -> list[list[dict[str, Any]]]:
     torch.set_num_threads(1)
     keep_freed_memory()  # the process is a Ray worker's: its memory is ours to manage
-    return store.run_attacks(train, attacks, split, device)
+    return store.run_together(requests, split, device)
 
 
 def _tune(name: str, trainable: Any, search: Any, samples: int, concurrent: int, store: Store, relay: _Relay) -> None:
@@ -308,9 +331,16 @@ class _Relay(tune.Callback, tune.Stopper):
 
     def _finish(self, trial: Any) -> None:
         result = {**trial.config, **trial.last_result}
-        if "figures" in result:
-            result["figures"] = json.loads(result["figures"])
-        self._listener.finished(self._phase, self._key(trial.config)[0], result)
+        key = self._key(trial.config)[0]
+        if "figures" not in result:
+            self._listener.finished(self._phase, key, result)
+            return
+        attacks = json.loads(result["figures"])  # those that have a result
+        for figures in attacks:
+            each = {"figures": figures, "ssim": float(np.mean(figures["ssim"])), "attack_seconds": figures["seconds"]}
+            self._listener.finished(self._phase, key, result | each)
+        for _ in range(len(trial.config["settings"]) - len(attacks)):
+            self._listener.failed(self._phase, key, "an attack has no result; its reason is stored beside the others")
 
     def _fail(self, trial: Any, reason: str) -> None:
         if self._failed:

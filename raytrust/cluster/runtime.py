@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +32,8 @@ for _name, _value in ENVIRONMENT.items():
 import ray  # noqa: E402
 from ray._private import ray_constants  # noqa: E402
 from ray.autoscaler.sdk import request_resources  # noqa: E402
+
+from raytrust.cluster.interrupts import raising  # noqa: E402
 
 SLOT = "trial_slot"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -66,17 +66,20 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
 
     A new cluster listens on the loopback interface alone, and asks for a token that only this process and its workers
     have: other users of this machine reach that interface too. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1 in the environment
-    opens it to other machines. Ctrl-C raises KeyboardInterrupt once; while Ray stops, more of them change nothing.
+    opens it to other machines. Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt once; while Ray stops, more of them
+    change nothing.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     _most.clear()
     _device.clear()
-    with _one_interrupt():
-        if address is None:
-            _start(cpus, slots)
-        else:
-            _connect(address)
+    with raising(once=True) as take_signals:
         try:
+            with _no_exit_on_sigterm():
+                if address is None:
+                    _start(cpus, slots)
+                else:
+                    _connect(address)
+            take_signals()  # Ray's core has taken SIGTERM, for a crash dump
             if address is not None:
                 _expect_slot(address, GROWTH if parallel else 0.0)
             yield
@@ -138,6 +141,17 @@ def _loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before  # this process may connect to a cluster later
 
 
+@contextmanager
+def _no_exit_on_sigterm() -> Iterator[None]:
+    """While Ray starts it would take SIGTERM, to exit on the spot without a word."""
+    before = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = before
+
+
 def _connect(address: str) -> None:
     import raytrust
 
@@ -172,25 +186,6 @@ def _expect_slot(address: str, patience: float) -> None:
             f"start its nodes with --resources='{{\"{SLOT}\": 1}}', or give --parallel if it starts nodes itself."
         )
     capacity("GPU")  # seen while there is a node
-
-
-@contextmanager
-def _one_interrupt() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt once within the block: a second one would cut off the orderly end."""
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield  # whoever runs this has other plans for it
-        return
-
-    def interrupt(*_: Any) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _expect_listener(address: str) -> None:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
+from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from raytrust.config import Defence, PowerSGDConfig, TopKConfig, to_dict
+from raytrust.config import Choice, Defence, LogInteger, LogUniform, PowerSGDConfig, TopKConfig, to_dict
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 WINDOW = 256  # runs that take turns; the driver holds the studies of these alone
 Results = dict[str, float]
+
+
+def domains(space: dict[str, Any]) -> dict[str, Any]:
+    """The space in Ray Tune's words; what is in them already stays."""
+
+    def domain(values: Any) -> Any:
+        match values:
+            case Choice(values=choices):
+                return tune.choice(list(choices))
+            case LogUniform(low=low, high=high):
+                return tune.loguniform(low, high)
+            case LogInteger(low=low, high=high):
+                return tune.lograndint(low, high + 1)
+            case _:
+                return values
+
+    return {name: domain(values) for name, values in space.items()}
 
 
 class DefenceSearch(OptunaSearch):
@@ -33,7 +52,7 @@ class DefenceSearch(OptunaSearch):
         known: Sequence[tuple[Defence, Results]],
         seed: int,
     ):
-        self._domains = OptunaSearch.convert_search_space(space)
+        self._domains = OptunaSearch.convert_search_space(domains(space))
         super().__init__(self._domains, metric=list(objectives), mode=list(objectives.values()), seed=seed)
         self._uniform = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
         self._pending = list(pending)
@@ -82,11 +101,13 @@ class DefenceSearch(OptunaSearch):
 
 
 class AttackSearch(Searcher):
-    """Suggests {"run": ..., <attack settings>}: one Optuna study for each captured run, which maximises its own SSIM.
+    """Suggests {"run": ..., "settings": [<attack settings>, ...]}: one Optuna study for each captured run, which
+    maximises its own SSIM.
 
-    budget: run -> how many attacks to try. known: run -> finished (settings, SSIM), from which its study learns.
-    One study over all runs would learn to attack the runs that are easy to attack. At most WINDOW runs take turns; a
-    study is forgotten when its budget is spent, so that memory does not grow with the number of runs.
+    budget: run -> how many attacks to try. together: how many a trial tries at most; they are asked of the study at
+    once. known: run -> finished (settings, SSIM), from which its study learns. One study over all runs would learn to
+    attack the runs that are easy to attack. At most WINDOW runs take turns; a study is forgotten when its budget is
+    spent, so that memory does not grow with the number of runs.
     """
 
     def __init__(
@@ -95,17 +116,20 @@ class AttackSearch(Searcher):
         budget: dict[str, int],
         known: dict[str, list[tuple[dict[str, Any], float]]],
         seed: int,
+        together: int = 1,
     ):
         super().__init__(metric="ssim", mode="max")
-        self._domains = OptunaSearch.convert_search_space(space)
+        self._domains = OptunaSearch.convert_search_space(domains(space))
         self._known = known
+        self._together = together
         # Distinct but reproducible seeds: with one seed all studies would try the same first settings.
         self._seeds = {run: seed + i for i, run in enumerate(budget)}
         self._left = {run: n for run, n in budget.items() if n > 0}
+        self.trials = sum(math.ceil(n / together) for n in self._left.values())
         self._waiting = deque(self._left)
         self._turns: deque[str] = deque()
         self._studies: dict[str, OptunaSearch] = {}
-        self._owner: dict[str, str] = {}  # of trials on their way
+        self._owner: dict[str, tuple[str, int]] = {}  # of trials on their way, and how many attacks they try
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         while self._waiting and len(self._turns) < WINDOW:
@@ -113,19 +137,23 @@ class AttackSearch(Searcher):
         if not self._turns:
             return self.FINISHED
         run = self._turns.popleft()
-        self._left[run] -= 1
+        count = min(self._together, self._left[run])
+        self._left[run] -= count
         if self._left[run]:
             self._turns.append(run)
-        self._owner[trial_id] = run
+        self._owner[trial_id] = run, count
         if run not in self._studies:
             self._studies[run] = self._study(run)
-        return {"run": run, **(self._studies[run].suggest(trial_id) or {})}
+        return {"run": run, "settings": [self._studies[run].suggest(f"{trial_id}/{i}") or {} for i in range(count)]}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        values = _finite(result, ["ssim"])
-        run = self._owner.pop(trial_id)
-        self._studies[run].on_trial_complete(trial_id, values, error=error or values is None)
-        if not self._left[run] and run not in self._owner.values():
+        """result: "values" is the SSIM of each attack of the trial as JSON, null for one that failed."""
+        run, count = self._owner.pop(trial_id)
+        reached = json.loads((result or {}).get("values", "[]")) if not error else []
+        for i in range(count):
+            value = _finite({"ssim": reached[i]} if i < len(reached) else None, ["ssim"])
+            self._studies[run].on_trial_complete(f"{trial_id}/{i}", value, error=value is None)
+        if not self._left[run] and run not in [owner for owner, _ in self._owner.values()]:
             del self._studies[run]
 
     def _study(self, run: str) -> OptunaSearch:

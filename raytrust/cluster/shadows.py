@@ -8,7 +8,8 @@ from typing import Any
 import ray
 import torch
 
-from raytrust.cluster.phases import one_line
+from raytrust.attacks.inversion.memory import keep_freed_memory
+from raytrust.cluster.failures import LOST, RETRIES, one_line
 from raytrust.cluster.runtime import Listener
 from raytrust.config import MembershipConfig, from_dict, to_dict
 from raytrust.data import Dataset
@@ -18,7 +19,8 @@ from raytrust.shadows import Kind, ShadowStore
 def train_shadows(
     config: MembershipConfig, data: Dataset, store: ShadowStore, listener: Listener, until: float | None = None
 ) -> None:
-    """Train every model that the store does not hold. One that fails is recorded with its reason; the others go on.
+    """Train every model that the store does not hold. One that fails is recorded with its reason; the others go on. One
+    whose machine was lost is tried again.
 
     until: by each machine's clock, when the last model may be begun; the others are left out, and the listener is not
     told. It hears of each model under its arm's id; the result's keys are "kind" and "model".
@@ -27,7 +29,7 @@ def train_shadows(
     if not jobs:
         return
     data_ref = ray.put(data)
-    task = ray.remote(_train).options(num_cpus=1)
+    task = ray.remote(_train).options(num_cpus=1, max_retries=RETRIES)
     waiting: dict[Any, tuple[Kind, Any, int]] = {}
     for kind, arm, model in jobs:
         place = config.arms.index(arm)
@@ -41,7 +43,7 @@ def train_shadows(
             try:
                 if ray.get(ref):
                     listener.finished("models", store.arm_id(config, arm), {"kind": kind, "model": model})
-            except ray.exceptions.RayError as error:
+            except (ray.exceptions.RayError, *LOST) as error:
                 store.fail(config, arm, model, kind, one_line(error))
                 listener.failed("models", store.arm_id(config, arm), one_line(error))
 
@@ -60,6 +62,7 @@ def _train(
     if until is not None and time.time() >= until:
         return False
     torch.set_num_threads(1)
+    keep_freed_memory()
     audit = from_dict(MembershipConfig, config)
     store.run(audit, audit.arms[place], model, kind, ray.get(data[0]))
     return True

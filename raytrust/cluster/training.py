@@ -29,8 +29,9 @@ def train_on_cluster(config: TrainConfig, store: Store, queue: Any) -> dict[str,
     queue: of a `raytrust.cluster.groups.TrainingGroups`. A run that the store holds is not trained again. Keys:
     "correct", "n_test", "test_loss" (nats), "losses" (of worker 0, nats, one a step), "bytes_per_step" (mean payload
     bytes that a worker handed to collectives), "dense_bytes" (of the gradient), "seconds" (in the training loop),
-    "total_seconds" (from asking to having it) and "waited_seconds" (of these, until a group began with it: for the
-    group to start, or to finish other runs). Raises TrainingFailed with the reason of the workers.
+    "cpu_seconds" (of all workers meanwhile), "total_seconds" (from asking to having it) and "waited_seconds" (of these,
+    until a group began with it: for the group to start, or to finish other runs). Raises TrainingFailed with the reason
+    of the workers.
     """
     key = store.run_id(config)
     if (result := store.training(config)) is None:
@@ -107,7 +108,7 @@ def _train(config: TrainConfig, data: Dataset, crew: Crew, rank: int, device: st
 
 def _result(config: TrainConfig, data: Dataset, channel: Channel, directory: Path, device: str) -> dict[str, Any]:
     steps: list[Step] = []
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for record in train(config, data, channel, device):
         match record:
             case Step():
@@ -122,4 +123,5 @@ def _result(config: TrainConfig, data: Dataset, channel: Channel, directory: Pat
         "bytes_per_step": sum(s.sent_bytes for s in steps) / len(steps),
         "dense_bytes": steps[0].gradient_bytes,
         "seconds": time.perf_counter() - started,
+        "cpu_seconds": config.workers * (time.process_time() - cpu),  # all workers do the same
     }

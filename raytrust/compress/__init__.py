@@ -16,12 +16,14 @@ from raytrust.compress.ddp import ddp_comm_hook
 from raytrust.compress.dense import Dense, Half
 from raytrust.compress.dgc import DGC
 from raytrust.compress.error_feedback import ErrorFeedback
+from raytrust.compress.expansion import expansion_remark
 from raytrust.compress.interface import Compressor, Layout, Reduced, Vantage
 from raytrust.compress.powersgd import PowerSGD
 from raytrust.compress.qsgd import QSGD
 from raytrust.compress.randk import RandK
 from raytrust.compress.scaled_sign import ScaledSign
 from raytrust.compress.signsgd import SignSGD
+from raytrust.compress.state import redistribute
 from raytrust.compress.threshold import Threshold
 from raytrust.compress.topk import TopK
 from raytrust.compress.views import LinearView, SparseView, View, identity_view
@@ -53,7 +55,9 @@ __all__ = [
     "View",
     "build",
     "ddp_comm_hook",
+    "expansion_remark",
     "identity_view",
+    "redistribute",
 ]
 
 
@@ -64,8 +68,10 @@ def build(
 
     parameters: the model whose gradients it is to average (those of its parameters that are trained), or their shapes.
     seed: of what is random in the method; all workers must give the same. names: of the parameters,
-    where shapes are given; errors and states name them.
+    where shapes are given; errors and states name them. Raises ValueError for what is no `Defence`.
     """
+    if not isinstance(defence, Defence):
+        raise ValueError(f"Expected defence={defence!r} to be a Defence, which config.parse_defence makes of text.")
     layout = Layout.of(parameters) if isinstance(parameters, nn.Module) else Layout(parameters, names)
     compressor = _method(defence, layout, seed)
     return ErrorFeedback(compressor) if defence.error_feedback else compressor
@@ -97,3 +103,5 @@ def _method(defence: Defence, layout: Layout, seed: int) -> Compressor:
             return VqSGD(config, layout, seed)
         case AtomoConfig() as config:
             return Atomo(config, layout, seed)
+        case _:  # a config that `Defence` takes and that has no compressor
+            raise ValueError(f"Expected compressor={defence.compressor!r} to be of a method that can be built.")

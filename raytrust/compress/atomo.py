@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Counting, Layout, Reduced, Vantage, senders, sent_by
+from raytrust.compress.base import Counting
+from raytrust.compress.interface import Layout, Reduced, Vantage, senders, sent_by
 from raytrust.compress.views import SpectralView
 from raytrust.config import AtomoConfig
 
@@ -27,7 +28,7 @@ class Atomo(Counting):
     """
 
     def __init__(self, config: AtomoConfig, layout: Layout, seed: int = 0):
-        super().__init__(layout, seed)
+        super().__init__(config, layout, seed)
         self._rank = config.rank
         self._matrices = [i for i, s in enumerate(layout.shapes) if len(s) >= 2 and s.numel()]
         self._vectors = [i for i in range(len(layout.shapes)) if i not in self._matrices]

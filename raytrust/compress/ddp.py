@@ -38,6 +38,9 @@ def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None) -> Hoo
     one that no worker used keeps the `grad` that it had, and what its residual sent is lost. The compressor works in
     float32, and its mean is rounded to the dtype of the parameters.
 
+    To go on with another number of workers than a state was saved with, load `redistribute` of all their states. A
+    worker that has another one's residual or momentum raises ValueError in its first backward pass.
+
     The backward pass raises ValueError if the model's parameters are not those of `compressor.layout`, if a gradient is
     sparse, or, by the name of the parameter, if one holds NaN or infinity, before anything is sent; other workers then
     wait until this one ends. A loss scaled for float16 overflows on purpose: train in bfloat16 instead.

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Base, FlatGradients, Layout, Reduced, Vantage, chunks
+from raytrust.compress.base import Base
+from raytrust.compress.interface import FlatGradients, Layout, Reduced, Vantage, chunks
 from raytrust.compress.views import LinearView, identity_view
-from raytrust.config import HalfConfig
+from raytrust.config import DenseConfig, HalfConfig
 
 
 class _Whole(Base):
@@ -27,6 +28,9 @@ class _Whole(Base):
 
 class Dense(_Whole):
     """Sends 4 bytes an entry; own == grads."""
+
+    def __init__(self, layout: Layout):
+        super().__init__(DenseConfig(), layout)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
@@ -45,7 +49,7 @@ class Half(_Whole):
     """
 
     def __init__(self, config: HalfConfig, layout: Layout):
-        super().__init__(layout)
+        super().__init__(config, layout)
         self._dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.dtype]
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:

@@ -10,6 +10,7 @@ from torch import Tensor
 from raytrust.channel import Channel
 from raytrust.compress.interface import Layout, Reduced
 from raytrust.compress.sparse import Sparse, largest
+from raytrust.compress.state import State
 from raytrust.config import DGCConfig
 
 
@@ -26,17 +27,13 @@ class DGC(Sparse):
     """
 
     def __init__(self, config: DGCConfig, layout: Layout):
-        super().__init__(layout)
-        self._config = config
+        super().__init__(config, layout, "u", "v")
+        self._config: DGCConfig = config
         self._step = 0
-        self._u: Tensor | None = None  # (entries,), zero before the first step
-        self._v: Tensor | None = None
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
-        if self._u is None or self._v is None:
-            self._u, self._v = torch.zeros_like(flat), torch.zeros_like(flat)
-        u, v = self._u, self._v
+        u, v = self._memory.vectors(channel, flat.device)
         u.mul_(self._config.momentum).add_(flat, alpha=self._clipping(flat, channel.world_size))
         v.add_(u)
         indices = largest(v, self.k)
@@ -63,24 +60,8 @@ class DGC(Sparse):
     def public_state(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(self._step)}
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
+    def _take_public(self, state: State) -> None:
         self._step = int(state["step"])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        memory = {} if self._u is None or self._v is None else {"u": self._u, "v": self._v}
-        named = {
-            f"{key}.{name}": part.clone()
-            for key, flat in memory.items()
-            for name, part in zip(self.layout.names, self.layout.unflatten(flat), strict=True)
-        }
-        return self.public_state() | named
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.load_public_state(state)
-        self._u, self._v = (
-            torch.cat(parts) if (parts := [state[key].reshape(-1) for key in keys if key in state]) else None
-            for keys in ([f"{memory}.{name}" for name in self.layout.names] for memory in ("u", "v"))
-        )
 
     def _clipping(self, flat: Tensor, workers: int) -> float:
         """The factor that local gradient clipping (Lin et al. 2018, section 3.2) puts on the gradient."""

@@ -9,6 +9,15 @@ from torch import Tensor
 
 from raytrust.channel import Channel, Message
 from raytrust.compress.interface import Compressor, FlatGradients, Layout, Reduced, Vantage
+from raytrust.compress.state import (
+    Memory,
+    State,
+    expect_error_feedback,
+    expect_parameters,
+    expect_tensors,
+    metadata_of,
+    parameters,
+)
 from raytrust.compress.views import View
 
 
@@ -22,7 +31,8 @@ class ErrorFeedback:
 
     def __init__(self, inner: Compressor):
         self.inner = inner
-        self._residual: FlatGradients | None = None  # zero before the first step
+        self._memory = Memory(inner.layout, "residual")
+        self._parts: FlatGradients | None = None  # the memory's vector, as one tensor a parameter
 
     @property
     def layout(self) -> Layout:
@@ -31,16 +41,13 @@ class ErrorFeedback:
     @property
     def residual(self) -> list[Tensor] | None:
         """Like the gradients, in float32; None before the first step. The next step writes over it."""
-        return self._residual
+        return next(map(self._view, self._memory.held), None)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         self.layout.check(grads)
-        if self._residual is None:
-            device = grads[0].device if grads else None
-            self._residual = FlatGradients(torch.zeros(self.layout.entries, device=device), self.layout)
-        inputs = self._residual  # the sum is made in place
+        inputs = self._view(*self._memory.vectors(channel, grads[0].device if grads else torch.device("cpu")))
         if grads:
-            torch._foreach_add_(list(inputs), [g.detach() for g in grads])
+            torch._foreach_add_(list(inputs), [g.detach() for g in grads])  # the sum is made in place
         reduced = self.inner.reduce(inputs, channel)
         reduced.subtract_own(inputs)
         return reduced
@@ -57,12 +64,29 @@ class ErrorFeedback:
     def load_public_state(self, state: dict[str, Tensor]) -> None:
         self.inner.load_public_state(state)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        residual = {} if self._residual is None else dict(zip(self.layout.names, self._residual, strict=True))
-        return {f"residual.{name}": e.clone() for name, e in residual.items()} | self.inner.state_dict()
+    def state_dict(self) -> State:
+        state = self.inner.state_dict()
+        held = state["metadata"]
+        changed = {
+            "error_feedback": True,
+            "memory": [*held["memory"], *self._memory.kinds],
+            "worker": None if self._memory.worker is None else list(self._memory.worker),
+        }
+        return state | {"metadata": held | changed} | self._memory.tensors()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        parts = [state.get(f"residual.{name}") for name in self.layout.names]
-        found = [p.reshape(-1) for p in parts if p is not None]
-        self._residual = FlatGradients(torch.cat(found), self.layout) if found else None
-        self.inner.load_state_dict(state)
+    def load_state_dict(self, state: State) -> None:
+        held = metadata_of(state)
+        expect_error_feedback(held, True)
+        residual = self._memory.expected(state)
+        expect_parameters(held, parameters(self.layout))
+        expect_tensors({key: x for key, x in state.items() if key.startswith("residual.")}, residual)
+        changed = {"error_feedback": False, "memory": [kind for kind in held["memory"] if kind != "residual"]}
+        inner = {key: x for key, x in state.items() if not key.startswith("residual.")}
+        self.inner.load_state_dict(inner | {"metadata": held | changed})  # last of what may refuse
+        self._memory.load(state)
+
+    def _view(self, residual: Tensor) -> FlatGradients:
+        """The same object for the same vector: to cut it up takes longer than to add to it, where layers are many."""
+        if self._parts is None or self._parts.flat is not residual:
+            self._parts = FlatGradients(residual, self.layout)
+        return self._parts

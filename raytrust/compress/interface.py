@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -80,15 +80,28 @@ class Compressor(Protocol):
         ...
 
     def load_public_state(self, state: dict[str, Tensor]) -> None:
-        """Take over the public state of another compressor of the same config and shapes."""
+        """Take over the public state of another compressor of the same config and shapes.
+
+        Raises ValueError, and changes nothing, for other keys, shapes or dtypes.
+        """
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All state of this worker, private state included, by parameter name: what a checkpoint keeps."""
+    def state_dict(self) -> dict[str, Any]:
+        """All state of this worker, private state included: what a checkpoint keeps.
+
+        Tensors by kind and parameter name ("residual.conv.weight"), and "metadata", builtins that name the method, its
+        options, the parameters with their shapes and, where there is a residual or momentum, the worker.
+        """
         ...
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where the compressor that gave `state` stood, to the bit."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the compressor that gave `state` stood, to the bit; the tensors may lie on any device.
+
+        Raises ValueError, and changes nothing, for a state of another method, other options or other parameters, with
+        error feedback where this is without, or one that lacks something. A residual or a momentum is of one worker:
+        the next `reduce` raises ValueError, before anything is sent, if it is of another rank or another number of
+        workers, see `redistribute`.
+        """
         ...
 
 
@@ -152,65 +165,22 @@ class Layout:
 class Scratch:
     """Buffers that a compressor uses again in each step: fresh memory costs more than the arithmetic on it.
 
-    They are no state: a copy of a compressor starts with none.
+    They are no state: a copy of a compressor starts with none. They start as zeros, not as what the process last held
+    in that memory: should a method ever send entries that it did not write, nothing of its host goes with them.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, size: int, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialised (size,) on the device of `like`; the same one for the same name and size."""
-        found = self._buffers.get(name)
-        if found is None or found.numel() != size or found.dtype != dtype or found.device != like.device:
-            found = self._buffers[name] = torch.empty(size, dtype=dtype, device=like.device)
-        return found
+        """A (size,) on the device of `like`, with whatever was last written there; one for each name and size."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() != size or buffer.dtype != dtype or buffer.device != like.device:
+            buffer = self._buffers[name] = torch.zeros(size, dtype=dtype, device=like.device)
+        return buffer
 
     def __deepcopy__(self, memo: dict[int, object]) -> Scratch:
         return Scratch()
-
-
-class Base:
-    """What most methods share: no state. Methods with one override these."""
-
-    def __init__(self, layout: Layout):
-        self.layout = layout
-        self._scratch = Scratch()
-
-    def public_state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.public_state()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.load_public_state(state)
-
-    def _input(self, grads: Sequence[Tensor]) -> Tensor:
-        """The gradients as one vector; not to be written to."""
-        device = grads[0] if grads else torch.empty(0)
-        return self.layout.flatten(grads, self._scratch("input", self.layout.entries, device))
-
-
-class Counting(Base):
-    """Methods that roll dice: a function of the seed, the step and, where they are a worker's own, its rank.
-
-    Dice of one's own are private: an attacker who could roll them again would see through the rounding. Where all
-    workers share them they are public (`RandK`).
-    """
-
-    def __init__(self, layout: Layout, seed: int):
-        super().__init__(layout)
-        self._seed = seed
-        self._step = 0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"seed": torch.tensor(self._seed), "step": torch.tensor(self._step)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._seed, self._step = int(state["seed"]), int(state["step"])
 
 
 def senders(messages: Sequence[Message], vantage: Vantage) -> list[tuple[Tensor, ...]]:

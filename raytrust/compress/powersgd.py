@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Base, Layout, Reduced, Vantage
-from raytrust.compress.views import LinearView
+from raytrust.compress.base import Base
+from raytrust.compress.interface import Layout, Reduced, Vantage
+from raytrust.compress.state import State
+from raytrust.compress.views import FactorView, LinearView
 from raytrust.config import PowerSGDConfig
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -32,8 +34,8 @@ class PowerSGD(Base):
     """
 
     def __init__(self, config: PowerSGDConfig, layout: Layout, seed: int = 0):
-        super().__init__(layout)
-        self._config = config
+        super().__init__(config, layout)
+        self._config: PowerSGDConfig = config
         self._matrices = [i for i, s in enumerate(layout.shapes) if _is_matrix(s)]
         self._vectors = [i for i, s in enumerate(layout.shapes) if not _is_matrix(s)]
         self._sizes = [_matrix_size(layout.shapes[i]) for i in self._matrices]  # (n, m)
@@ -49,15 +51,16 @@ class PowerSGD(Base):
         tensors = self.layout.unflatten(flat)
         matrices = [tensors[i].view(size) for i, size in zip(self._matrices, self._sizes, strict=True)]
         ps, vectors, sent_first = self._message(self._first, "p", flat)
+        self._q = [q.to(flat.device) for q in self._q]  # drawn on the CPU, or loaded from wherever
         for m, q, p in zip(matrices, self._q, ps, strict=True):
-            torch.mm(q.to(m.device), m.T, out=p)
+            _multiply(q, m.T, p)
         for i, vector in zip(self._vectors, vectors, strict=True):
             vector.copy_(tensors[i])
         mean_ps, mean_vectors = self._split_first(channel.all_mean(sent_first))
         bases = [_orthonormal(p) for p in mean_ps]
         qs, _, sent_second = self._message(self._second, "q", flat)
         for m, basis, q in zip(matrices, bases, qs, strict=True):
-            torch.mm(basis, m, out=q)
+            _multiply(basis, m, q)
         mean_qs = self._second.unflatten(channel.all_mean(sent_second))
         if self._config.warm_start:
             # A square Q stays as it was drawn, of full rank: after a gradient of lower rank, M Q would miss directions.
@@ -81,7 +84,7 @@ class PowerSGD(Base):
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         bases, qs, vectors = self._parse(messages, vantage)
-        out = torch.empty(self.layout.entries, device=messages[0].received[0].device)
+        out = messages[0].received[0].new_empty(self.layout.entries)
         return [self._assemble(bases, qs, vectors, out)]
 
     def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> LinearView:
@@ -95,29 +98,8 @@ class PowerSGD(Base):
         inputs = [_whiten(q.to(p)) for q, p in zip(self._q, first, strict=True)]
         ps = [mix @ p for p, (_, mix) in zip(first, inputs, strict=True)]
         directions = [basis for basis, _ in inputs]
-        shapes = self.layout.shapes
-
-        def measure(grads: Sequence[Tensor]) -> list[Tensor]:
-            matrices = [
-                grads[i].reshape(len(grads[i]), *size) for i, size in zip(self._matrices, self._sizes, strict=True)
-            ]
-            return [
-                *(d @ m.mT for m, d in zip(matrices, directions, strict=True)),
-                *(b @ m for m, b in zip(matrices, bases, strict=True)),
-                *(grads[i] for i in self._vectors),
-            ]
-
-        def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
-            k = len(self._matrices)
-            grads: list[Tensor] = [torch.empty(0)] * len(shapes)
-            for j, i in enumerate(self._matrices):
-                matrix = measured[j].mT @ directions[j] + bases[j].T @ measured[k + j]
-                grads[i] = matrix.reshape(len(matrix), *shapes[i])
-            for i, vector in zip(self._vectors, measured[2 * k :], strict=True):
-                grads[i] = vector
-            return grads
-
-        return LinearView([*ps, *qs, *vectors], measure, adjoint)
+        matrices = dict(zip(self._matrices, self._sizes, strict=True))
+        return FactorView([*ps, *qs, *vectors], matrices, directions, bases, self._vectors, self.layout.shapes)
 
     def pure_view(self, messages: Sequence[Message], vantage: Vantage, before: Sequence[Message] | None) -> LinearView:
         """What the messages measure of the gradient alone, where error feedback added a residual E to it.
@@ -165,18 +147,18 @@ class PowerSGD(Base):
         names = [self.layout.names[i] for i in self._matrices]
         return {f"q.{name}": q.clone() for name, q in zip(names, self._q, strict=True)}
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
+    def _take_public(self, state: State) -> None:
         self._q = [state[f"q.{self.layout.names[i]}"].clone() for i in self._matrices]
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Tensor]:
         return self.public_state() | {"generator": self._generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.load_public_state(state)
-        self._generator.set_state(state["generator"])
+    def _take(self, state: State) -> None:
+        self._take_public(state)
+        self._generator.set_state(state["generator"].cpu())  # of a checkpoint that was read onto a GPU
 
     def _draw(self) -> list[Tensor]:
-        return [torch.randn(shape, generator=self._generator) for shape in self._second.shapes]
+        return [torch.randn(s, generator=self._generator, dtype=torch.float32) for s in self._second.shapes]
 
     def _message(self, layout: Layout, name: str, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """A buffer for a message: (its matrices, its vectors, all of it as one vector)."""
@@ -199,7 +181,7 @@ class PowerSGD(Base):
     def _assemble(self, bases: list[Tensor], qs: list[Tensor], vectors: list[Tensor], out: Tensor) -> list[Tensor]:
         grads = self.layout.unflatten(out)
         for i, size, basis, q in zip(self._matrices, self._sizes, bases, qs, strict=True):
-            torch.mm(basis.T, q, out=grads[i].view(size))
+            _multiply(basis.T, q, grads[i].view(size))
         for i, vector in zip(self._vectors, vectors, strict=True):
             grads[i].copy_(vector)
         return grads
@@ -226,6 +208,16 @@ def _is_matrix(shape: torch.Size) -> bool:
 
 def _matrix_size(shape: torch.Size) -> tuple[int, int]:
     return shape[0], shape[1:].numel()
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b. Raises ValueError for an `out` of another shape.
+
+    torch.mm would resize it, which detaches it from the message that it is a part of: what had been there is then sent.
+    """
+    if out.shape != (a.shape[0], b.shape[1]):
+        raise ValueError(f"Expected out of shape {(a.shape[0], b.shape[1])}, got {tuple(out.shape)}.")
+    torch.mm(a, b, out=out)
 
 
 def _orthonormal(p: Tensor) -> Tensor:

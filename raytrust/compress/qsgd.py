@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Counting, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.base import Counting
+from raytrust.compress.interface import Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.packing import pack_codes, unpack_codes
 from raytrust.compress.views import IntervalView
 from raytrust.config import QSGDConfig
@@ -26,8 +27,8 @@ class QSGD(Counting):
     """
 
     def __init__(self, config: QSGDConfig, layout: Layout, seed: int = 0):
-        super().__init__(layout, seed)
-        self._config = config
+        super().__init__(config, layout, seed)
+        self._config: QSGDConfig = config
         self.levels = 2 ** (config.bits - 1) - 1
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:

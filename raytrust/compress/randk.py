@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Counting, Layout, Reduced, Vantage
+from raytrust.compress.base import Counting
+from raytrust.compress.interface import Layout, Reduced, Vantage
 from raytrust.compress.sparse import sparse_view
+from raytrust.compress.state import State
 from raytrust.compress.views import SparseView
 from raytrust.config import RandKConfig
 
@@ -24,7 +26,7 @@ class RandK(Counting):
     """
 
     def __init__(self, config: RandKConfig, layout: Layout, seed: int = 0):
-        super().__init__(layout, seed)
+        super().__init__(config, layout, seed)
         self.k = min(layout.entries, max(1, round(config.level * layout.entries)))
         self._scale = layout.entries / self.k if config.unbiased and self.k else 1.0
 
@@ -49,10 +51,10 @@ class RandK(Counting):
         return sparse_view(self.layout, values, self._indices(values.device), bounded=False)
 
     def public_state(self) -> dict[str, Tensor]:
-        return self.state_dict()
+        return self._tensors()
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
-        self.load_state_dict(state)
+    def _take_public(self, state: State) -> None:
+        self._take(state)
 
     def _values(self, messages: Sequence[Message], vantage: Vantage) -> Tensor:
         (message,) = messages

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import CHUNK, Base, FlatGradients, Layout, Reduced, Vantage, senders, sent_by
+from raytrust.compress.base import Base
+from raytrust.compress.interface import CHUNK, FlatGradients, Layout, Reduced, Vantage, senders, sent_by
 from raytrust.compress.signs import SignCode
 from raytrust.compress.views import SignView
+from raytrust.config import ScaledSignConfig
 
 
 class ScaledSign(Base):
@@ -21,7 +23,7 @@ class ScaledSign(Base):
     """
 
     def __init__(self, layout: Layout):
-        super().__init__(layout)
+        super().__init__(ScaledSignConfig(), layout)
         self._code = SignCode(layout, self._scratch)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Base, FlatGradients, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.base import Base
+from raytrust.compress.interface import FlatGradients, Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.signs import SignCode
 from raytrust.compress.views import SignView
 from raytrust.config import SignSGDConfig
@@ -23,16 +24,15 @@ class SignSGD(Base):
     """
 
     def __init__(self, config: SignSGDConfig, layout: Layout):
-        super().__init__(layout)
+        super().__init__(config, layout, *(["momentum"] if config.momentum else []))
         self._momentum = config.momentum
         self._code = SignCode(layout, self._scratch)
-        self._m: Tensor | None = None  # (entries,), zero before the first step
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         if self._momentum:
             flat = self._input(grads)
-            self._m = torch.zeros_like(flat) if self._m is None else self._m
-            grads = FlatGradients(self._m.lerp_(flat, 1 - self._momentum), self.layout)
+            (m,) = self._memory.vectors(channel, flat.device)
+            grads = FlatGradients(m.lerp_(flat, 1 - self._momentum), self.layout)
         elif not isinstance(grads, FlatGradients):
             self.layout.check(grads)
         votes = [theirs for (theirs,) in channel.all_gather((self._code.encode(grads),))]
@@ -54,22 +54,12 @@ class SignSGD(Base):
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         found = [packed for (packed,) in senders(messages, vantage)]
-        return [self._decode(packed, torch.empty(self.layout.entries, device=packed.device)) for packed in found]
+        return [self._decode(packed, packed.new_empty(self.layout.entries, dtype=torch.float32)) for packed in found]
 
     def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> SignView:
         (packed,) = sent_by(messages, vantage, victim)
-        signs = self._decode(packed, torch.empty(self.layout.entries, device=packed.device))
+        signs = self._decode(packed, packed.new_empty(self.layout.entries, dtype=torch.float32))
         return SignView(signs)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        if self._m is None:
-            return {}
-        parts = zip(self.layout.names, self.layout.unflatten(self._m), strict=True)
-        return {f"momentum.{name}": part.clone() for name, part in parts}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        parts = [state[key].reshape(-1) for name in self.layout.names if (key := f"momentum.{name}") in state]
-        self._m = torch.cat(parts) if parts else None
 
     def _decode(self, packed: Tensor, out: Tensor) -> list[Tensor]:
         for part in chunks(len(out)):

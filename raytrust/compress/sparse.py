@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import CHUNK, Base, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.base import Base
+from raytrust.compress.interface import CHUNK, Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.packing import compare
 from raytrust.compress.views import SparseView
 

@@ -22,7 +22,7 @@ class Threshold(Sparse):
     """
 
     def __init__(self, config: ThresholdConfig, layout: Layout):
-        super().__init__(layout)
+        super().__init__(config, layout)
         self._level = config.level
         self._stride = max(1, round(1 / config.sample))
 

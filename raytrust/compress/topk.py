@@ -24,7 +24,7 @@ class TopK(Sparse):
     """
 
     def __init__(self, config: TopKConfig, layout: Layout):
-        super().__init__(layout)
+        super().__init__(config, layout)
         self.k = max(1, min(layout.entries, _k(config, layout))) if layout.entries else 0
         self._ks = _share_out(self.k, layout.sizes) if config.scope == "layer" else None
         if self._ks is not None:

@@ -54,9 +54,61 @@ class LinearView:
         return torch.sqrt(total(o.square().sum() for o in self.observed))
 
 
+class WholeView(LinearView):
+    """All entries of the gradient."""
+
+    def __init__(self, observed: Sequence[Tensor]):
+        super().__init__(observed, measure=list, adjoint=list)
+
+
 def identity_view(observed: Sequence[Tensor]) -> LinearView:
     """The view of a whole gradient. Of a decoded one, it is the view of an attacker who ignores the compressor."""
-    return LinearView(observed, measure=list, adjoint=list)
+    return WholeView(observed)
+
+
+class FactorView(LinearView):
+    """Products of the gradient's matrices with known factors, and its other tensors as they are (PowerSGD).
+
+    matrices: by parameter, the size (n, m) as which it is multiplied. rights: (r, m) each, for right M^T, lefts: (s, n)
+    each, for left M; in the order of `matrices`. vectors: the parameters that are measured as they are.
+    observed: all right M^T, then all left M, then the vectors.
+    """
+
+    matrices: dict[int, tuple[int, int]]
+    rights: Sequence[Tensor]
+    lefts: Sequence[Tensor]
+    vectors: Sequence[int]
+
+    def __init__(
+        self,
+        observed: Sequence[Tensor],
+        matrices: dict[int, tuple[int, int]],
+        rights: Sequence[Tensor],
+        lefts: Sequence[Tensor],
+        vectors: Sequence[int],
+        shapes: Sequence[torch.Size],
+    ):
+        def measure(grads: Sequence[Tensor]) -> list[Tensor]:
+            reshaped = [grads[i].reshape(len(grads[i]), *size) for i, size in matrices.items()]
+            return [
+                *(right @ m.mT for m, right in zip(reshaped, rights, strict=True)),
+                *(left @ m for m, left in zip(reshaped, lefts, strict=True)),
+                *(grads[i] for i in vectors),
+            ]
+
+        def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
+            k = len(matrices)
+            grads: list[Tensor] = [torch.empty(0)] * len(shapes)
+            for j, i in enumerate(matrices):
+                matrix = measured[j].mT @ rights[j] + lefts[j].T @ measured[k + j]
+                grads[i] = matrix.reshape(len(matrix), *shapes[i])
+            for i, vector in zip(vectors, measured[2 * k :], strict=True):
+                grads[i] = vector
+            return grads
+
+        super().__init__(observed, measure, adjoint)
+        for name, value in (("matrices", matrices), ("rights", rights), ("lefts", lefts), ("vectors", vectors)):
+            object.__setattr__(self, name, value)
 
 
 def _rows(x: Tensor) -> Tensor:

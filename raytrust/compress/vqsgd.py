@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from raytrust.channel import Channel, Message
-from raytrust.compress.interface import Counting, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.base import Counting
+from raytrust.compress.interface import Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.packing import pack_words, unpack_words
 from raytrust.compress.views import VertexView
 from raytrust.config import VqSGDConfig
@@ -25,7 +26,7 @@ class VqSGD(Counting):
     """
 
     def __init__(self, config: VqSGDConfig, layout: Layout, seed: int = 0):
-        super().__init__(layout, seed)
+        super().__init__(config, layout, seed)
         self._samples = config.samples if layout.entries else 0
         self._width = max(1, (2 * layout.entries - 1).bit_length())
 
@@ -88,4 +89,8 @@ class VqSGD(Counting):
         norm, packed = message
         vertices = unpack_words(packed, self._width, self._samples)
         length = norm * (share * self.layout.entries**0.5 / max(1, self._samples))
-        return x.index_add_(0, vertices // 2, (1 - 2 * (vertices % 2)) * length)
+        # A vertex may be drawn many times. A GPU adds floats to one entry in any order, which shows in the last bit,
+        # and replicas would drift apart. Integers are exact in any order, and then no entry is added to twice.
+        positions, places = torch.unique(vertices // 2, return_inverse=True)
+        counts = torch.zeros_like(positions).index_add_(0, places, 1 - 2 * (vertices % 2))
+        return x.index_add_(0, positions, counts * length)

@@ -26,6 +26,7 @@ from raytrust.config.compressors import (
 )
 from raytrust.config.membership import Arm, DPSGDConfig, MembershipConfig
 from raytrust.config.parsing import parse_defence
+from raytrust.config.spaces import Choice, LogInteger, LogUniform, Space
 from raytrust.config.sweeps import SweepConfig
 from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
 from raytrust.config.values import digest, from_dict, to_dict
@@ -34,6 +35,7 @@ __all__ = [
     "Arm",
     "AtomoConfig",
     "CaptureConfig",
+    "Choice",
     "CompressorConfig",
     "DGCConfig",
     "DPSGDConfig",
@@ -42,6 +44,8 @@ __all__ = [
     "HalfConfig",
     "InversionConfig",
     "LearnedInverterConfig",
+    "LogInteger",
+    "LogUniform",
     "MembershipConfig",
     "ModelConfig",
     "PowerSGDConfig",
@@ -49,6 +53,7 @@ __all__ = [
     "RandKConfig",
     "ScaledSignConfig",
     "SignSGDConfig",
+    "Space",
     "SweepConfig",
     "Threat",
     "ThresholdConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from raytrust.config.values import expect, expect_choices
 
@@ -197,19 +197,27 @@ CompressorConfig: TypeAlias = (
 )
 
 
+def compressor_types() -> tuple[type, ...]:
+    """The types that `Defence` takes for its compressor: of every method that `raytrust.compress.build` knows."""
+    return get_args(CompressorConfig)
+
+
 @dataclass(frozen=True)
 class Defence:
     """What stands between the private gradient and the wire: a compressor, with or without error feedback.
 
     Refused with error feedback: DGC and Signum, which have a memory of their own, and unbiased Rand-K, whose residual
     would grow without bound. So does that of other unbiased methods whose error exceeds the gradient: ATOMO, vqSGD, and
-    QSGD with the L2 norm and fewer levels than the square root of its bucket. They are for use without.
+    QSGD with the L2 norm and fewer levels than the square root of its bucket. They are for use without. Refused, too,
+    is what is no config of a method, such as its name: `parse_defence` makes a `Defence` of text.
     """
 
     compressor: CompressorConfig = field(default_factory=DenseConfig)
     error_feedback: bool = False
 
     def __post_init__(self) -> None:
+        _expect_compressor(self.compressor)
+        expect(isinstance(self.error_feedback, bool), "error_feedback", self.error_feedback, "to be True or False")
         match self.compressor:
             case DGCConfig() | RandKConfig(unbiased=True):
                 refused = self.error_feedback
@@ -222,14 +230,25 @@ class Defence:
     @property
     def name(self) -> str:
         """A short name for tables and plots, such as "PowerSGD rank 4 + EF"."""
+        return self.name_with(None)
+
+    def name_with(self, fraction: float | None) -> str:
+        """`name`, such as "Top-K 1.4 % (bytes of rank 4)", where it is known which fraction of the entries was sent."""
         match self.compressor, self.error_feedback:
             case ScaledSignConfig(), True:
                 return "EF-signSGD"
             case compressor, feedback:
-                return _name(compressor) + (" + EF" if feedback else "")
+                return _name(compressor, fraction) + (" + EF" if feedback else "")
 
 
-def _name(compressor: CompressorConfig) -> str:
+def _expect_compressor(compressor: Any) -> None:
+    # The exact type: a subclass with options of its own would be built, hashed and saved as if it had none.
+    types = compressor_types()
+    names = ", ".join(sorted(kind.__name__ for kind in types))
+    expect(type(compressor) in types, "compressor", compressor, f"to be one of {names}")
+
+
+def _name(compressor: CompressorConfig, fraction: float | None) -> str:
     match compressor:
         case DenseConfig():
             return "none"
@@ -238,9 +257,12 @@ def _name(compressor: CompressorConfig) -> str:
         case PowerSGDConfig(rank=rank, warm_start=warm_start):
             return f"PowerSGD rank {rank}" + ("" if warm_start else " cold")
         case TopKConfig(level=level, equal_to_rank=rank, equal_by=equal_by, scope=scope):
-            size = f"level {rank}" if level is None else f"{100 * level:.3g} %"
-            by = " (values)" if level is None and equal_by == "values" else ""
-            return f"Top-K {size}{by}" + (" per layer" if scope == "layer" else "")
+            if level is None:
+                sent = "" if fraction is None else f"{100 * fraction:.2g} % "
+                size = f"{sent}({equal_by} of rank {rank})"
+            else:
+                size = f"{100 * level:.3g} %"
+            return f"Top-K {size}" + (" per layer" if scope == "layer" else "")
         case RandKConfig(level=level, unbiased=unbiased):
             return f"Rand-K {100 * level:.3g} %" + (" unbiased" if unbiased else "")
         case ThresholdConfig(level=level):

@@ -102,7 +102,7 @@ def _high_levels(audits: Mapping[str, Sequence[Row]], missing: str) -> Claim:
         "models; overturned if levels 1, 2 and 4 fall by more, and 30 and 50 do not fall."
     )
     quote = "On CIFAR-100, Top-K at levels 30 and 50 leads to a more pronounced decrease of MIA success."
-    names = {k: f"Top-K level {k} + EF" for k in (1, 2, 4, 30, 50)}
+    names = {k: f"Top-K (bytes of rank {k}) + EF" for k in (1, 2, 4, 30, 50)}
     if "none" not in done or not set(names.values()) <= set(done):
         why = "an audit that this needs failed" if "cifar100" in audits else missing
         return Claim(quote, UNTESTED, rule, f"{own} CIFAR-100: {why}.")

@@ -15,7 +15,7 @@ from raytrust.paper.markup import STYLE, Lines, escape, table
 from raytrust.paper.plan import Setting, attack_name
 from raytrust.paper.sections import frontier_section, table_1_section, table_2_section, theory_section
 from raytrust.paper.selection import AWARE, NAIVE, NOT_FINISHED, WORST
-from raytrust.paper.verdicts import REPRODUCED, Table
+from raytrust.paper.verdicts import NO_CONTROL, REPRODUCED, Table
 from raytrust.published import CELLS, CITATION, TABLE_1, TITLES, title_of
 from raytrust.report import human_bytes
 
@@ -79,6 +79,9 @@ def _first_screen(report: Report) -> str:
         if missing
         else ""
     )
+    for note in Table(report.table_1).notes:
+        if NO_CONTROL in note:
+            banner += f'<p class="warning"><b>{escape(note)}: nothing can be said about any defence there.</b></p>'
     images = max((r["n"] or 0 for r in report.table_1), default=0)
     about = (
         f"Budget “{report.budget.name}”: {images} images a cell; " if images else ""

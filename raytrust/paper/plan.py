@@ -15,6 +15,7 @@ from raytrust.config import (
     Threat,
     TrainConfig,
 )
+from raytrust.config.attacks import GEIPING
 from raytrust.config.values import expect, expect_choices
 from raytrust.published import CELLS, defence_of
 
@@ -61,7 +62,7 @@ class Setting:
     """A victim and the attack on it: what table 1 of the paper leaves open."""
 
     victim: Victim = field(default_factory=Victim)
-    attack: InversionConfig = field(default_factory=InversionConfig)
+    attack: InversionConfig = GEIPING
 
     @property
     def name(self) -> str:
@@ -142,9 +143,7 @@ class Budget:
 
     def attack(self, tv: float, iterations: int, restarts: int, seed: int) -> InversionConfig:
         """The attack of Geiping et al. 2020."""
-        return InversionConfig(
-            "naive", tv=tv, iterations=iterations, restarts=restarts, seed=seed, precision=self.precision
-        )
+        return replace(GEIPING, tv=tv, iterations=iterations, restarts=restarts, seed=seed, precision=self.precision)
 
     def strong_attack(self, tv: float, iterations: int, restarts: int, seed: int) -> InversionConfig:
         """The same objective, better minimised: by soft signs, long steps and the cosine schedule, which were chosen on

@@ -29,7 +29,7 @@ TABLE_2_COLUMNS = (
 
 
 def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | None, found: Found) -> Row:
-    """A row of table 1. `ssim` and `identified`, image by image, and the floors are kept for the report; the CSV leaves
+    """A row of table 1. `ssim`, `identified` and `floor`, image by image, are kept for the report; the CSV leaves
     them out."""
     paper = TABLE_1[dataset][cell]
     row: Row = {
@@ -47,6 +47,7 @@ def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | Non
         "mean_image_ssim": found.mean_image_ssim,
         "other_image_ssim": found.other_image_ssim,
         "identified": found.identified,
+        "floor": found.floor,
         "status": found.status,
         "reason": found.reason if found.status == "failed" else "",
     }

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from raytrust.audit.verdict import floor_of_images
 from raytrust.config import Defence, DenseConfig
 from raytrust.data import Dataset
 from raytrust.paper.plan import Budget, Setting, Victim
@@ -117,7 +118,7 @@ class Plan:
 @dataclass(frozen=True)
 class Found:
     """What several units over different images found, joined. ssim is None where one failed, and `reason` says why, or
-    is not finished."""
+    is not finished. floor: by image, that of `raytrust.audit.verdict`."""
 
     ssim: list[float] | None
     reason: str = ""
@@ -127,6 +128,7 @@ class Found:
     other_image_ssim: float | None = None
     matching: list[float] | None = None
     identified: list[bool] | None = None
+    floor: list[float] | None = None
 
     @property
     def status(self) -> str:
@@ -161,6 +163,7 @@ def join(store: UnitStore, units: Sequence[Attack]) -> Found:
         other_image_ssim=float(np.mean(all_of("other_image_ssim"))),
         matching=all_of("matching"),
         identified=all_of("identified"),
+        floor=list(floor_of_images(all_of("mean_image_ssim"), all_of("other_image_ssim")) or []),
     )
 
 

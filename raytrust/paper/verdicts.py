@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
 
+from raytrust.audit.verdict import Control, Evidence, control_of
 from raytrust.evaluate import DISTRACTORS
-from raytrust.metrics import mean_interval
+from raytrust.metrics import bootstrap_interval, mean_interval
 from raytrust.paper.selection import AWARE, NAIVE, NOT_FINISHED, WORST
 from raytrust.published import TITLES, Cell, title_of
 
@@ -23,7 +23,7 @@ REPRODUCED: Verdict = "reproduced"
 OVERTURNED: Verdict = "overturned"
 UNDECIDED: Verdict = "not decided at this sample size"
 UNTESTED: Verdict = "not tested"
-NO_CONTROL = "uncompressed images are not reconstructed beyond chance either"
+NO_CONTROL = "the attack fails on uncompressed images"
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Claim:
 class Table:
     """SSIM of table 1 by data set, cell and attack, image by image, of what is finished.
 
-    works: the data sets whose attack works at all: without compression its reconstructions are nearer to the private
-    image than to 99 others more often than chance would have it (binomial, 2.5 %). datasets: those of them on which
-    both attacks are finished, so that a claim about all defences can be decided. unfinished: the other way round, which
-    leave a claim about all data sets open. notes: why data sets are left out.
+    works: the data sets whose attack works at all, by the control of `raytrust.audit.verdict`: without compression the
+    interval of its SSIM over the floor lies above 0, and at least half of the images are identified. datasets: those of
+    them on which both attacks are finished, so that a claim about all defences can be decided. unfinished: the other
+    way round, which leave a claim about all data sets open. notes: why data sets are left out.
     """
 
     def __init__(self, rows: Sequence[Row]):
@@ -52,10 +52,11 @@ class Table:
         controls = {r["dataset"]: r for r in rows if r["compressor"] == "none" and r["attack"] == NAIVE}
         missing = {r["dataset"] for r in rows if r["status"] == NOT_FINISHED and r["attack"] != WORST}
         self.unfinished = [name for name in controls if name in missing]
-        self.works = [name for name, row in controls.items() if _works(row)]
+        self._controls = {name: _control(row) for name, row in controls.items()}
+        self.works = [name for name, control in self._controls.items() if control.works]
         self.datasets = [name for name in self.works if name not in missing]
         self.notes = [
-            f"{TITLES[name]} left out: {NOT_FINISHED if name in missing else _why_not(row)}"
+            f"{TITLES[name]} left out: {NOT_FINISHED if name in missing else self._why_not(row)}"
             for name, row in controls.items()
             if name not in self.datasets
         ]
@@ -66,6 +67,11 @@ class Table:
     def status(self, dataset: str, cell: Cell, attack: str) -> str:
         return self._status.get((dataset, cell, attack), NOT_FINISHED)
 
+    def _why_not(self, control: Row) -> str:
+        if control["status"] == "failed":
+            return f"the uncompressed attack failed ({control['reason']})"
+        return f"{NO_CONTROL} ({self._controls[control['dataset']].reason})"
+
     def pair(
         self, dataset: str, one: tuple[Cell, str], other: tuple[Cell, str]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
@@ -74,17 +80,20 @@ class Table:
         return None if a is None or b is None else (a, b)
 
 
-def _works(row: Row) -> bool:
+def _control(row: Row) -> Control:
     if row["status"] != "finished":
-        return False
-    right = row["identified"]
-    return bool(binom.sf(sum(right) - 1, len(right), 1 / (DISTRACTORS + 1)) < 0.025)
-
-
-def _why_not(control: Row) -> str:
-    if control["status"] == "failed":
-        return f"the uncompressed attack failed ({control['reason']})"
-    return NO_CONTROL
+        return control_of(None)
+    excess = np.subtract(row["ssim"], row["floor"])
+    return control_of(
+        Evidence(
+            value=float(np.mean(row["ssim"])),
+            floor=float(np.mean(row["floor"])),
+            interval=bootstrap_interval(excess),
+            n=len(row["ssim"]),
+            identified=sum(row["identified"]),
+            candidates=DISTRACTORS + 1,
+        )
+    )
 
 
 def still_open(verdict: Verdict) -> Verdict:

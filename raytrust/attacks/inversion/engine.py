@@ -13,9 +13,11 @@ from torch import Tensor
 
 from raytrust.attacks.inversion.analytic import solve_first_layer
 from raytrust.attacks.inversion.labels import recover_labels
-from raytrust.attacks.inversion.objectives import matching_distance, target_view
+from raytrust.attacks.inversion.memory import candidate_bytes, free_bytes, is_out_of_memory
+from raytrust.attacks.inversion.objectives import target_view
 from raytrust.attacks.inversion.priors import known_statistics
-from raytrust.attacks.inversion.search import Piece, search
+from raytrust.attacks.inversion.search import Found, Piece, search
+from raytrust.attacks.inversion.stacks import stack_key
 from raytrust.capture import Observation
 from raytrust.config import InversionConfig
 
@@ -93,10 +95,17 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
             piece = _prepare(i, seen, config, device)
             programs.setdefault(piece.program, []).append(piece)
     for pieces in programs.values():
-        for batch in _batches(pieces):
-            for piece, result in zip(batch, search(batch, device), strict=True):
+        for batch in _batches(_alike_together(pieces), _room(pieces[0].seen, device)):
+            for piece, result in _run(batch, device):
                 found.setdefault(piece.job, []).append(Candidates(*result))
     return [_join(found[i]) for i in range(len(jobs))]
+
+
+def _alike_together(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with those next to each other whose views can be stacked; otherwise in their order."""
+    keys = [stack_key(piece.view, piece.config) for piece in pieces]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    return [piece for _, piece in sorted(enumerate(pieces), key=lambda at: (first[keys[at[0]]], at[0]))]
 
 
 def _prepare(job: int, seen: Observation, config: InversionConfig, device: str) -> Piece:
@@ -105,7 +114,7 @@ def _prepare(job: int, seen: Observation, config: InversionConfig, device: str) 
         seen=seen,
         config=config,
         restarts=range(config.restarts),
-        distance=matching_distance(target_view(seen, config, device), config),
+        view=target_view(seen, config, device),
         labels=_labels(seen, config),
         statistics=known_statistics(seen) if config.bn > 0 else None,
     )
@@ -120,13 +129,31 @@ def _labels(seen: Observation, config: InversionConfig) -> Tensor | None:
     return None if config.label_recovery == "joint" else recover_labels(seen, config.label_recovery)
 
 
-def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """The pieces in their order, in batches whose gradients fit into memory, larger pieces cut by restarts.
+def _room(seen: Observation, device: str) -> int:
+    """How many restarts fit into memory at once, at least 1."""
+    entries = sum(w.numel() for w in seen.weights.values())
+    return max(1, min(MAX_GRADIENT_ENTRIES // entries, free_bytes(device) // candidate_bytes(seen)))
+
+
+def _run(batch: Sequence[Piece], device: str) -> list[tuple[Piece, Found]]:
+    """The batch, or its halves one after the other where memory does not suffice in spite of the estimate."""
+    try:
+        return list(zip(batch, search(batch, device), strict=True))
+    except RuntimeError as error:
+        restarts = sum(len(piece.restarts) for piece in batch)
+        halves = _batches(batch, (restarts + 1) // 2)
+        if not is_out_of_memory(error) or len(halves) == 1:
+            raise
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    return [result for half in halves for result in _run(half, device)]
+
+
+def _batches(pieces: Sequence[Piece], room: int) -> list[list[Piece]]:
+    """The pieces in their order, in batches of at most `room` restarts, larger pieces cut by restarts.
 
     A piece whose restarts know of each other stays whole: with a group prior, or when the worse half is retired.
     """
-    entries = sum(w.numel() for w in pieces[0].seen.weights.values())
-    room = max(1, MAX_GRADIENT_ENTRIES // entries)  # restarts at once
     batches: list[list[Piece]] = [[]]
     for piece in pieces:
         n = len(piece.restarts)
@@ -155,4 +182,4 @@ def same_model(a: Observation, b: Observation) -> bool:
     if (a.model, a.classes, a.image_shape, a.threat) != (b.model, b.classes, b.image_shape, b.threat):
         return False
     first, second = ([*s.weights.values(), *s.buffers.values(), s.mean, s.std] for s in (a, b))
-    return all(map(torch.equal, first, second))
+    return all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))

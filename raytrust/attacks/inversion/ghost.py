@@ -18,8 +18,9 @@ class GhostGradient(Tensor):
     """Stands for the gradients (n, *shape) of a `Product`; what a view does with them decides what is computed.
 
     From the factors: `flatten(1)` and then a product with a vector, a squared norm (`.square().sum(1)`), entries
-    (`[:, positions]`); as matrices (n, outputs, rest), a product with one matrix from either side, also after `.mT`;
-    `split` along the candidates. Anything else sees the gradients themselves. All is differentiable in the factors.
+    (`[:, positions]`); as matrices (n, outputs, rest), a product with one matrix from either side, or from the right
+    with one a candidate, also after `.mT`; `split` along the candidates. Anything else sees the gradients themselves.
+    All is differentiable in the factors.
     """
 
     product: Product
@@ -110,9 +111,9 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor | None:
         return None
     if a.form == "flat" and b.ndim == 1:
         return a.product.inner(b)
-    if a.form == "matrix" and b.ndim == 2:
+    if a.form == "matrix" and b.ndim in (2, 3):
         return a.product.times(b)
-    return a.product.transposed_times(b) if a.form == "transposed" and b.ndim == 2 else None
+    return a.product.transposed_times(b) if a.form == "transposed" and b.ndim in (2, 3) else None
 
 
 def _transpose(g: GhostGradient) -> GhostGradient | None:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from raytrust.attacks.inversion.matmul import Bmm, bmm
 from raytrust.attacks.inversion.windows import Convolve, Geometry, Unfold, convolve, transposed
 
+GATHER = 8  # measured: what an entry gathered from the factors costs, in entries of a gradient that is formed
 LOW_RANK = 2.0  # measured: fewer multiplications are not all that the factors save, but also passes over memory
 
 
@@ -64,14 +65,36 @@ class Product:
         )
 
     @cached_property
+    def matrix(self) -> Tensor:
+        """The gradients as matrices (n, outputs, inputs), with columns in the order of `u`."""
+        return Bmm.apply(self.s.mT, self.u).to(self.dtype)
+
+    @cached_property
     def dense(self) -> Tensor:
         """The gradients themselves: (n, *shape)."""
-        if self.geometry is not None and not self.windowed:
-            return _Correlation.apply(self.inputs, self.signals, self.n, self.shape, self.geometry).to(self.dtype)
-        gradients = Bmm.apply(self.s.mT, self.u).to(self.dtype)
         if self.geometry is None:
-            return gradients
-        return gradients.view(self.n, self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 2).contiguous()
+            return self.matrix
+        if not self.windowed:
+            return _Correlation.apply(self.inputs, self.signals, self.n, self.shape, self.geometry).to(self.dtype)
+        return self.matrix.view(self.n, self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 2).contiguous()
+
+    def as_matrix(self, weights: Tensor) -> Tensor:
+        """Weights (k, *shape) as matrices (k, outputs, inputs), with columns in the order of `u`."""
+        return weights.flatten(2) if self.geometry is None else weights.movedim(2, -1).flatten(2)
+
+    def inner_each(self, targets: Tensor) -> Tensor:
+        """<gradient, target>, (n,), of each candidate with a target of its own: (n, outputs, inputs), as `as_matrix`
+        lays them out."""
+        if not self.low_rank:
+            return (self.matrix * targets).sum((1, 2))
+        return (Bmm.apply(self.u, targets.mT) * self.s).sum((1, 2), dtype=self.dtype)
+
+    def entries_each(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(n, k): entries of each candidate's gradient at places of its own, rows and columns (n, k) as in `matrix`."""
+        if self.positions * rows.shape[1] * GATHER >= self.shape.numel():
+            return self.matrix.flatten(1).gather(1, rows * self.shape[1:].numel() + columns)
+        at, across = (i[:, None, :].expand(-1, self.positions, -1) for i in (rows, columns))
+        return (self.s.gather(2, at) * self.u.gather(2, across)).sum(1, dtype=self.dtype)
 
     def inner(self, target: Tensor) -> Tensor:
         """<gradient, target> for each candidate, (n,). target: the entries of one gradient, for all candidates."""
@@ -91,14 +114,14 @@ class Product:
         return _SquaredNorm.apply(self.u, self.s, self.dtype)
 
     def times(self, right: Tensor) -> Tensor:
-        """The gradients as matrices (outputs, rest), times (rest, r): (n, outputs, r)."""
+        """The gradients as matrices (outputs, rest), times (rest, r), or (n, rest, r): (n, outputs, r)."""
         right = right.to(self.inputs.dtype)
         if self.geometry is not None:
-            right = right.unflatten(0, (self.shape[1], -1)).transpose(0, 1).flatten(0, 1)
+            right = right.unflatten(-2, (self.shape[1], -1)).transpose(-3, -2).flatten(-3, -2)
         return (self.s.mT @ (self.u @ right)).to(self.dtype)
 
     def transposed_times(self, right: Tensor) -> Tensor:
-        """The gradients as matrices (outputs, rest), transposed, times (outputs, r): (n, rest, r)."""
+        """Their transposes (rest, outputs), times (outputs, r), or (n, outputs, r): (n, rest, r)."""
         found = (self.u.mT @ (self.s @ right.to(self.inputs.dtype))).to(self.dtype)
         if self.geometry is None:
             return found

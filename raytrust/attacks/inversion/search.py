@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from raytrust.attacks.inversion.gradients import (
     forget_batch_statistics,
     per_candidate_gradients,
 )
+from raytrust.attacks.inversion.objectives import matching_distance
 from raytrust.attacks.inversion.optimisers import build_optimiser, signs, step_sizes
 from raytrust.attacks.inversion.priors import (
     BatchNormPrior,
@@ -24,7 +27,9 @@ from raytrust.attacks.inversion.priors import (
     total_colour,
     total_variation,
 )
+from raytrust.attacks.inversion.stacks import stack, stack_key
 from raytrust.capture import Observation
+from raytrust.compress import View
 from raytrust.config import InversionConfig
 
 PRIORS = ("tv", "colour", "l2", "group", "bn")
@@ -33,13 +38,14 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of `engine.C
 
 @dataclass(frozen=True)
 class Piece:
-    """Some restarts of one job. labels: (batch,), None if they are optimised. statistics: for the batch-norm prior."""
+    """Some restarts of one job. view: what candidates are compared with. labels: (batch,), None if they are optimised.
+    statistics: for the batch-norm prior."""
 
     job: int
     seen: Observation
     config: InversionConfig
     restarts: range
-    distance: Distance
+    view: View
     labels: Tensor | None
     statistics: Statistics | None
 
@@ -96,6 +102,8 @@ class _Batch:
         self.low, self.high = self._box(z.shape[1])
         self.z = z.to(device).clamp_(self.low, self.high)
         self.optimiser = build_optimiser(pieces[0].config, self.z)
+        self.comparisons = _comparisons(pieces)
+        self._deal()
         self.best = torch.full((len(self.z),), torch.inf, device=device)
         self.best_z, self.matching = self.z.clone(), self.best.clone()
         self.broken = torch.zeros(len(self.z), dtype=torch.bool, device=device)
@@ -144,6 +152,7 @@ class _Batch:
         self.z, self.rows = self.z[rows], self.rows[rows]
         self.settings = self.settings.keep(rows)
         self.optimiser.keep(rows)
+        self._deal()
 
     def found(self) -> list[Found]:
         images = (self.images(self.best_z[:, : self.pixels]) * self.std + self.mean).clamp(0, 1)
@@ -165,9 +174,21 @@ class _Batch:
     def _labels(self) -> Tensor:
         return self._soft(self.z) if self.pieces[0].labels is None else self.settings.labels
 
+    def _deal(self) -> None:
+        """Which candidates belong to which comparison, as long as none is dropped."""
+        self._dealt: list[tuple[int, Distance]] = []
+        for comparison in self.comparisons:
+            of = torch.tensor(comparison.pieces)
+            owner = self.owner[(self.owner >= of[0]) & (self.owner <= of[-1])] - of[0]
+            if len(owner):
+                self._dealt.append((len(owner), comparison.of(owner.to(self.z.device))))
+
     def _distance(self, grads: Sequence[Tensor]) -> Tensor:
-        parts = zip(*(g.split(self.counts) for g in grads), strict=True)
-        return torch.cat([p.distance(part) for p, part, n in zip(self.pieces, parts, self.counts, strict=True) if n])
+        counts = [n for n, _ in self._dealt]
+        if len(counts) == 1:
+            return self._dealt[0][1](grads)
+        parts = zip(*(g.split(counts) for g in grads), strict=True)
+        return torch.cat([distance(part) for (_, distance), part in zip(self._dealt, parts, strict=True)])
 
     def _prior(self, x: Tensor) -> Tensor:
         terms: dict[str, Callable[[], Tensor]] = {
@@ -190,6 +211,36 @@ class _Batch:
             ends.append(image.new_full((d,), free))
             ends[-1][: self.pixels] = image.repeat(self.first.threat.batch_size)
         return ends[0], ends[1]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Consecutive pieces that are compared by one call: `of` makes the distance of candidates from whose they are,
+    (n,), counted from the first of these pieces."""
+
+    pieces: Sequence[int]
+    of: Callable[[Tensor], Distance]
+
+
+def _comparisons(pieces: Sequence[Piece]) -> list[_Comparison]:
+    result = []
+    for key, group in groupby(range(len(pieces)), lambda i: stack_key(pieces[i].view, pieces[i].config)):
+        members = list(group)
+        if key is not None and len(members) > 1:
+            result.append(_stacked([pieces[i] for i in members], members))
+        else:
+            result += [_alone(pieces[i], i) for i in members]
+    return result
+
+
+def _stacked(pieces: Sequence[Piece], members: Sequence[int]) -> _Comparison:
+    together = stack([piece.view for piece in pieces], pieces[0].config)
+    return _Comparison(members, lambda owner: partial(together.distance, owner=owner))
+
+
+def _alone(piece: Piece, member: int) -> _Comparison:
+    distance = matching_distance(piece.view, piece.config)
+    return _Comparison([member], lambda owner: distance)
 
 
 @dataclass(frozen=True)

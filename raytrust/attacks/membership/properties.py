@@ -43,7 +43,7 @@ def property_scores(
         loss = F.cross_entropy(model((x - mean) / std), y)
         gradient = list(torch.autograd.grad(loss, list(model.parameters())))
         if compressed:
-            tap = Tap(LocalChannel())
+            tap = Tap(LocalChannel(), keep=True)
             copy.deepcopy(compressor).reduce(gradient, tap)
             (gradient,) = compressor.decode(tap.messages, "link")
         own.append(_vector(gradient))

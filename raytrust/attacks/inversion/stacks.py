@@ -1,0 +1,200 @@
+"""Many observations compared at once: candidate i with the observation that is its own.
+
+A small network pays for calls, not for arithmetic: with one distance an observation, each of some 60 tensors costs a
+handful of calls a piece and iteration, several times what the passes through the network cost
+(`benchmarks/inversion.py --width 16 --size 16 --images 1 8 32`). Views of one kind differ in their numbers alone, so
+their numbers are stacked, and each tensor is one call for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from raytrust.attacks.inversion.ghost import GhostGradient
+from raytrust.compress.views import FactorView, LinearView, SparseView, TensorwiseView, View, WholeView
+from raytrust.config import InversionConfig
+
+LARGEST = 2**21  # entries of a gradient up to which calls cost more than what stacking copies
+
+
+class Stack(Protocol):
+    """The views of several observations."""
+
+    def distance(self, grads: Sequence[Tensor], owner: Tensor) -> Tensor:
+        """`View.distance` (n,) of the gradients (n, *shape) of n candidates from the views owner (n,) of the stack.
+
+        The tensor `owner` must not be written to: what belongs to it is kept for as long as it is handed in.
+        """
+        ...
+
+
+def stack_key(view: View, config: InversionConfig) -> tuple[object, ...] | None:
+    """Equal for views whose distances can be stacked, None for one that stands alone."""
+    if config.bound > 0 or config.matching not in ("cosine", "tensors"):
+        return None
+    tensorwise = config.matching == "tensors" or isinstance(view, TensorwiseView)
+    linear = view.view if isinstance(view, TensorwiseView) else view
+    if not isinstance(linear, LinearView) or sum(o.numel() for o in linear.observed) > LARGEST:
+        return None
+    match linear:
+        case WholeView():
+            return "whole", tensorwise
+        case FactorView():
+            shapes = tuple(t.shape for t in (*linear.rights, *linear.lefts))
+            return "factors", tensorwise, tuple(linear.matrices.items()), shapes
+        case SparseView():
+            return "sparse", tensorwise
+        case _:
+            return None
+
+
+def stack(views: Sequence[View], config: InversionConfig) -> Stack:
+    """The stack of views of one `stack_key`; config: of any of their attacks."""
+    tensorwise = config.matching == "tensors" or isinstance(views[0], TensorwiseView)
+    linear = [v.view if isinstance(v, TensorwiseView) else v for v in views]
+    kinds = {WholeView: WholeStack, FactorView: FactorStack, SparseView: SparseStack}
+    kind = next(kinds[k] for k in kinds if isinstance(linear[0], k))
+    return kind(linear, tensorwise)
+
+
+class LinearStack:
+    """Linear views whose measurements are of equal shapes, compared by 1 - cosine: of all measurements together, or of
+    each by itself, averaged by their entries."""
+
+    def __init__(self, views: Sequence[LinearView], tensorwise: bool):
+        self._tensorwise = tensorwise
+        squares = [torch.stack([o.square().sum() for o in v.observed]) for v in views]
+        self._squares = torch.stack(squares)  # (views, measurements)
+        sizes = torch.stack([self._squares.new_tensor([o.numel() for o in v.observed]) for v in views])
+        self._weights = sizes / sizes.sum(1, keepdim=True).clamp_min(1)
+        self._owner: Tensor | None = None
+
+    def distance(self, grads: Sequence[Tensor], owner: Tensor) -> Tensor:
+        if owner is not self._owner:
+            self._owner = owner
+            self._select(owner)
+        inner, squared = self._products(grads)
+        known = self._squares[owner]
+        if not self._tensorwise:
+            inner, squared, known = inner.sum(1, keepdim=True), squared.sum(1, keepdim=True), known.sum(1, keepdim=True)
+        tiny = torch.finfo(squared.dtype).tiny
+        apart = 1 - inner / (squared.clamp_min(tiny).sqrt() * known.sqrt().clamp_min(tiny**0.5))
+        return (apart * self._weights[owner]).sum(1) if self._tensorwise else apart[:, 0]
+
+    def _select(self, owner: Tensor) -> None:
+        """Lay out what belongs to these candidates; called once for as long as they are the same."""
+        raise NotImplementedError
+
+    def _products(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Inner products with what was observed, and squared norms, measurement by measurement: (n, measurements), or
+        summed over some of them where they are only needed in sum."""
+        raise NotImplementedError
+
+    def _vectors(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of plain measurements, (n, *shape) each, with what was observed, alike."""
+        rows = [(_rows(measured), _rows(observed)) for measured, observed in pairs]
+        if not self._tensorwise and rows:  # as one vector: two thirds of a network's tensors are short
+            rows = [(torch.cat([m for m, _ in rows], 1), torch.cat([o for _, o in rows], 1))]
+        return [(m * o).sum(1) for m, o in rows], [m.square().sum(1) for m, _ in rows]
+
+
+class WholeStack(LinearStack):
+    """Whole gradients."""
+
+    def __init__(self, views: Sequence[WholeView], tensorwise: bool):
+        super().__init__(views, tensorwise)
+        self._observed = [torch.stack(column) for column in zip(*(v.observed for v in views), strict=True)]
+
+    def _select(self, owner: Tensor) -> None:
+        self._targets = [o[owner] for o in self._observed]
+        self._matrices: dict[int, Tensor] = {}
+
+    def _products(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        inner, squared = [torch.empty(0)] * len(grads), [torch.empty(0)] * len(grads)
+        plain = []
+        for i, g in enumerate(grads):
+            if not isinstance(g, GhostGradient):
+                plain.append(i)
+                continue
+            if i not in self._matrices:
+                self._matrices[i] = g.product.as_matrix(self._targets[i]).to(g.product.inputs.dtype).contiguous()
+            inner[i], squared[i] = g.product.inner_each(self._matrices[i]), g.product.squared_norm()
+        found = self._vectors([(grads[i], self._targets[i]) for i in plain])
+        if self._tensorwise:
+            for i, x, y in zip(plain, *found, strict=True):
+                inner[i], squared[i] = x, y
+        else:
+            ghosts = [i for i in range(len(grads)) if i not in plain]
+            inner, squared = [*(inner[i] for i in ghosts), *found[0]], [*(squared[i] for i in ghosts), *found[1]]
+        return torch.stack(inner, 1), torch.stack(squared, 1)
+
+
+class FactorStack(LinearStack):
+    """Products with factors of equal shapes."""
+
+    def __init__(self, views: Sequence[FactorView], tensorwise: bool):
+        super().__init__(views, tensorwise)
+        self._sizes, self._others = views[0].matrices, views[0].vectors
+        self._rights, self._lefts, self._observed = (
+            [torch.stack(column) for column in zip(*columns, strict=True)]
+            for columns in ([v.rights for v in views], [v.lefts for v in views], [v.observed for v in views])
+        )
+
+    def _select(self, owner: Tensor) -> None:
+        self._right, self._left = ([f[owner].mT for f in factors] for factors in (self._rights, self._lefts))
+        k = 2 * len(self._sizes)  # products come out transposed: lay out once what they are compared with
+        self._targets = [o[owner].mT.contiguous() for o in self._observed[:k]] + [o[owner] for o in self._observed[k:]]
+
+    def _products(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        matrices = [
+            (grads[i].reshape(len(grads[i]), *size), right, left)
+            for (i, size), right, left in zip(self._sizes.items(), self._right, self._left, strict=True)
+        ]
+        measured = [
+            *(m @ right for m, right, _ in matrices),
+            *(m.mT @ left for m, _, left in matrices),
+            *(grads[i] for i in self._others),
+        ]
+        inner, squared = self._vectors(list(zip(measured, self._targets, strict=True)))
+        return torch.stack(inner, 1), torch.stack(squared, 1)
+
+
+class SparseStack(LinearStack):
+    """Some entries of each gradient, at places and in numbers of its own."""
+
+    def __init__(self, views: Sequence[SparseView], tensorwise: bool):
+        super().__init__(views, tensorwise)
+        columns = list(zip(*(v.positions for v in views), strict=True))
+        self._positions = [pad_sequence(list(p), batch_first=True) for p in columns]
+        # Where there is no entry, a weight of 0 makes it count for nothing.
+        self._present = [pad_sequence([torch.ones_like(x, dtype=torch.float32) for x in p], True) for p in columns]
+        self._observed = [pad_sequence(list(o), True) for o in zip(*(v.observed for v in views), strict=True)]
+
+    def _select(self, owner: Tensor) -> None:
+        self._at, self._weight, self._targets = (
+            [t[owner] for t in tensors] for tensors in (self._positions, self._present, self._observed)
+        )
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _products(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        measured = [self._entries(i, g) for i, g in enumerate(grads)]
+        inner, squared = self._vectors(list(zip(measured, self._targets, strict=True)))
+        return torch.stack(inner, 1), torch.stack(squared, 1)
+
+    def _entries(self, i: int, g: Tensor) -> Tensor:
+        if not isinstance(g, GhostGradient):
+            return _rows(g).gather(1, self._at[i]) * self._weight[i]
+        if i not in self._places:
+            columns, kernel = g.product.shape[1:].numel(), g.product.shape[2:].numel()
+            row, column = self._at[i] // columns, self._at[i] % columns
+            self._places[i] = row, column % kernel * g.product.shape[1] + column // kernel
+        return g.product.entries_each(*self._places[i]) * self._weight[i]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.ndim > 1 else x[:, None]

@@ -1,0 +1,1 @@
+"""From rows to what a person reads: verdicts, figures and pages. No ray, mlflow or torch."""

@@ -1,0 +1,127 @@
+"""The files that a sweep ends in, from its store: rows as JSON and text, two figures, and the page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from raytrust.config import InversionConfig, SweepConfig, to_dict
+from raytrust.data import Dataset
+from raytrust.figures import Drawn, reconstructions_figure
+from raytrust.frontier import drawn_attacks, train_of
+from raytrust.report import Row, frontier_table, replace_file, write_rows
+from raytrust.reports.frontier_figure import frontier_figure
+from raytrust.reports.frontier_page import FrontierContext, write_page
+from raytrust.store import Store
+
+FILES = ("report.html", "frontier.json", "frontier.png", "reconstructions.png", "captures")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What was called: the command without its options, the data source, and the options that are not default.
+
+    started: `time.monotonic()` when the program began; it counts what libraries take to load.
+    """
+
+    command: str
+    source: str
+    options: Mapping[str, Any]
+    started: float
+
+    def next_commands(self, root: Path, sweep: SweepConfig) -> list[tuple[str, str]]:
+        """What to do next, and the line that does it."""
+        place = shlex.quote(str(root))
+        longer, more = 4 * sweep.portfolio[0].iterations, 3 * sweep.train.capture.evaluation
+        trials = max(8, 2 * sweep.attack_trials)
+        data = "" if self.source == "digits" else f" --data {shlex.quote(self.source)}"
+        return [
+            (
+                "attack what was captured again, longer and with more settings",
+                f"{self.command} --resume {place} --iterations {longer} --attack-trials {trials}",
+            ),
+            ("report on more images", f"{self.command}{data} --images {more}"),
+            ("use images of your own", f"{self.command} --data images.npz"),
+        ]
+
+
+def write_report(
+    store: Store,
+    sweep: SweepConfig,
+    data: Dataset,
+    rows: Sequence[Row],
+    program: Program,
+    timing: str,
+    versions: Mapping[str, Any],
+) -> list[Path]:
+    """Write frontier.json, .txt and .png, reconstructions.png and report.html; returns those that could be written."""
+    paths = {name: store.root / name for name in ("frontier.json", "frontier.png", "frontier.txt", "report.html")}
+    write_rows(paths["frontier.json"], rows)
+    frontier_figure(rows, paths["frontier.png"], title=f"{data.name}: accuracy against leakage")
+    replace_file(paths["frontier.txt"], (frontier_table(rows) + "\n").encode())
+    drawn: list[Drawn] = []
+    originals = None
+    for finished in (r for r in rows if r["status"] == "finished"):
+        found, originals = drawn_attacks(store, sweep, finished)
+        drawn += found
+    if originals is not None:
+        paths["reconstructions.png"] = store.root / "reconstructions.png"
+        reconstructions_figure(originals, drawn, paths["reconstructions.png"])
+    context = FrontierContext(
+        title=f"What compression hides of {data.name}",
+        data_summary=f"{data.summary()} {_trained(sweep)}".replace("\n", " "),
+        settings=_settings(sweep, program, versions),
+        originals=originals,
+        drawn=drawn,
+        commands=program.next_commands(store.root, sweep),
+        failures=_failed_attacks(store, sweep, rows),
+        timing=timing,
+        classes=data.classes,
+    )
+    write_page(paths["report.html"], rows, context)
+    return list(paths.values())
+
+
+def _trained(sweep: SweepConfig) -> str:
+    train = sweep.train
+    return (
+        f"{train.model.name} of width {train.model.width}, {train.steps} steps of {train.workers} workers with "
+        f"{train.batch_size} images each."
+    )
+
+
+def _failed_attacks(store: Store, sweep: SweepConfig, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Attacks that have no result, on defences that have one from others."""
+    failures = []
+    for finished in (r for r in rows if r["status"] == "finished"):
+        train = train_of(store, sweep, finished)
+        for split in ("tuning", "evaluation"):
+            reasons = store.attack_failures(train, split)
+            failures += [(f"an attack on {finished['name']} ({split} images)", reason) for reason in reasons]
+    return failures
+
+
+def _settings(sweep: SweepConfig, program: Program, versions: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    train = to_dict(sweep.train)
+    flat = {k: v for k, v in train.items() if not isinstance(v, dict) and k != "defence"}
+    nested = {f"{group}.{k}": v for group in ("model", "capture") for k, v in train[group].items()}
+    attacks = {f"attack {i} of every defence": _attack(a) for i, a in enumerate(sweep.portfolio, start=1)}
+    search = {"attacks that the search tries on each defence, besides": sweep.attack_trials}
+    return {
+        "Options": {k: v for k, v in program.options.items() if v is not None},
+        "Training": flat | nested,
+        "Threat": train["threat"],
+        "Attacks": attacks | search,
+        "Versions": {k: v for k, v in versions.items() if v is not None},
+    }
+
+
+def _attack(attack: InversionConfig) -> str:
+    """The settings that are not default, and those that decide most."""
+    values = {f.name: getattr(attack, f.name) for f in fields(attack)}
+    always = ("objective", "tv", "step_size", "iterations", "restarts", "signed", "schedule")
+    shown = [n for n, v in values.items() if n in always or v != attack.__dataclass_fields__[n].default]
+    return ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in shown)

@@ -1,0 +1,82 @@
+"""What is to be logged waits, in order, while a tracking store is away; what the store refuses for good is left out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+PAUSE = 5.0  # seconds between two tries to reach a tracking store that is away
+PATIENCE = 120.0  # seconds to wait for it when everything else is done
+
+
+class Store(Protocol):
+    """A tracking store. errors: what its methods may raise."""
+
+    errors: tuple[type[Exception], ...]
+
+    def expect_server(self) -> None: ...
+
+    def curable(self, error: Exception) -> bool: ...
+
+    def reason(self, error: Exception) -> str: ...
+
+
+class Outbox:
+    """Sends actions to a tracking store, each once and in order.
+
+    While the store is away they wait. One that the store refuses, as into an experiment that was deleted, is said and
+    left out. say: prints a line. noun: what the program runs.
+    """
+
+    def __init__(self, store: Store, say: Callable[[str], None], noun: str = "sweep"):
+        self._store, self._say, self._noun = store, say, noun
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._away_until: float | None = None  # when to try again
+        self._refusals: set[str] = set()
+
+    def send(self, action: Callable[[], None]) -> None:
+        self._waiting.append(action)
+        if self._away_until is None:
+            self._flush()
+
+    def tick(self) -> None:
+        """Try again, if it is time."""
+        if self._away_until is not None and time.monotonic() >= self._away_until:
+            self._flush()
+
+    def finish(self) -> None:
+        """Wait for a store that is away, though not for ever."""
+        until = time.monotonic() + PATIENCE
+        while self._waiting and time.monotonic() < until:
+            time.sleep(PAUSE)
+            self._flush()
+        if self._waiting:
+            self._say(f"MLflow lacks the end of this {self._noun}; --resume sends it")
+        elif self._refusals:
+            self._say(f"MLflow lacks what it refused of this {self._noun}; --resume tries it again")
+
+    def _flush(self) -> None:
+        """Send what waits, as far as the tracking store can be reached."""
+        while self._waiting:
+            try:
+                self._store.expect_server()
+                self._waiting[0]()
+            except self._store.errors as error:
+                reason = self._store.reason(error)
+                if self._store.curable(error):
+                    if self._away_until is None:
+                        self._say(f"MLflow can't be reached, what is to be logged waits: {reason}")
+                    self._away_until = time.monotonic() + PAUSE
+                    return
+                self._refuse(reason)
+            self._waiting.popleft()
+        if self._away_until is not None:
+            self._say("MLflow is back and has everything")
+            self._away_until = None
+
+    def _refuse(self, reason: str) -> None:
+        if reason not in self._refusals:  # once, however many entries it befalls
+            self._say(f"MLflow refused an entry, the {self._noun} goes on: {reason}")
+        self._refusals.add(reason)

@@ -1,0 +1,36 @@
+"""What ran: the revision of this code, and the versions of what it stands on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+
+def versions() -> dict[str, str | None]:
+    """Tags that say what ran: the git revision of this code, and the versions of what it stands on."""
+    packages = ("raytrust", "torch", "torchvision", "ray", "optuna", "mlflow")
+    tags: dict[str, str | None] = {f"version.{name}": _version(name) for name in packages}
+    return tags | {"version.python": platform.python_version(), "mlflow.source.git.commit": _revision()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The commit that this file is checked out from, marked where the tree has changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment may lie in somebody else's checkout
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+    except (OSError, subprocess.SubprocessError):
+        return None
