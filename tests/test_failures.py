@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import ray
 from ray import tune
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raytrust.cluster import phases
-from raytrust.cluster.failures import last_error, lost, report
+from raytrust.cluster.failures import TrainingFailed, last_error, late, lost, one_line, report
 
 DIED = ray.exceptions.ActorDiedError()
 CRASHED = ray.exceptions.WorkerCrashedError()
@@ -52,6 +56,27 @@ def caused(error: Exception, cause: Exception) -> Exception:
 )
 def test_what_was_lost_is_tried_again(error: Exception, expected: bool) -> None:
     assert lost(error) == expected
+
+
+LATE = ControllerError(WorkerGroupStartupTimeoutError(2))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (LATE, True),
+        (ray.exceptions.RayTaskError("f", "traceback", LATE), True),
+        (ControllerError(WorkerGroupStartupFailedError("an actor died")), False),
+        (DIED, False),
+    ],
+)
+def test_workers_that_found_no_room(error: Exception, expected: bool) -> None:
+    assert late(error) == expected
+
+
+def test_the_reason_of_a_failed_training_is_its_workers() -> None:
+    assert one_line(TrainingFailed("KeyError: 'q.3'")) == "KeyError: 'q.3'"
+    assert not lost(TrainingFailed("RuntimeError: connection closed by peer"))  # which was tried often enough
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,15 @@ def test_workers_and_an_attack_share_a_gpu(tmp_path: Path) -> None:
     assert found["said"][1:] == ["GPU [0]"] * 3
     assert found["workers"] == 2
     assert found["free"] == 2
+
+
+@pytest.mark.slow
+def test_workers_without_room_are_not_waited_for_in_silence(tmp_path: Path) -> None:
+    """Here there are two CPUs for three workers, and a cluster that may grow is given 15 seconds."""
+    found = in_a_group(tmp_path, "crowded")
+    assert len(set(found["outcomes"])) == 1
+    assert re.fullmatch(r"the cluster had no room for 3 x {'CPU': 1.0} within 0 min", found["outcomes"][0])
+    _, waits, ended = found["said"]
+    assert waits == "a training group waits for room on the cluster: 3 x {'CPU': 1.0}"
+    assert ended == f"The cluster failed, --resume goes on: {found['outcomes'][0]}"
+    assert found["workers"] == 0

@@ -4,6 +4,7 @@
     warm_group.py DIRECTORY alone          the second run fails on one worker, while the other waits for it
     warm_group.py DIRECTORY killed         a worker is killed while it trains the second run
     warm_group.py DIRECTORY shared         the workers share a GPU, on which an attack runs between the runs
+    warm_group.py DIRECTORY crowded        there is no room for the workers, nor does any come
 
 Ray is told of a GPU that isn't there, so that what has a share of it runs on the CPU.
 """
@@ -28,9 +29,10 @@ from raytrust.cluster.runtime import cluster  # first: it says what Ray reads wh
 import ray  # isort: skip
 from toys import synthetic
 
+import raytrust.cluster.groups
 from raytrust.cluster.failures import TrainingFailed
 from raytrust.cluster.groups import TrainingGroups, training_groups
-from raytrust.cluster.placement import place, remote_attack
+from raytrust.cluster.placement import Placement, place, remote_attack
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import CaptureConfig, Defence, ModelConfig, PowerSGDConfig, TrainConfig
 from raytrust.data import Dataset
@@ -85,6 +87,22 @@ def shares() -> str:
     return f"GPU {ray.get_gpu_ids()}"
 
 
+def outcome(
+    config: TrainConfig, second: TrainConfig, mode: str, groups: TrainingGroups, marker: Path, said: list[str]
+) -> Any:
+    """The result of a run, or why it failed."""
+    if config is second and mode == "alone":
+        marker.touch()
+    try:
+        return train_on_cluster(config, groups._store, groups.queue)
+    except TrainingFailed as error:
+        return str(error)
+    finally:
+        marker.unlink(missing_ok=True)
+        if mode == "shared":  # while the warm group holds both CPUs and most of the GPU
+            said.append(ray.get(remote_attack(shares, groups.placement).remote(), timeout=120))
+
+
 def main(root: Path, mode: str) -> None:
     marker = root / "full"
     data = images(str(marker)) if mode == "alone" else images()
@@ -105,6 +123,9 @@ def main(root: Path, mode: str) -> None:
     ray.init = functools.partial(ray.init, num_gpus=1)
     watcher = threading.Thread(target=watch)
     outcomes: list[Any] = []
+    if mode == "crowded":
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "1"
+        raytrust.cluster.groups.GROWTH = 15.0
     with cluster(None, 2):
         watcher.start()
         try:
@@ -115,20 +136,18 @@ def main(root: Path, mode: str) -> None:
             if mode == "shared":
                 placement = replace(place(2, [{"CPU": 2, "GPU": 1}], sees_cuda=True), device="cpu")
                 groups = TrainingGroups(2, data, store, placement)
+            elif mode == "crowded":
+                groups = TrainingGroups(3, data, store, Placement("cpu", 0), growing=True, say=said.append)
             else:
                 groups = training_groups(2, data, store, "auto", say=said.append)
-            with groups:
-                groups.start()
-                for config in (FIRST, second, THIRD):
-                    if config is second and mode == "alone":
-                        marker.touch()
-                    try:
-                        outcomes.append(train_on_cluster(config, store, groups.queue))
-                    except TrainingFailed as error:
-                        outcomes.append(str(error))
-                    marker.unlink(missing_ok=True)
-                    if mode == "shared":  # while the warm group holds both CPUs and most of the GPU
-                        said.append(ray.get(remote_attack(shares, groups.placement).remote(), timeout=120))
+            try:
+                with groups:
+                    groups.start()
+                    outcomes += [
+                        outcome(config, second, mode, groups, marker, said) for config in (FIRST, second, THIRD)
+                    ]
+            except ConnectionError as error:
+                said.append(str(error))
             started = time.monotonic()
             while ray.available_resources().get("CPU") != 2 and time.monotonic() < started + 30:
                 time.sleep(0.05)

@@ -142,6 +142,8 @@ class JobQueue:
         if rank == 0 and number == len(group.jobs):
             await self._until(lambda: self._closed or self._waiting or self._complete(), self._idle)
             group.jobs.append(self._take() if self._waiting and not self._closed else None)
+            if number >= 2:  # no rank is more than one job behind: forget the others, with their results
+                group.jobs[number - 2] = None
             group.ready += group.jobs[-1] is None
             self._notify()
         elif rank != 0:
