@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from raytrust.membership_page import membership_page, membership_table
 from raytrust.membership_paper import nearest_cells
 from raytrust.membership_rows import matched_fit, row
 from raytrust.report import replace_file
+from raytrust.reports.outbox import Outbox
 from raytrust.shadows import Pool, ShadowStore, draw_pool
 from raytrust.store import write_json
 from raytrust.studies.properties import choose_property
@@ -61,7 +63,8 @@ def _run_alone(
     for name, reason in left_out.items():
         progress.say(f"without {name}: {reason}")
     tracker = Tracker(uri, store.root, experiment=f"raytrust {data.name}")
-    with _logged(tracker, config, data, store):
+    outbox = Outbox(tracker, progress.say, "audit")
+    with _logged(tracker, outbox, config, data, store):
         with cluster(address, cpus):
             train_shadows(config, data, store, progress)
         progress.say("attacking the final models")
@@ -72,10 +75,11 @@ def _run_alone(
                 figures["class"] = data.class_name(figures["label"])
         artifacts = _write(rows, left_out, config, data, store)
         for arm, found in zip(config.arms, rows, strict=True):
-            _log_arm(tracker, config, data, store, arm, found)
+            outbox.send(partial(_log_arm, tracker, config, data, store, arm, found))
         finished = sum(r["status"] == "finished" for r in rows)
         metrics = {"defences_finished": finished, "defences_failed": len(rows) - finished}
-        tracker.end_sweep("FINISHED", artifacts, metrics)
+        outbox.send(lambda: tracker.end_sweep("FINISHED", artifacts, metrics))
+        outbox.finish()
     progress.say("done")
     return rows
 
@@ -130,7 +134,9 @@ def _write(
 
 
 @contextmanager
-def _logged(tracker: Tracker, config: MembershipConfig, data: Dataset, store: ShadowStore) -> Iterator[None]:
+def _logged(
+    tracker: Tracker, outbox: Outbox, config: MembershipConfig, data: Dataset, store: ShadowStore
+) -> Iterator[None]:
     """The audit's parent run, ended as what became of it."""
     train = {k: v for k, v in to_dict(config.train).items() if not isinstance(v, dict) and k != "seed"}
     parameters = {k: v for k, v in to_dict(config).items() if isinstance(v, int)} | train | {"data": data.name}
@@ -139,7 +145,8 @@ def _logged(tracker: Tracker, config: MembershipConfig, data: Dataset, store: Sh
     try:
         yield
     except BaseException as error:
-        tracker.end_sweep("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        outbox.send(lambda: tracker.end_sweep(status))
         raise
 
 

@@ -22,7 +22,7 @@ from raytrust.progress import Progress
 from raytrust.report import frontier_table, judge_rows
 from raytrust.reports.frontier_report import FILES, Program, write_report
 from raytrust.reports.summary import summary_lines
-from raytrust.reports.tracking_uri import default_uri, show_command
+from raytrust.reports.tracking_uri import database_path, default_uri, show_command
 from raytrust.reports.versions import versions
 from raytrust.store import Store
 from raytrust.sweep_log import SweepLog
@@ -84,14 +84,16 @@ def _run_alone(
         f"{sweep.trials} defences, {sweep.train.model.name} of width {sweep.train.model.width}, "
         f"{sweep.train.workers} workers"
     )
+    # A store that is there may refuse, and must before a cluster starts; a new one is made while that starts.
+    log = SweepLog(sweep, store, data, tracking_uri, progress.say) if _is_there(tracking_uri) else None
     with (
         cluster(address, cpus, slots=2, parallel=parallel),  # while one defence is attacked, the next one is trained
         training_groups(sweep.train.workers, data, store, device, parallel, progress.say) as groups,
     ):
         if _totals(sweep, store)["defences"]:
             groups.start()
-        progress.say("Ray is up; opening the MLflow store")
-        log = SweepLog(sweep, store, data, tracking_uri, progress.say)
+        progress.say("Ray is up; the first training workers start")
+        log = log or SweepLog(sweep, store, data, tracking_uri, progress.say)
         with log.open_run():
             meter = Meter()
             listener = _All(progress, log, meter)
@@ -154,6 +156,12 @@ def _conclude(store: Store, sweep: SweepConfig, rows: list[Row], program: Progra
     print()
     for line in summary_lines(rows, store.root / "report.html"):
         print(line)
+
+
+def _is_there(tracking_uri: str) -> bool:
+    """Whether this is a tracking store that was made before: not the database of a new directory."""
+    path = database_path(tracking_uri)
+    return path is None or path.exists()
 
 
 def _totals(sweep: SweepConfig, store: Store) -> dict[str, int]:

@@ -104,7 +104,8 @@ class SweepLog:
     def _trained(self, key: str, train: TrainConfig) -> None:
         training = self._store.training(train)
         assert training is not None
-        self._tracker.trained(key, train.defence.name, self._parameters(train), training)
+        name = train.defence.name_with(compressor_columns(train.defence, training)["level"])
+        self._tracker.trained(key, name, self._parameters(train), training)
         for figures in self._store.attacks(train, "tuning"):
             self._attacked(key, figures)
 

@@ -295,7 +295,7 @@ def test_mlflow_has_the_metrics_step_by_step(whole: Whole) -> None:
 
 
 def test_mlflow_has_the_artifacts(whole: Whole) -> None:
-    figures = {"frontier.json", "frontier.png", "frontier.txt", "reconstructions.png", "report.html"}
+    figures = {"frontier.json", "frontier.png", "frontier.txt", "reconstructions.png", "report.html", "strip.png"}
     assert whole.logged.artifacts(whole.logged.parent) == figures
     capture = {f"capture/step-000000/{name}.pt" for name in ("model", *(f"seen-00{i}" for i in range(6)))}
     for run in whole.logged.defences.values():

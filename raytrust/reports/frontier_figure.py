@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -185,17 +186,22 @@ def _draw_key(fig: Figure, key: Sequence[Row], top: float, height: float) -> Non
         fig.add_artist(
             Line2D([x / _WIDTH], [y / height], marker=marker, color=colour, markersize=size, linestyle="none")
         )
-        name = textwrap.shorten(row["name"], 26, placeholder="...")
+        name = textwrap.shorten(_brief(row), 26, placeholder="...")
         size_text = "" if row.get("bytes_per_step") is None else f", {human_bytes(row['bytes_per_step'])}"
         text = f"{i + 1}  {name}: {100 * row['accuracy']:.1f} %{size_text}"
         fig.text((x + 0.15) / _WIDTH, y / height, text, fontsize=11.5, va="center", parse_math=False)
+
+
+def _brief(row: Row) -> str:
+    """A row's name without what stands in brackets: the bytes stand beside it, which say the same."""
+    return re.sub(r" \([^)]*\)", "", row["name"])
 
 
 def _label_points(fig: Figure, ax: Axes, key: Sequence[Row], stark: Row | None) -> None:
     """Writes each row's number beside its mark, and the names of those that the figure is about."""
     anchors, labels = [*points(key)], []
     for i, row in enumerate(key):
-        name = textwrap.shorten(row["name"], 24, placeholder="...")
+        name = textwrap.shorten(_brief(row), 24, placeholder="...")
         named = row is stark or is_plain(row)
         labels.append(_label(ax, f"{i + 1} {name}" if named else f"{i + 1}", bool(named)))
     if stark is not None:

@@ -10,14 +10,14 @@ from typing import Any
 
 from raytrust.config import InversionConfig, SweepConfig, to_dict
 from raytrust.data import Dataset
-from raytrust.figures import Drawn, reconstructions_figure
+from raytrust.figures import Drawn, reconstructions_figure, strip_figure
 from raytrust.frontier import drawn_attacks, train_of
 from raytrust.report import Row, frontier_table, replace_file, write_rows
 from raytrust.reports.frontier_figure import frontier_figure
 from raytrust.reports.frontier_page import FrontierContext, write_page
 from raytrust.store import Store
 
-FILES = ("report.html", "frontier.json", "frontier.png", "reconstructions.png", "captures")
+FILES = ("report.html", "frontier.json", "frontier.png", "reconstructions.png", "strip.png", "captures")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def write_report(
     timing: str,
     versions: Mapping[str, Any],
 ) -> list[Path]:
-    """Write frontier.json, .txt and .png, reconstructions.png and report.html; returns those that could be written."""
+    """Write frontier.json, .txt and .png, reconstructions.png, of these a strip.png that tells the story, and
+    report.html; returns those that could be written."""
     paths = {name: store.root / name for name in ("frontier.json", "frontier.png", "frontier.txt", "report.html")}
     write_rows(paths["frontier.json"], rows)
     frontier_figure(rows, paths["frontier.png"], title=f"{data.name}: accuracy against leakage")
@@ -70,6 +71,8 @@ def write_report(
     if originals is not None:
         paths["reconstructions.png"] = store.root / "reconstructions.png"
         reconstructions_figure(originals, drawn, paths["reconstructions.png"])
+        paths["strip.png"] = store.root / "strip.png"
+        strip_figure(originals, drawn, paths["strip.png"])
     context = FrontierContext(
         title=f"What compression hides of {data.name}",
         data_summary=f"{data.summary()} {_trained(sweep)}".replace("\n", " "),
