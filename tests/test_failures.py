@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,9 +172,18 @@ def test_a_failure_in_the_result_is_a_failure() -> None:
 
 
 def test_figures_pass_as_text_by_tune_which_keeps_every_number() -> None:
+    """A trial of three attacks is three items; the third has no result."""
     listener = Listener()
-    relay(listener).on_trial_complete(trial(ssim=0.5, figures='{"ssim": [0.5]}'))
-    assert listener.told == [("finished", "attacks", "a", {"run": "a", "ssim": 0.5, "figures": {"ssim": [0.5]}})]
+    figures = [{"ssim": [0.25, 0.75], "seconds": 2.0}, {"ssim": [0.5], "seconds": 1.0}]
+    batch = trial(ssim=0.5, figures=json.dumps(figures))
+    batch.config["settings"] = [{}, {}, {}]
+    relay(listener).on_trial_complete(batch)
+    *finished, failed = listener.told
+    assert [(key, result["figures"], result["ssim"], result["attack_seconds"]) for _, _, key, result in finished] == [
+        ("a", figures[0], 0.5, 2.0),
+        ("a", figures[1], 0.5, 1.0),
+    ]
+    assert failed[:3] == ("failed", "attacks", "a")
 
 
 @pytest.mark.parametrize(("concurrent", "rounds"), [(1, [500, 500, 200]), (50, [500, 500, 200]), (100, [1000, 200])])

@@ -79,7 +79,7 @@ def workers() -> set[int]:
                 found.add(process)
         except OSError:
             continue
-    return found
+    return {process for process in found if known[process] not in found}  # no child that has yet to become another
 
 
 def shares() -> str:
@@ -155,7 +155,8 @@ def main(root: Path, mode: str) -> None:
         finally:
             done.set()
             watcher.join()
-    print(json.dumps({"said": said, "outcomes": outcomes, "workers": len(seen), "free": free}))
+    runs = len(list((root / "ray" / "train").glob("group-*")))
+    print(json.dumps({"said": said, "outcomes": outcomes, "workers": len(seen), "free": free, "runs": runs}))
 
 
 if __name__ == "__main__":

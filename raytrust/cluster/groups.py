@@ -169,7 +169,7 @@ class TrainingGroups:
                 seconds = time.monotonic() - group.began
                 needs = f"{self._workers} x {self.placement.worker}"
                 too_late = self._closed or (self._growing and seconds > GROWTH)
-                reason = f"the cluster had no room for {needs} within {seconds / 60:.0f} min"
+                reason = f"the cluster had no room for {needs} within {seconds:.0f} s"
                 if not too_late:
                     if not group.said:
                         self._say(f"a training group waits for room on the cluster: {needs}")
@@ -183,7 +183,7 @@ def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool)
     """A Train run of `workers` workers, until the queue has no more jobs for them."""
     backend = "nccl" if crew.on_cuda and not crew.through_host else "gloo"
     with tempfile.TemporaryDirectory(prefix="raytrust-") as meeting:
-        _Trainer(
+        (_LocalTrainer if on_loopback else _Trainer)(
             work,
             train_loop_config={"crew": crew},
             torch_config=OnLoopback(backend=backend, meeting=meeting) if on_loopback else TorchConfig(backend=backend),
@@ -200,10 +200,21 @@ def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool)
 
 
 class _Trainer(TorchTrainer):
-    """Without a manager of Ray's own data sets: it is a process that imports all of Ray Train, and we have none."""
+    """Without processes of Train's that we don't need, as each imports all of Ray Train."""
+
+    needless = frozenset({"DatasetsCallback"})  # a manager of Ray's own data sets, of which we have none
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if type(c).__name__ != "DatasetsCallback"]
+        return [c for c in super()._create_default_callbacks() if type(c).__name__ not in self.needless]
+
+
+class _LocalTrainer(_Trainer):
+    """Also without what removes placement groups after a lost controller.
+
+    It asks Ray's dashboard, which a cluster of this machine alone does not have, and then takes 12 s to stop.
+    """
+
+    needless = _Trainer.needless | {"PlacementGroupCleanerCallback"}
 
 
 def training_groups(
