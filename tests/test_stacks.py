@@ -17,6 +17,7 @@ from raytrust.channel import LocalChannel, Tap
 from raytrust.compress import View, build
 from raytrust.config import InversionConfig, PowerSGDConfig, ThresholdConfig, TopKConfig, parse_defence
 
+SIGNS = ["signsgd", "scaledsign"]
 DEFENCES = ["none", "powersgd:1", "powersgd:3", "topk:0.02", "topk:0.3:scope=layer", "threshold:0.1", "randk:0.1"]
 OWNER = torch.tensor([0, 0, 2, 1])  # of four candidates, among three observations
 
@@ -67,7 +68,12 @@ def test_a_stack_is_its_views(name: str, tensorwise: bool) -> None:
     check(name, tensorwise)
 
 
-@pytest.mark.parametrize("name", ["none", "powersgd:2", "topk:0.02"])
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_stack_of_signs_is_its_views(name: str) -> None:
+    check(name, False)
+
+
+@pytest.mark.parametrize("name", ["none", "powersgd:2", "topk:0.02", "scaledsign"])
 @pytest.mark.parametrize("low_rank", [0.0, 1e9], ids=["formed", "from factors"])
 def test_a_stack_is_its_views_by_either_way_to_a_product(
     name: str, low_rank: float, monkeypatch: pytest.MonkeyPatch

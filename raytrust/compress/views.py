@@ -208,21 +208,27 @@ class SignView:
         By tensor, because every sign is one bit, whatever the magnitude: over all tensors at once, the few of large
         gradients would be all that counts.
         """
-        tiny = torch.finfo(grads[0].dtype).tiny
         sizes = grads[0].new_tensor([s.numel() for s in self.signs])
         sums = torch.stack([_rows(g).abs().sum(1) for g in grads], 1)
         inside = torch.stack([_rows(g) @ s.flatten() for g, s in zip(grads, self.signs, strict=True)], 1)
-        inside = torch.where(sums > 0, inside / sums.clamp_min(tiny), self._balance)
-        outside = (1 - inside) @ (sizes / sizes.sum().clamp_min(1) / 2)
-        if self.scales is None:
-            return outside
-        expected = self.scales * sizes
-        return outside + 1 - _cosine(sums, expected)
+        return orthant_distance(sums, inside, sizes, self._balance, self.scales)
 
     @cached_property
     def _balance(self) -> Tensor:
         """The mean of each tensor's signs, (parameters,); of a tensor without entries 0."""
         return torch.stack([s.sum() / max(s.numel(), 1) for s in self.signs])
+
+
+def orthant_distance(
+    sums: Tensor, inside: Tensor, sizes: Tensor, balance: Tensor, scales: Tensor | None = None
+) -> Tensor:
+    """`SignView.distance` from each tensor's L1 norm and inner product with the signs, (batch, parameters) each.
+
+    sizes: (parameters,), entries. balance, scales: of each tensor's signs, (parameters,) or (batch, parameters).
+    """
+    inside = torch.where(sums > 0, inside / sums.clamp_min(torch.finfo(sums.dtype).tiny), balance)
+    outside = (1 - inside) @ (sizes / sizes.sum().clamp_min(1) / 2)
+    return outside if scales is None else outside + 1 - _cosine(sums, scales * sizes)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from raytrust.attacks.inversion.ghost import GhostGradient
-from raytrust.compress.views import FactorView, LinearView, SparseView, TensorwiseView, View, WholeView
+from raytrust.compress.views import (
+    FactorView,
+    LinearView,
+    SignView,
+    SparseView,
+    TensorwiseView,
+    View,
+    WholeView,
+    orthant_distance,
+)
 from raytrust.config import InversionConfig
 
 LARGEST = 2**21  # entries of a gradient up to which calls cost more than what stacking copies
@@ -39,7 +48,9 @@ def stack_key(view: View, config: InversionConfig) -> tuple[object, ...] | None:
         return None
     tensorwise = config.matching == "tensors" or isinstance(view, TensorwiseView)
     linear = view.view if isinstance(view, TensorwiseView) else view
-    if not isinstance(linear, LinearView) or sum(o.numel() for o in linear.observed) > LARGEST:
+    if isinstance(linear, SignView) and config.matching == "cosine" and _entries(linear.signs) <= LARGEST:
+        return "signs", linear.scales is None
+    if not isinstance(linear, LinearView) or _entries(linear.observed) > LARGEST:
         return None
     match linear:
         case WholeView():
@@ -56,6 +67,8 @@ def stack_key(view: View, config: InversionConfig) -> tuple[object, ...] | None:
 def stack(views: Sequence[View], config: InversionConfig) -> Stack:
     """The stack of views of one `stack_key`; config: of any of their attacks."""
     tensorwise = config.matching == "tensors" or isinstance(views[0], TensorwiseView)
+    if isinstance(views[0], SignView):
+        return SignStack(views)  # type: ignore[arg-type]
     linear = [v.view if isinstance(v, TensorwiseView) else v for v in views]
     kinds = {WholeView: WholeStack, FactorView: FactorStack, SparseView: SparseStack}
     kind = next(kinds[k] for k in kinds if isinstance(linear[0], k))
@@ -194,6 +207,43 @@ class SparseStack(LinearStack):
             row, column = self._at[i] // columns, self._at[i] % columns
             self._places[i] = row, column % kernel * g.product.shape[1] + column // kernel
         return g.product.entries_each(*self._places[i]) * self._weight[i]
+
+
+class SignStack:
+    """Orthants of whole gradients, as `SignView` compares them."""
+
+    def __init__(self, views: Sequence[SignView]):
+        self._signs = [torch.stack(column) for column in zip(*(v.signs for v in views), strict=True)]
+        self._balance = torch.stack([torch.stack([s.sum() / max(s.numel(), 1) for s in v.signs]) for v in views])
+        known = [v.scales for v in views if v.scales is not None]
+        self._scales = torch.stack(known) if known else None
+        self._sizes = self._balance.new_tensor([s[0].numel() for s in self._signs])
+        self._owner: Tensor | None = None
+
+    def distance(self, grads: Sequence[Tensor], owner: Tensor) -> Tensor:
+        if owner is not self._owner:
+            self._owner = owner
+            self._targets = [s[owner] for s in self._signs]
+            self._matrices: dict[int, Tensor] = {}
+        sums, inside = [], []
+        for i, g in enumerate(grads):
+            rows, signs = self._like(i, g)
+            sums.append(rows.abs().sum(1))
+            inside.append((rows * signs).sum(1))
+        scales = None if self._scales is None else self._scales[owner]
+        return orthant_distance(torch.stack(sums, 1), torch.stack(inside, 1), self._sizes, self._balance[owner], scales)
+
+    def _like(self, i: int, g: Tensor) -> tuple[Tensor, Tensor]:
+        """A gradient and its signs as rows, in whichever order is at hand."""
+        if not isinstance(g, GhostGradient):
+            return _rows(g), _rows(self._targets[i])
+        if i not in self._matrices:
+            self._matrices[i] = g.product.as_matrix(self._targets[i]).flatten(1)
+        return g.product.matrix.flatten(1), self._matrices[i]
+
+
+def _entries(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
 
 
 def _rows(x: Tensor) -> Tensor:
