@@ -34,6 +34,7 @@ from raytrust.capture import Capture, save_capture
 from raytrust.channel import LocalChannel
 from raytrust.cluster.groups import training_groups
 from raytrust.cluster.phases import search_attacks, search_defences
+from raytrust.cluster.placement import Placement
 from raytrust.config import (
     CaptureConfig,
     Defence,
@@ -181,7 +182,7 @@ def measure(trials: int, nodes: int, defences: int) -> dict[str, Any]:
                         with training_groups(TRAIN.workers, data, store) as warm:
                             search_defences(sweep, DEFENCES, store, meter, warm)
                     else:
-                        search_attacks(sweep, SPACE, listed, store, meter)
+                        search_attacks(sweep, SPACE, listed, store, meter, Placement("cpu", 1))
                     wall, used = time.perf_counter() - started, time.process_time() - used
                     held = store_bytes()
                 after = files(root)

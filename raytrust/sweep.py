@@ -100,9 +100,9 @@ def _run_alone(
             search_defences(sweep, spaces.defence, store, listener, groups, parallel)
             defences = audited_defences(sweep, store)
             trained = trained_defences(sweep, store, defences)
-            search_attacks(sweep, spaces.attack, trained, store, listener, parallel)
+            search_attacks(sweep, spaces.attack, trained, store, listener, groups.placement, parallel)
             jobs = [finalists(store, sweep, d) for d in trained_defences(sweep, store, defences)]
-            evaluate_attacks(jobs, store, listener)
+            evaluate_attacks(jobs, store, listener, groups.placement)
             rows = judge_rows([row(store, sweep, defence) for defence in defences])
             progress.say("writing the report")
             wall = time.monotonic() - program.started

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raytrust.attacks.inversion.memory import keep_freed_memory
+from raytrust.attacks.inversion.stacks import LARGEST
 from raytrust.audit.verdict import floor_of_images
 from raytrust.cluster.failures import RETRIES, last_error, one_line, report
 from raytrust.cluster.groups import TrainingGroups
@@ -88,6 +88,7 @@ def search_attacks(
     defences: Sequence[Defence],
     store: Store,
     listener: Listener,
+    placement: Placement,
     parallel: int | None = None,
 ) -> None:
     """Inner search: for each defence, `sweep.attack_trials` attacks that maximise SSIM on the tuning images.
@@ -107,29 +108,30 @@ def search_attacks(
     search = AttackSearch(space, budget, known, sweep.train.seed, TOGETHER)
     if search.trials == 0:
         return
-    device = cluster_device()
     trainable = tune.with_resources(
-        tune.with_parameters(_attack_trial, base=to_dict(sweep.portfolio[0]), store=store),
-        {"CPU": 1, "GPU": 1 if device == "cuda" else 0},
+        tune.with_parameters(_attack_trial, base=to_dict(sweep.portfolio[0]), store=store), placement.attack
     )
 
     def key(parameters: dict[str, Any]) -> tuple[str, str]:
         return parameters["run"], runs[parameters["run"]].defence.name
 
-    concurrent = max(parallel or 0, capacity("GPU" if device == "cuda" else "CPU"))
+    concurrent = max(parallel or 0, _places(placement))
     _tune("attacks", trainable, search, search.trials, concurrent, store, _Relay("attacks", listener, key))
 
 
 def evaluate_attacks(
-    jobs: Sequence[tuple[TrainConfig, Sequence[InversionConfig]]], store: Store, listener: Listener
+    jobs: Sequence[tuple[TrainConfig, Sequence[InversionConfig]]],
+    store: Store,
+    listener: Listener,
+    placement: Placement,
 ) -> None:
     """Run attacks on the evaluation images of each run, a few runs in a Ray task, and keep the figures in the store."""
-    device = cluster_device()
-    task = _remote_attack(device)
+    device = placement.device
+    task = _remote_attack(placement)
     split: Split = "evaluation"
     left = [(train, attacks) for train, attacks in jobs if not all(store.knows(train, a, split) for a in attacks)]
-    places = capacity("GPU" if device == "cuda" else "CPU")
-    pending = deque(_alike(left, places))
+    places = _places(placement)
+    pending = deque(_tasks(left, places, store))
     most = 2 * places  # none idles, and few wait in the driver's memory
     waiting: dict[Any, Requests] = {}
     while pending or waiting:
@@ -155,13 +157,30 @@ def evaluate_attacks(
                 listener.failed("evaluation", store.run_id(train), reason)
 
 
-def _alike(jobs: Requests, places: int) -> list[Requests]:
-    """The jobs in tasks for this many places: runs next to each other whose attacks start at the same steps, so that
-    equal models meet in one batch, but none waits while another has much to do."""
+def _places(placement: Placement) -> int:
+    """How many attacks have room at once in the cluster as it is."""
+    if placement.attack_gpu:
+        return max(1, int(capacity("GPU") / placement.attack_gpu))
+    return max(1, capacity("CPU"))
+
+
+def _tasks(jobs: Requests, places: int, store: Store) -> list[Requests]:
+    """The jobs in tasks for this many places: runs whose attacks start at the same steps next to each other, as equal
+    models meet in one batch. Tasks get smaller towards the end, so that no place waits long for the last."""
     jobs = sorted(jobs, key=lambda job: max((a.capture_step for a in job[1]), default=0))
-    tasks = places * math.ceil(len(jobs) / (places * TOGETHER))
-    cuts = [len(jobs) * i // tasks for i in range(tasks + 1)] if jobs else []
-    return [jobs[a:b] for a, b in pairwise(cuts) if a < b]
+    tasks: list[Requests] = []
+    while jobs:
+        small = all(_entries(store, train) <= LARGEST for train, _ in jobs[:TOGETHER])  # else it saves nothing
+        size = max(1, min(TOGETHER, len(jobs) // (2 * places))) if small else 1
+        tasks.append(jobs[:size])
+        jobs = jobs[size:]
+    return tasks
+
+
+def _entries(store: Store, train: TrainConfig) -> float:
+    """Of the run's gradient."""
+    training = store.training(train)
+    return math.inf if training is None else training["dense_bytes"] / 4
 
 
 def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> dict[str, float] | None:
@@ -247,11 +266,13 @@ def _try_attacks(train: TrainConfig, settings: Sequence[dict[str, Any]], store: 
     }
 
 
-def _remote_attack(device: str) -> Any:
-    """`_attack_task` as a Ray task of one CPU and, on GPUs, one GPU, wherever there is room in the cluster."""
-    return ray.remote(_attack_task).options(
+def _remote_attack(placement: Placement) -> Any:
+    """`_attack_task` as a Ray task of one CPU and an attack's share of a GPU, wherever there is room in the cluster."""
+    return ray.remote(
         num_cpus=1,
-        num_gpus=1 if device == "cuda" else 0,
+        num_gpus=placement.attack_gpu,
+        max_calls=100 if placement.attack_gpu else 0,  # on a GPU Ray would start a new process for each call
+    )(_attack_task).options(
         scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # not inside the trial's own slot
     )
 
