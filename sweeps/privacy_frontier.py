@@ -49,8 +49,9 @@ DEFENCE_SPACE: Space = {
 # The inner search, for each defence: maximise SSIM on the tuning images. "capture_step" is added from the preset.
 ATTACK_SPACE: Space = {
     "objective": Choice(("naive", "aware")),
-    "tv": LogUniform(1e-3, 0.3),
-    "step_size": LogUniform(0.1, 4.0),
+    "matching": Choice(("cosine", "tensors")),
+    "tv": LogUniform(1e-3, 0.1),
+    "step_size": LogUniform(0.3, 4.0),
     "signed": Choice(("none", "hard", "soft")),
     "schedule": Choice(("steps", "cosine")),
     "restarts": Choice((1, 2)),
@@ -60,9 +61,9 @@ ATTACK_SPACE: Space = {
 #                 on each defence   images   images       iterations   steps batch   width    at steps
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(list=QUICK, attack_trials=2, tuning=4, images=8, iterations=100, steps=100, batch_size=32, width=16,
-                  capture_steps=(0, 20), tv=0.01, step_size=1.0),
+                  capture_steps=(0, 20), tv=0.01, step_size=2.0),
     "paper": dict(list=PAPER, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, batch_size=64, width=64,
-                  capture_steps=(0, 200), tv=0.01, step_size=1.0),
+                  capture_steps=(0, 200), tv=0.01, step_size=0.8),
 }  # fmt: skip
 
 AGAIN = ("attack_trials", "iterations", "attack")  # what a resumed sweep may change: its captures are attacked again
@@ -195,11 +196,12 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
 
 
 def _portfolio(options: argparse.Namespace) -> tuple[InversionConfig, ...]:
-    """The attacks that every defence meets."""
+    """The attacks that every defence meets: that ignore and that know the compressor, by the cosine of the whole
+    gradient and tensor by tensor; and those that were asked for."""
     common: dict[str, Any] = dict(iterations=options.iterations, seed=options.seed)
     strong = InversionConfig(tv=options.tv, step_size=options.step_size, **common)
-    named = [replace(NAMED[name], **common) for name in options.attack or ()]
-    return (replace(strong, objective="naive"), strong, *named)
+    attacks = [replace(strong, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
+    return (*attacks, *(replace(NAMED[name], **common) for name in options.attack or ()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,15 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from raytrust.config.compressors import Defence, DenseConfig, DGCConfig
+from raytrust.config.compressors import (
+    Defence,
+    DenseConfig,
+    DGCConfig,
+    QSGDConfig,
+    ScaledSignConfig,
+    SignSGDConfig,
+    VqSGDConfig,
+)
 from raytrust.config.values import expect, expect_choices
 
 
@@ -28,8 +36,9 @@ class InversionConfig:
     capture_step: the training step whose messages are attacked.
     method: "analytic" solves for the input of a linear first layer (Phong et al. 2018) and ignores what follows here.
     matching: the distance on decoded gradients and on linear views: 1 - cosine of the whole, or of each tensor by
-        itself and averaged by their entries ("tensors"), relative squared L2 or relative L1. Views that are not linear
-        have a distance of their own, and know no other than "cosine".
+        itself and averaged by their entries ("tensors"), relative squared L2 or relative L1. Signs and quantised
+        gradients are compared tensor by tensor in any case, and know no other than "cosine" and "tensors", which are
+        one there.
     bound: weight of the excess of entries that sparsification left out over the smallest that it sent, for "aware"
         (`SparseView.excess`).
     schedule: the step size falls by 10 after 3/8, 5/8 and 7/8 of the iterations, along half a cosine, or not at all.
@@ -95,6 +104,9 @@ class InversionConfig:
         """This attack as it applies to a defence: without a compressor the two objectives are one, called naive; what
         has no effect is set to its default."""
         attack = replace(self, objective="naive") if isinstance(defence.compressor, DenseConfig) else self
+        by_tensor = (SignSGDConfig, ScaledSignConfig, QSGDConfig, VqSGDConfig)  # always, if one knows the compressor
+        if attack.objective == "aware" and attack.matching == "tensors" and isinstance(defence.compressor, by_tensor):
+            attack = replace(attack, matching="cosine")
         remembers = defence.error_feedback or isinstance(defence.compressor, DGCConfig)
         return attack if attack.objective == "aware" and remembers else replace(attack, residual="ignore")
 

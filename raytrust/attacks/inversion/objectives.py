@@ -66,8 +66,8 @@ def matching_distance(view: View, config: InversionConfig) -> Distance:
 
 
 def _matching(view: View, kind: str) -> Distance:
-    if kind == "cosine":
-        return view.distance
+    if kind == "cosine" or (kind == "tensors" and isinstance(view, TensorwiseView | SignView)):
+        return view.distance  # these are compared tensor by tensor as they are
     if not isinstance(view, LinearView):
         raise ValueError(f"Expected matching={kind!r} to be 'cosine': what was sent is no linear view.")
     if kind == "tensors":

@@ -48,7 +48,7 @@ def stack_key(view: View, config: InversionConfig) -> tuple[object, ...] | None:
         return None
     tensorwise = config.matching == "tensors" or isinstance(view, TensorwiseView)
     linear = view.view if isinstance(view, TensorwiseView) else view
-    if isinstance(linear, SignView) and config.matching == "cosine" and _entries(linear.signs) <= LARGEST:
+    if isinstance(linear, SignView) and _entries(linear.signs) <= LARGEST:
         return "signs", linear.scales is None
     if not isinstance(linear, LinearView) or _entries(linear.observed) > LARGEST:
         return None
