@@ -35,7 +35,7 @@ class Program:
     def next_commands(self, root: Path, sweep: SweepConfig) -> list[tuple[str, str]]:
         """What to do next, and the line that does it."""
         place = shlex.quote(str(root))
-        longer, more = 4 * sweep.portfolio[0].iterations, 3 * sweep.train.capture.evaluation
+        longer, more = max(400, 4 * sweep.portfolio[0].iterations), 3 * sweep.train.capture.evaluation
         trials = max(8, 2 * sweep.attack_trials)
         data = "" if self.source == "digits" else f" --data {shlex.quote(self.source)}"
         return [
