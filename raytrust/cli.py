@@ -174,6 +174,21 @@ def resumption(root: Path, options: Namespace) -> str:
     return shlex.join(["python", sys.argv[0], "--resume", str(root), *address])
 
 
+def given(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Which options a command line gives, by name, with their values; a flag's value is empty."""
+    found: dict[str, list[str]] = {}
+    name = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            found.setdefault(name, [])
+            if equals:
+                found[name].append(value)
+        elif name:
+            found[name].append(argument)
+    return found
+
+
 def list_files(root: Path, names: Sequence[str]) -> None:
     """Print which of these there are."""
     for name in names:

@@ -231,17 +231,29 @@ def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candida
 
 
 def _floors(captures: Sequence[Capture], references: Tensor | None) -> _Floors | None:
-    originals = torch.cat([c.truth.images for c in captures])
-    return None if references is None else _Floors(originals.numpy(), references[:DISTRACTORS].numpy())
+    originals = [c.truth.images.numpy() for c in captures]
+    return None if references is None else _Floors(originals, references[:DISTRACTORS].numpy())
 
 
 class _Floors:
-    """What is known of the private images without any attack. originals: (n, ...), references: (m, ...), float."""
+    """What is known of the private images without any attack. batches: each (batch, ...); references: (m, ...)."""
 
-    def __init__(self, originals: NDArray[np.float32], references: NDArray[np.float32]):
+    def __init__(self, batches: Sequence[NDArray[np.float32]], references: NDArray[np.float32]):
         self.references = references
-        self.mean_image = ssim_table(originals, references.mean(0, keepdims=True))[:, 0].tolist()
-        self.other_image = ssim_table(originals, references).mean(1).tolist()
+        self.mean_image = ssim_table(np.concatenate(batches), references.mean(0, keepdims=True))[:, 0].tolist()
+        self.other_image = [value for batch in batches for value in self._others(ssim_table(batch, references))]
+
+    @staticmethod
+    def _others(table: NDArray[np.float64]) -> list[float]:
+        """What random other images reach, in the mean: as many as the batch has, assigned as reconstructions are."""
+        size, m = table.shape
+        starts = range(0, m - size + 1, size) if size > 1 else range(m)
+        reached = []
+        for start in starts:
+            part = table[:, start : start + size]
+            rows, columns = linear_sum_assignment(part, maximize=True)
+            reached.append(part[rows, columns])
+        return np.mean(reached or [table.mean(1)], axis=0).tolist()
 
     def identified(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
         """By SSIM: truth holds that of each reconstruction with its original."""

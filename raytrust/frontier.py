@@ -89,13 +89,13 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         "attack": worst["attack"],
         **{name: None if worst[name] is None else float(np.mean(worst[name])) for name in _MEANS},
         **_paired(by_objective["naive"], by_objective["aware"]),
-        **_evidence(worst, by_objective["naive"]),
+        **_evidence(worst, by_objective["naive"], sweep.train.threat.batch_size),
     }
 
 
-def _evidence(worst: dict[str, Any], naive: dict[str, Any] | None) -> Row:
+def _evidence(worst: dict[str, Any], naive: dict[str, Any] | None, batch: int) -> Row:
     """What the verdict rests on, of the strongest attack and of the best one that ignores the compressor."""
-    strongest, ignorant = evidence_of(worst), None if naive is None else evidence_of(naive)
+    strongest, ignorant = evidence_of(worst, batch), None if naive is None else evidence_of(naive, batch)
     return {
         "floor_ssim": strongest.floor,
         "excess": strongest.excess,
@@ -107,10 +107,11 @@ def _evidence(worst: dict[str, Any], naive: dict[str, Any] | None) -> Row:
     }
 
 
-def evidence_of(figures: dict[str, Any]) -> Evidence:
-    """That of the stored figures of one attack."""
+def evidence_of(figures: dict[str, Any], batch: int = 1) -> Evidence:
+    """That of the stored figures of one attack on private batches of this many images."""
     names = ("ssim", "mean_image_ssim", "other_image_ssim", "identified_ssim", "candidates")
-    return image_evidence(*(figures[name] for name in names))
+    ssim, mean_image, other_image, identified, candidates = (figures[name] for name in names)
+    return image_evidence(ssim, mean_image, other_image, identified, candidates, batch)
 
 
 def _paired(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:

@@ -13,7 +13,7 @@ from raytrust.cluster.groups import training_groups
 from raytrust.cluster.phases import defence_objectives, evaluate_attacks, search_attacks, search_defences
 from raytrust.cluster.placement import Device
 from raytrust.cluster.runtime import Listener, cluster
-from raytrust.config import Space, SweepConfig
+from raytrust.config import Space, SweepConfig, to_dict
 from raytrust.data import Dataset
 from raytrust.evaluate import DISTRACTORS
 from raytrust.frontier import Row, audited_defences, finalists, row, trained_defences
@@ -58,7 +58,7 @@ def run_sweep(
     """
     with exclusive(store.root):
         uri = tracking_uri or default_uri(store.root)
-        program = program or Program("python sweeps/privacy_frontier.py", data.name, {}, time.monotonic())
+        program = program or Program("python sweeps/privacy_frontier.py", {}, {}, time.monotonic())
         return _run_alone(sweep, spaces, data, store, address, cpus, uri, parallel, device, program)
 
 
@@ -90,7 +90,7 @@ def _run_alone(
         cluster(address, cpus, slots=2, parallel=parallel),  # while one defence is attacked, the next one is trained
         training_groups(sweep.train.workers, data, store, device, parallel, progress.say) as groups,
     ):
-        if _totals(sweep, store)["defences"]:
+        if sum(store.training(replace(sweep.train, defence=d)) is not None for d in sweep.defences) < sweep.trials:
             groups.start()
         progress.say("Ray is up; the first training workers start")
         log = log or SweepLog(sweep, store, data, tracking_uri, progress.say)
@@ -182,11 +182,16 @@ def _totals(sweep: SweepConfig, store: Store) -> dict[str, int]:
     defences = audited_defences(sweep, store)
     trained = trained_defences(sweep, store, defences)
     done = sum(defence_objectives(store, sweep, d) is not None for d in trained)
-    tried = sum(len(store.attacks(replace(sweep.train, defence=d), "tuning")) for d in trained)
+    iterations = sweep.portfolio[0].iterations
+    tried = 0
+    for defence in trained:
+        portfolio = [to_dict(attack) for attack in sweep.portfolio_against(defence)]
+        attacks = [f["attack"] for f in store.attacks(replace(sweep.train, defence=defence), "tuning")]
+        tried += sum(a not in portfolio and a["iterations"] == iterations for a in attacks)
     evaluated = sum(bool(store.attacks(replace(sweep.train, defence=d), "evaluation")) for d in trained)
     trials = max(sweep.trials, len(defences))
-    attacks = trials * sweep.attack_trials - max(0, tried - done * len(sweep.portfolio))
-    return {"defences": trials - done, "attacks": attacks, "evaluation": max(0, trials - evaluated)}
+    attacks_left = max(0, trials * sweep.attack_trials - tried)
+    return {"defences": trials - done, "attacks": attacks_left, "evaluation": max(0, trials - evaluated)}
 
 
 def _evaluation_cost(sweep: SweepConfig) -> float:

@@ -88,7 +88,10 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
     from raytrust.reports.frontier_report import Program
     from raytrust.sweep import Spaces, run_sweep
 
-    spaces = Spaces(DEFENCE_SPACE, ATTACK_SPACE | {"capture_step": Choice(sweep.train.capture.steps)})
+    more: Space = {"capture_step": Choice(sweep.train.capture.steps)}
+    if options.history:
+        more["residual"] = Choice(("ignore", "avoid"))
+    spaces = Spaces(DEFENCE_SPACE, ATTACK_SPACE | more)
 
     def work() -> int:
         rows = run_sweep(
@@ -101,7 +104,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
             tracking_uri=options.tracking_uri,
             parallel=options.parallel,
             device=options.device,
-            program=Program(f"python {sys.argv[0]}", options.data, RUN.keep(options), cli.STARTED),
+            program=Program(f"python {sys.argv[0]}", cli.given(sys.argv[1:]), RUN.keep(options), cli.STARTED),
         )
         return 0 if any(row["status"] == "finished" for row in rows) else 1
 
@@ -155,6 +158,8 @@ def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     """The data and the configuration, both checked: what is wrong shows before Ray starts."""
+    if missing := [name for name in (*DEFAULTS, *PRESETS["quick"]) if not hasattr(options, name)]:
+        raise ValueError(f"Expected resume={str(options.resume)!r} to be of this version, but it lacks {missing[0]}.")
     cli.check_least(options, 1, "trials", "steps", "images", "private_batch", "iterations")
     if options.parallel is not None and (options.parallel < 1 or options.address is None):
         raise ValueError(f"Expected parallel={options.parallel} to be at least 1 and to be given with --address.")
@@ -182,7 +187,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         ),
         defences=defences,
         trials=max(options.trials or 0, len(defences)),
-        portfolio=_portfolio(options),
+        portfolio=_portfolio(options, steps),
         attack_trials=options.attack_trials,
         bytes_objective=options.minimise_bytes,
     )
@@ -195,12 +200,15 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     return data, sweep
 
 
-def _portfolio(options: argparse.Namespace) -> tuple[InversionConfig, ...]:
+def _portfolio(options: argparse.Namespace, steps: tuple[int, ...]) -> tuple[InversionConfig, ...]:
     """The attacks that every defence meets: that ignore and that know the compressor, by the cosine of the whole
-    gradient and tensor by tensor; and those that were asked for."""
+    gradient and tensor by tensor; where the attacker has earlier messages, one that avoids the residual by them; and
+    those that were asked for."""
     common: dict[str, Any] = dict(iterations=options.iterations, seed=options.seed)
     strong = InversionConfig(tv=options.tv, step_size=options.step_size, **common)
     attacks = [replace(strong, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
+    if options.history and steps[-1] > 0:  # step 0 has no residual
+        attacks.append(replace(strong, capture_step=steps[-1], residual="avoid"))
     return (*attacks, *(replace(NAMED[name], **common) for name in options.attack or ()))
 
 

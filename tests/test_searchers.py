@@ -208,6 +208,17 @@ def test_a_trial_tries_several_attacks_of_one_run_and_its_study_learns_each() ->
     assert searcher.suggest("3") == Searcher.FINISHED
 
 
+def test_a_search_that_goes_on_tries_other_attacks() -> None:
+    def first_two(known: Any) -> list[float]:
+        trial = attack_search({"a": 2}, known, together=2).suggest("0")
+        assert isinstance(trial, dict)
+        return [settings["tv"] for settings in trial["settings"]]
+
+    before = first_two(None)
+    known = {"a": [({"objective": "aware", "tv": tv, "restarts": 1}, 0.5) for tv in before]}
+    assert not set(before) & set(first_two(known))
+
+
 def test_no_budget_ends_at_once() -> None:
     assert attack_search({"a": 0}).suggest("0") == Searcher.FINISHED
     assert attack_search({}).suggest("0") == Searcher.FINISHED
@@ -285,6 +296,6 @@ def test_the_search_moves_towards_what_worked() -> None:
 
     grid = [1e-3 * 1000 ** (i / 39) for i in range(40)]
     known = [({"objective": "aware", "tv": tv, "restarts": 1}, 1 - 0.1 * distance(tv)) for tv in grid]
-    searcher = attack_search({"a": 10}, {"a": known})
-    found = [searcher.suggest(f"{i}") for i in range(10)]
-    assert sum(distance(f["settings"][0]["tv"]) for f in found if isinstance(f, dict)) / 10 < math.log(2.5)
+    searcher = attack_search({"a": 40}, {"a": known})
+    found = [searcher.suggest(f"{i}") for i in range(40)]
+    assert sum(distance(f["settings"][0]["tv"]) for f in found if isinstance(f, dict)) / 40 < math.log(3)

@@ -35,6 +35,7 @@ UNDECIDED: Verdict = "undecided"
 VERDICTS = (LEAKS, RESISTS, UNDECIDED)
 LONG = {LEAKS: "leaks", RESISTS: "resists the attacks tried", UNDECIDED: "undecided"}
 
+FEWEST = 5  # images, below which a bootstrap interval is little more than their range, and luck may look private
 SIGNIFICANCE = 0.025  # one-sided, as one end of a 95 % interval
 CONTROL_SHARE = 0.5  # of its images that a working attack identifies without compression
 
@@ -105,8 +106,12 @@ def image_evidence(
     other_image: Sequence[float] | None,
     identified: Sequence[bool] | None,
     candidates: int,
+    batch: int = 1,
 ) -> Evidence:
     """The evidence of an attack's figures, image by image (n,) each, as `raytrust.evaluate` has them.
+
+    batch: images of one private batch, which follow each other. They are not independent, so that the interval is over
+    batches; and as each reconstruction was assigned to the most similar of them, guessing has as many chances.
 
     Raises:
         ValueError: no image, or lists of different lengths.
@@ -115,14 +120,15 @@ def image_evidence(
     if len(ssim) == 0 or {len(values) for values in lists} != {len(ssim)}:
         raise ValueError(f"Expected figures of at least one image and of equal length, got {[len(v) for v in lists]}.")
     floor = floor_of_images(mean_image, other_image)
-    interval = None if floor is None else bootstrap_interval(np.asarray(ssim) - np.asarray(floor))
+    excess = None if floor is None else (np.asarray(ssim) - np.asarray(floor)).reshape(-1, batch).mean(1)
+    interval = None if excess is None else bootstrap_interval(excess)
     return Evidence(
         value=float(np.mean(ssim)),
         floor=None if floor is None else float(np.mean(floor)),
         interval=interval,
         n=len(ssim),
         identified=None if identified is None else int(sum(identified)),
-        candidates=candidates,
+        candidates=max(1, candidates // batch),
     )
 
 
@@ -157,6 +163,8 @@ def judge(evidence: Evidence, control: Control) -> Judgement:
         return Judgement(LEAKS, str(evidence))
     if not control.works:
         return Judgement(UNDECIDED, f"{evidence}: the attack isn't shown to work without compression")
+    if evidence.n < FEWEST:
+        return Judgement(UNDECIDED, f"{evidence}: fewer than {FEWEST} are too few to call anything resistant")
     if evidence.interval is not None and evidence.interval[1] <= 0:
         return Judgement(RESISTS, f"{evidence}: no more than without the message")
     return Judgement(UNDECIDED, f"{evidence}: the interval contains 0, more images would tell")

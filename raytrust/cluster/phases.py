@@ -216,9 +216,11 @@ def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placeme
     On a CPU the portfolio runs in this process: a task would wait for one of the CPUs that a warm group holds.
     """
     train = replace(config.train, defence=defence)
+    attacks = config.portfolio_against(defence)
+    trained = store.training(train) is not None
+    before = [store.attack(train, attack, "tuning") for attack in attacks]
     started = time.perf_counter()
     training = train_on_cluster(train, store, queue)
-    attacks = config.portfolio_against(defence)
     requests = [(train, attacks)]
     if placement.attack_gpu:
         task = remote_attack(_attack_task, placement)
@@ -235,8 +237,9 @@ def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placeme
         "attacks": len(figures),
         "attack_seconds": sum(f["seconds"] for f in figures),
         "train_seconds": training["seconds"],
-        "cpu_seconds": training["cpu_seconds"] + sum(f["cpu_seconds"] for f in figures),
-        "waited_seconds": training.get("waited_seconds", 0.0),
+        "cpu_seconds": (0.0 if trained else training["cpu_seconds"])
+        + sum(f["cpu_seconds"] for f in figures if f not in before),  # of this run of the program alone
+        "waited_seconds": 0.0 if trained else training.get("waited_seconds", 0.0),
         "wall_seconds": time.perf_counter() - started,
     }
 

@@ -123,7 +123,8 @@ class AttackSearch(Searcher):
         self._known = known
         self._together = together
         # Distinct but reproducible seeds: with one seed all studies would try the same first settings.
-        self._seeds = {run: seed + i for i, run in enumerate(budget)}
+        # So would a search that goes on try those again that it began with.
+        self._seeds = {run: seed + i + len(budget) * len(known.get(run, [])) for i, run in enumerate(budget)}
         self._left = {run: n for run, n in budget.items() if n > 0}
         self.trials = sum(math.ceil(n / together) for n in self._left.values())
         self._waiting = deque(self._left)

@@ -22,13 +22,13 @@ FILES = ("report.html", "frontier.json", "frontier.png", "reconstructions.png", 
 
 @dataclass(frozen=True)
 class Program:
-    """What was called: the command without its options, the data source, and the options that are not default.
+    """What was called: the command without its options, those that were given, and all of them by name.
 
     started: `time.monotonic()` when the program began; it counts what libraries take to load.
     """
 
     command: str
-    source: str
+    given: Mapping[str, Sequence[str]]
     options: Mapping[str, Any]
     started: float
 
@@ -37,13 +37,15 @@ class Program:
         place = shlex.quote(str(root))
         longer, more = max(400, 4 * sweep.portfolio[0].iterations), 3 * sweep.train.capture.evaluation
         trials = max(8, 2 * sweep.attack_trials)
-        data = "" if self.source == "digits" else f" --data {shlex.quote(self.source)}"
+        kept = {k: v for k, v in self.given.items() if k not in ("--output", "--resume", "--images")}
+        words = [word for name, values in kept.items() for value in values or [""] for word in (name, value) if word]
+        again = f" {shlex.join(words)}" if words else ""
         return [
             (
                 "attack what was captured again, longer and with more settings",
                 f"{self.command} --resume {place} --iterations {longer} --attack-trials {trials}",
             ),
-            ("report on more images", f"{self.command}{data} --images {more}"),
+            ("report on more images", f"{self.command}{again} --images {more}"),
             ("use images of your own", f"{self.command} --data images.npz"),
         ]
 

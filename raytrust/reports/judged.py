@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raytrust.audit.verdict import LEAKS, Control, Evidence, control_of, judge
+from raytrust.audit.verdict import LEAKS, Control, Evidence, Judgement, control_of, judge
 
 Row = dict[str, Any]
 
@@ -29,10 +29,20 @@ def judge_rows(rows: Sequence[Row]) -> list[Row]:
     control = control_of_rows(rows)
     judged = []
     for row in rows:
-        verdict = judge(evidence_of(row), control) if row["status"] == "finished" else None
+        verdict = _judged(row, control) if row["status"] == "finished" else None
         words = {"verdict": verdict and verdict.verdict, "verdict_reason": verdict and verdict.reason}
         judged.append(row | words | {"control": control.works})
     return mark_pareto(judged)
+
+
+def _judged(row: Row, control: Control) -> Judgement:
+    """By the strongest attack; but a leak that the best naive attack shows, by identification, say, is a leak too."""
+    verdict, naive = judge(evidence_of(row), control), naive_evidence(row)
+    measured = row.get("excess_interval") is not None and naive is not None and naive.interval is not None
+    if verdict.verdict == LEAKS or not measured or naive is None:
+        return verdict
+    ignorant = judge(naive, control)
+    return Judgement(LEAKS, f"ignoring the compressor: {ignorant.reason}") if ignorant.verdict == LEAKS else verdict
 
 
 def control_of_rows(rows: Sequence[Row]) -> Control:

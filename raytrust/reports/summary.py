@@ -10,6 +10,7 @@ from raytrust.audit.verdict import LEAKS, LONG, RESISTS, UNDECIDED, Verdict
 from raytrust.report import Row, control_works, human_bytes, judge_rows, split, two_digits
 from raytrust.reports.judged import control_of_rows, control_sentence, only_looks_private, starkest
 
+ALONE = "No defence was audited beside the control."
 _NAMED = 3  # defences that a line names before it counts the others
 
 
@@ -26,6 +27,8 @@ def summary_lines(rows: Sequence[Row], page: Path | str) -> list[str]:
 def answer(judged: Sequence[Row]) -> str:
     """What leaks, what resists, what is undecided, in one line; failed rows are counted."""
     finished, failed = _defences(judged)
+    if not finished and not failed:
+        return ALONE if judged else "No defence finished."
     parts = []
     for verdict in (LEAKS, RESISTS, UNDECIDED):
         names = [in_short(row) for row in with_verdict(finished, verdict)]
@@ -42,7 +45,7 @@ def headline(judged: Sequence[Row]) -> str:
     """How many leak, resist and are undecided: the shortest answer there is."""
     finished, failed = _defences(judged)
     if not finished and not failed:
-        return "No defence was audited beside the control."
+        return ALONE
     counts = {v: len(with_verdict(finished, v)) for v in (LEAKS, RESISTS, UNDECIDED)}
     leak, resist = "leaks" if counts[LEAKS] == 1 else "leak", "resists" if counts[RESISTS] == 1 else "resist"
     text = f"Of {len(finished)} defence{'s' * (len(finished) != 1)}, {counts[LEAKS]} {leak}"

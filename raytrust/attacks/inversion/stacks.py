@@ -135,7 +135,8 @@ class WholeStack(LinearStack):
                 plain.append(i)
                 continue
             if i not in self._matrices:
-                self._matrices[i] = g.product.as_matrix(self._targets[i]).to(g.product.inputs.dtype).contiguous()
+                target = g.product.as_matrix(self._targets[i])  # rounded only where the passes' products want it
+                self._matrices[i] = target.to(g.product.inputs.dtype if g.product.low_rank else target).contiguous()
             inner[i], squared[i] = g.product.inner_each(self._matrices[i]), g.product.squared_norm()
         found = self._vectors([(grads[i], self._targets[i]) for i in plain])
         if self._tensorwise:
