@@ -294,7 +294,7 @@ def test_the_search_moves_towards_what_worked() -> None:
     def distance(tv: float) -> float:
         return abs(math.log(tv / 0.1))
 
-    grid = [1e-3 * 1000 ** (i / 39) for i in range(10)]
+    grid = [1e-3 * 1000 ** (i / 39) for i in range(40)]
     known = [({"objective": "aware", "tv": tv, "restarts": 1}, 1 - 0.1 * distance(tv)) for tv in grid]
     searcher = attack_search({"a": 10}, {"a": known})
     found = [searcher.suggest(f"{i}") for i in range(10)]
