@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,9 +25,14 @@ from sweep_fixtures import SCRIPT, load_script, save_images
 from raytrust import cli
 from raytrust.config import (
     AtomoConfig,
+    CaptureConfig,
+    Choice,
     Defence,
     DGCConfig,
     HalfConfig,
+    InversionConfig,
+    LogInteger,
+    LogUniform,
     PowerSGDConfig,
     QSGDConfig,
     RandKConfig,
@@ -37,7 +43,9 @@ from raytrust.config import (
     TopKConfig,
     VqSGDConfig,
     from_dict,
+    parse_defence,
 )
+from raytrust.config.attacks import DLG, GEIPING
 from raytrust.store import read_json
 
 LINE = re.compile(r"\Aprivacy_frontier\.py: error: [^\n]+\n\Z")
@@ -115,7 +123,7 @@ def begin(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         (["--data", ""], "source=''"),
         (["--data", "missing.npz"], "missing.npz"),
         (["--data", "missing/"], "missing/"),
-        (["--images", "5000"], "5002 training images"),
+        (["--images", "5000"], "5004 training images"),
         (["--defence", "foo"], "defence='foo'"),
         (["--defence", "none", "--defence", ""], "defence=''"),
         (["--defence", "none:4"], "defence='none:4'"),
@@ -182,7 +190,7 @@ def test_an_empty_folder_of_images(refused: Callable[..., str], tmp_path: Path) 
 def test_a_batch_larger_than_the_data(refused: Callable[..., str], tmp_path: Path) -> None:
     few = {f"{n}_{kind}": array for n in ("train", "test") for kind, array in _few(20).items()}
     line = refused("--data", str(save_images(tmp_path / "few.npz", **few)), "--workers", "2")
-    assert "batch_size=16 x workers=2" in line
+    assert "batch_size=32 x workers=2" in line
     assert "20" in line
 
 
@@ -347,9 +355,25 @@ def test_a_resumed_sweep_may_have_other_trials(
 ) -> None:
     """Its list stays as it was."""
     _, sweep, root = begin("--output", str(tmp_path / "output"), "--trials", "4")
-    assert (sweep.trials, sweep.defences) == (4, script.DEFENCES[:4])
+    assert (sweep.trials, sweep.defences) == (4, tuple(map(parse_defence, script.QUICK[:4])))
     _, again, _ = begin("--resume", str(root), "--trials", str(trials))
-    assert (again.trials, again.defences) == (max(4, trials), sweep.defences)
+    assert again == replace(sweep, trials=max(4, trials))
+
+
+def test_a_resumed_sweep_may_be_attacked_again(
+    begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
+) -> None:
+    """By other attacks, on what it captured; the next time it goes on with these."""
+    _, sweep, root = begin("--output", str(tmp_path / "output"), "--width", "4")
+    changes = ("--iterations", "7", "--attack-trials", "5", "--attack", "dlg", "--attack", "geiping")
+    _, again, _ = begin("--resume", str(root), *changes)
+    assert again == replace(sweep, attack_trials=5, portfolio=again.portfolio)
+    named = tuple(replace(attack, iterations=7) for attack in (DLG, GEIPING))
+    assert again.portfolio == (*(replace(attack, iterations=7) for attack in sweep.portfolio), *named)
+    assert again.portfolio != sweep.portfolio
+    _, last, _ = begin("--resume", str(root))
+    assert last == again
+    assert from_dict(SweepConfig, read_json(root / "sweep.json")["sweep"]) == again
 
 
 def test_all_defences_that_are_given_are_audited(
@@ -371,13 +395,40 @@ def test_the_lists_and_presets_are_what_they_say(
     _, paper, _ = begin("--output", str(tmp_path / "paper"), "--preset", "paper")
     assert paper.train.model.width == 64
     assert paper.train.capture.evaluation == 10
-    for sweep in (quick, paper):
-        assert sweep.defences == script.DEFENCES
-        assert [d.name for d in sweep.defences[:2]] == ["none", "PowerSGD rank 1"]
-    assert [attack.objective for attack in quick.portfolio] == ["aware"]
-    assert [attack.objective for attack in paper.portfolio] == ["naive", "aware"]
+    for sweep, names, name in ((quick, script.QUICK, "quick"), (paper, script.PAPER, "paper")):
+        preset = script.PRESETS[name]
+        assert preset["list"] == names
+        assert sweep.defences == tuple(map(parse_defence, names))
+        assert sweep.trials == len(names)
+        assert sweep.train.capture == CaptureConfig(preset["capture_steps"], preset["tuning"], preset["images"])
+        assert (sweep.train.batch_size, sweep.train.steps) == (preset["batch_size"], preset["steps"])
+        assert sweep.attack_trials == preset["attack_trials"]
+        met = [(attack.objective, attack.matching) for attack in sweep.portfolio]
+        assert met == [(o, m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
+        for key in ("iterations", "tv", "step_size"):
+            assert {getattr(attack, key) for attack in sweep.portfolio} == {preset[key]}
+    assert [d.name for d in quick.defences[:3]] == ["none", "PowerSGD rank 16 + EF", "PowerSGD rank 4 + EF"]
+    levels = (50, 30, 4, 2, 1)
+    methods = [f"PowerSGD rank {r} + EF" for r in levels] + [f"Top-K (bytes of rank {r}) + EF" for r in levels]
+    assert [d.name for d in paper.defences] == ["none", *methods]
     _, short, _ = begin("--output", str(tmp_path / "short"), "--steps", "5")
     assert short.train.capture.steps == (0,)  # no step after the end
+
+
+def test_the_spaces_are_of_settings_that_there_are(script: ModuleType) -> None:
+    """At both ends of each range, and for each of its choices."""
+    for name, space in script.ATTACK_SPACE.items():
+        for value in ends(space):
+            assert getattr(InversionConfig(**{name: value}), name) == value
+    found = {name: ends(space) for name, space in script.DEFENCE_SPACE.items()}
+    assert set(found) == {"compressor", "rank", "error_feedback"}
+    for compressor in found["compressor"]:
+        for rank in found["rank"]:
+            parse_defence(f"powersgd:{rank}" if compressor == "powersgd" else f"{compressor}:rank{rank}")
+
+
+def ends(space: Choice | LogUniform | LogInteger) -> tuple[Any, ...]:
+    return space.values if isinstance(space, Choice) else (space.low, space.high)
 
 
 def test_results_go_to_a_new_directory_by_default(

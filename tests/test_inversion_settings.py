@@ -310,10 +310,11 @@ def test_rows_can_be_dropped(make: Any) -> None:
 
 
 def test_schedules() -> None:
-    base = InversionConfig(step_size=0.2, iterations=16)
+    base = replace(GEIPING, step_size=0.2, iterations=16)
     assert step_sizes(base).tolist() == pytest.approx([0.2] * 6 + [0.02] * 4 + [0.002] * 4 + [0.0002] * 2)
     assert step_sizes(replace(base, schedule="constant")).tolist() == pytest.approx([0.2] * 16)
-    cosine = step_sizes(replace(base, schedule="cosine"))
+    cosine = step_sizes(InversionConfig(step_size=0.2, iterations=16))  # by default
+    assert torch.equal(cosine, step_sizes(replace(base, schedule="cosine")))
     assert cosine[[0, 8]].tolist() == pytest.approx([0.2, 0.1])
     assert float(cosine[-1]) == pytest.approx(0.1 * (1 - np.cos(np.pi / 16)), rel=1e-4)
     warm = step_sizes(replace(base, schedule="constant", warmup=4))
@@ -398,8 +399,11 @@ def test_restarts_that_know_of_each_other_stay_together(
 # --------------------------------------------------------------------------------------------------- presets
 
 
-def test_geiping_is_the_default() -> None:
-    assert InversionConfig("naive") == GEIPING
+def test_the_default_is_geiping_with_another_optimiser() -> None:
+    """GEIPING keeps what was published; the defaults are long steps by soft signs along a cosine."""
+    assert (GEIPING.objective, GEIPING.matching, GEIPING.optimiser) == ("naive", "cosine", "adam")
+    assert (GEIPING.step_size, GEIPING.signed, GEIPING.schedule) == (0.1, "hard", "steps")
+    assert InversionConfig("naive") == replace(GEIPING, step_size=1.0, signed="soft", schedule="cosine")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from raytrust.paper.rows import membership_rows
 from raytrust.paper.selection import AWARE, NAIVE, WORST, Plan, chosen, plan_for, worst_units
 from raytrust.paper.units import UnitStore
 from raytrust.published import CELLS, TABLE_1
+from raytrust.reports.outbox import Outbox
 
 OPEN = CELLS[1]  # of which the naive attack is missing
 
@@ -62,15 +63,27 @@ def test_the_worst_of_three_waits_for_the_three(partial: tuple[Path, Plan, UnitS
 def test_only_whole_cells_are_logged(partial: tuple[Path, Plan, UnitStore]) -> None:
     from raytrust.paper_tables import _log
 
-    names: list[str] = []
+    logged: dict[str, dict[str, float]] = {}
 
     class Tracker:
-        def measured(self, key: str, name: str, *rest: Any) -> None:
-            names.append(name)
+        errors = (OSError,)
 
-    _log(Tracker(), report_of(partial[0]), partial[0])  # type: ignore[arg-type]
-    assert len(names) == len(CELLS) - 1
-    assert f"MNIST {OPEN[0]} {OPEN[1]}" not in names
+        def expect_server(self) -> None:
+            pass
+
+        def measured(self, key: str, name: str, parameters: Any, metrics: dict[str, float], reason: str) -> None:
+            assert reason == ""
+            logged[name] = metrics
+
+    tracker: Any = Tracker()
+    report = report_of(partial[0])
+    _log(tracker, Outbox(tracker, print), report)
+    assert len(logged) == len(CELLS) - 1
+    assert f"MNIST {OPEN[0]} {OPEN[1]}" not in logged
+    for cell in CELLS:
+        if cell != OPEN:  # each with its own figures
+            assert logged.pop(" ".join(str(part) for part in ("MNIST", *cell) if part)) == report.metrics("mnist", cell)
+    assert logged == {}
 
 
 def test_what_failed_is_not_left_to_do(partial: tuple[Path, Plan, UnitStore]) -> None:

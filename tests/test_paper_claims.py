@@ -198,9 +198,9 @@ def test_membership() -> None:
     assert membership_claims({"cifar10": lower})[0].verdict == "overturned"
     wide = [audit_row(n, 0.6, 0.6, half=0.2) for n in names]
     assert [c.verdict for c in membership_claims({"cifar10": wide})[:2]] == ["not decided at this sample size"] * 2
-    high = [audit_row(n, 0.5 if n.endswith(("30 + EF", "50 + EF")) else 0.6, 0.8) for n in names]
+    high = [audit_row(n, 0.5 if n in names[-2:] else 0.6, 0.8) for n in names]
     assert membership_claims({"cifar100": high})[2].verdict == "reproduced"
-    low = [audit_row(n, 0.5 if n.startswith("Top-K") and "0" not in n else 0.6, 0.8) for n in names]
+    low = [audit_row(n, 0.5 if n in names[-5:-2] else 0.6, 0.8) for n in names]
     assert membership_claims({"cifar100": low})[2].verdict == "overturned"
     assert membership_claims({}) == []
     begun = membership_claims({"cifar10": alike, "cifar100": [low[0], low[1] | {"status": "not finished"}]})

@@ -332,8 +332,10 @@ def test_a_directory_holds_one_sweep(tmp_path: Path) -> None:
     assert open_store(root, sweep, "data") == store
     for other, fingerprint in [
         (replace(sweep, train=replace(TRAIN, seed=1)), "data"),
-        (replace(sweep, attack_trials=1), "data"),
+        (replace(sweep, train=replace(TRAIN, capture=CaptureConfig((0,), tuning=1, evaluation=2))), "data"),
         (replace(sweep, defences=(DEFENCES[1],)), "data"),
+        (replace(sweep, name="other"), "data"),
+        (replace(sweep, bytes_objective=True), "data"),
         (sweep, "other data"),
     ]:
         with pytest.raises(ValueError) as error:  # noqa: PT011
@@ -341,14 +343,24 @@ def test_a_directory_holds_one_sweep(tmp_path: Path) -> None:
         assert str(error.value) == (
             f"Expected output={str(root)!r} to be empty or to hold this sweep, but it holds another one."
         )
+        assert read_json(root / "sweep.json") == {"sweep": to_dict(sweep), "data": "data", "options": {}}
     assert open_store(root, sweep, "data") == store
 
 
-def test_a_sweep_may_go_on_with_more_trials(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [{"trials": 9}, {"trials": 1}, {"portfolio": (ATTACK,)}, {"attack_trials": 1}], ids=str
+)
+def test_a_sweep_may_go_on_with_other_trials_and_attacks(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Its captures are attacked again. What is kept is the latest sweep, with its options."""
     sweep = SweepConfig(train=TRAIN, trials=2)
-    store = open_store(tmp_path, sweep, "data", {"source": "digits"})
-    assert open_store(tmp_path, replace(sweep, trials=9), "data", {"source": "mnist"}) == store
-    assert read_json(tmp_path / "sweep.json")["options"] == {"source": "digits"}  # of the beginning
+    other = replace(sweep, **change)
+    store = open_store(tmp_path, sweep, "data", {"iterations": 100})
+    assert open_store(tmp_path, other, "data", {"iterations": 400}) == store
+    expected = {"sweep": to_dict(other), "data": "data", "options": {"iterations": 400}}
+    assert read_json(tmp_path / "sweep.json") == expected
+    with pytest.raises(ValueError, match="it holds another one"):  # still the sweep of this training
+        open_store(tmp_path, replace(other, train=replace(TRAIN, seed=1)), "data")
+    assert read_json(tmp_path / "sweep.json") == expected
 
 
 def test_a_file_where_a_folder_would_be_holds_nothing(tmp_path: Path) -> None:
