@@ -348,7 +348,9 @@ def test_a_directory_holds_one_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"trials": 9}, {"trials": 1}, {"portfolio": (ATTACK,)}, {"attack_trials": 1}], ids=str
+    "change",
+    [{"trials": 9}, {"trials": 1}, {"portfolio": (ATTACK,)}, {"attack_trials": 1}],
+    ids=["more trials", "fewer trials", "portfolio", "attack trials"],
 )
 def test_a_sweep_may_go_on_with_other_trials_and_attacks(tmp_path: Path, change: dict[str, Any]) -> None:
     """Its captures are attacked again. What is kept is the latest sweep, with its options."""
