@@ -82,14 +82,15 @@ class TrainingGroups:
         self._manager.start()
 
     def start(self) -> None:
-        """Begin to start a first group, before there is work for it. Returns at once."""
-        self.queue.enrol.remote("first")
+        """Begin to start a first group, before there is work for it. Waits for the queue, not for the group."""
+        enrolled = self.queue.enrol.remote("first")
         offering = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(SLOT, 0) >= 1]
         self._begin("first", next(iter(offering), ""))
+        ray.get(enrolled)  # calls of an async actor run in any order: a job before this one would want another group
 
     def expect(self, jobs: int) -> None:
         """After so many jobs, groups end at once: attacks want their CPUs."""
-        self.queue.expect.remote(jobs)
+        ray.get(self.queue.expect.remote(jobs))
 
     def check(self) -> None:
         """Raises ConnectionError if no group can be started any more."""
