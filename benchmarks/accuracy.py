@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.seeds < 1 or not table:
             raise ValueError(f"Expected seeds={options.seeds} to be at least 1, and defence to be in the table.")
         from raytrust.data import load
-        from raytrust.store import open_store
-        from raytrust.train import check_sizes
+        from raytrust.studies.frontier.store import open_store
+        from raytrust.train.loop import check_sizes
 
         data = load(options.data)
         check_sizes(table[0][1][0], len(data.train_labels))

@@ -16,11 +16,11 @@ import sys
 import numpy as np
 import torch
 
-from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.config import Defence, InversionConfig, ModelConfig, TrainConfig, parse_defence
 from raytrust.data import Dataset, load
-from raytrust.evaluate import DISTRACTORS, InversionFailure, evaluate_inversions
-from raytrust.train import capture_images
+from raytrust.persample.memory import keep_freed_memory
+from raytrust.studies.evaluate import DISTRACTORS, InversionFailure, evaluate_inversions
+from raytrust.train.loop import capture_images
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from uncompressed_inversion import captures_of_test_images
 
-from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.config import Defence, InversionConfig, ModelConfig, digest, parse_defence, to_dict
 from raytrust.data import Dataset, load
-from raytrust.evaluate import evaluate_inversion
-from raytrust.metrics import paired_difference
-from raytrust.store import read_json, write_json
+from raytrust.jobs.files import read_json, write_json
+from raytrust.metrics.statistics import paired_difference
+from raytrust.persample.memory import keep_freed_memory
+from raytrust.studies.evaluate import evaluate_inversion
 
 DEFENCES = (
     "none",

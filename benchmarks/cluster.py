@@ -30,8 +30,6 @@ import ray  # isort: skip
 from ray import tune
 from ray.cluster_utils import Cluster
 
-from raytrust.capture import Capture, save_capture
-from raytrust.channel import LocalChannel
 from raytrust.cluster.groups import training_groups
 from raytrust.cluster.phases import search_attacks, search_defences
 from raytrust.cluster.placement import Placement
@@ -45,10 +43,13 @@ from raytrust.config import (
     TrainConfig,
 )
 from raytrust.data import Dataset, load
-from raytrust.store import Store, open_store
-from raytrust.sweep_log import SweepLog
-from raytrust.tracking import default_uri
-from raytrust.train import Evaluation, Step, train
+from raytrust.jobs.captures import save_capture
+from raytrust.leak.observation import Capture
+from raytrust.reports.frontier_log import SweepLog
+from raytrust.reports.mlflow import default_uri
+from raytrust.studies.frontier.store import Store, open_store
+from raytrust.train.loop import Evaluation, Step, train
+from raytrust.wire.channel import LocalChannel
 
 TRAIN = TrainConfig(
     model=ModelConfig("convnet", width=2), capture=CaptureConfig((0,), 1, 1), workers=1, batch_size=8, steps=1

@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.channel import LocalChannel, Tap
 from raytrust.compress import build
 from raytrust.config import (
     AtomoConfig,
@@ -44,7 +43,8 @@ from raytrust.config import (
     TopKConfig,
     VqSGDConfig,
 )
-from raytrust.models import build_model
+from raytrust.networks.build import build_model
+from raytrust.wire.channel import LocalChannel, Tap
 
 OWN_MEMORY = (DGCConfig, SignSGDConfig)  # without error feedback
 METHODS: tuple[CompressorConfig, ...] = (

@@ -31,8 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrust.attacks.inversion import GradientMatcher, invert
-from raytrust.attacks.inversion.memory import keep_freed_memory
-from raytrust.channel import LocalChannel, Tap
 from raytrust.compress import View, build
 from raytrust.compress.views import identity_view
 from raytrust.config import (
@@ -46,8 +44,10 @@ from raytrust.config import (
     TrainConfig,
 )
 from raytrust.data import Dataset
-from raytrust.models import build_model
-from raytrust.train import capture_images
+from raytrust.networks.build import build_model
+from raytrust.persample.memory import keep_freed_memory
+from raytrust.train.loop import capture_images
+from raytrust.wire.channel import LocalChannel, Tap
 
 AWARE: dict[str, CompressorConfig] = {
     "aware powersgd-4": PowerSGDConfig(rank=4),

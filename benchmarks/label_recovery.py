@@ -15,11 +15,11 @@ from itertools import islice
 import numpy as np
 
 from raytrust.attacks.inversion import recover_labels
-from raytrust.capture import Capture
-from raytrust.channel import LocalChannel
 from raytrust.config import CaptureConfig, ModelConfig, Threat, TrainConfig, parse_defence
 from raytrust.data import load
-from raytrust.train import train
+from raytrust.leak.observation import Capture
+from raytrust.train.loop import train
+from raytrust.wire.channel import LocalChannel
 
 DEFENCES = ("none", "topk:0.01", "topk:0.001", "powersgd:1", "powersgd:4", "randk:0.01", "qsgd:4", "signsgd")
 BATCHES = (1, 2, 4, 8, 16)

@@ -20,9 +20,7 @@ import numpy as np
 import torch
 from uncompressed_inversion import captures_of_test_images
 
-from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.attacks.learned import Auxiliary
-from raytrust.capture import Capture
 from raytrust.config import (
     Defence,
     InversionConfig,
@@ -33,9 +31,11 @@ from raytrust.config import (
     to_dict,
 )
 from raytrust.data import Dataset, load
-from raytrust.evaluate import InversionResult, LearnedResult, evaluate_inversion, evaluate_learned
-from raytrust.metrics import mean_interval, paired_difference
-from raytrust.store import read_json, write_json
+from raytrust.jobs.files import read_json, write_json
+from raytrust.leak.observation import Capture
+from raytrust.metrics.statistics import mean_interval, paired_difference
+from raytrust.persample.memory import keep_freed_memory
+from raytrust.studies.evaluate import InversionResult, LearnedResult, evaluate_inversion, evaluate_learned
 
 DEFENCES = ("none", "signsgd", "topk:0.01")
 

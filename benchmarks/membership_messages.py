@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from raytrust.attacks.membership.gradients import products_and_norms
 from raytrust.config import ModelConfig
-from raytrust.models import build_model
+from raytrust.networks.build import build_model
+from raytrust.persample.inner_products import products_and_norms
 
 
 def by_vmap(model: nn.Module, x: Tensor, labels: Tensor, direction: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raytrust.attacks.inversion.objectives import target_view
-from raytrust.capture import Capture, seen_messages
-from raytrust.channel import LocalChannel, Tap
 from raytrust.compress import LinearView, build
 from raytrust.config import (
     CaptureConfig,
@@ -38,9 +36,11 @@ from raytrust.config import (
 )
 from raytrust.config.attacks import GEIPING
 from raytrust.data import load
-from raytrust.evaluate import evaluate_inversion
-from raytrust.metrics import mean_interval
-from raytrust.train import train
+from raytrust.leak.observation import Capture, seen_messages
+from raytrust.metrics.statistics import mean_interval
+from raytrust.studies.evaluate import evaluate_inversion
+from raytrust.train.loop import train
+from raytrust.wire.channel import LocalChannel, Tap
 
 SPARSE = (TopKConfig, ThresholdConfig, RandKConfig, DGCConfig)
 

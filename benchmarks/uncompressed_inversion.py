@@ -14,14 +14,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from raytrust.attacks.inversion.memory import keep_freed_memory
-from raytrust.capture import Capture
 from raytrust.config import Defence, ModelConfig, TrainConfig
 from raytrust.config.attacks import GEIPING
 from raytrust.data import Dataset, load
-from raytrust.evaluate import evaluate_inversion
-from raytrust.metrics import mean_interval
-from raytrust.train import capture_images
+from raytrust.leak.observation import Capture
+from raytrust.metrics.statistics import mean_interval
+from raytrust.persample.memory import keep_freed_memory
+from raytrust.studies.evaluate import evaluate_inversion
+from raytrust.train.loop import capture_images
 
 
 def captures_of_test_images(

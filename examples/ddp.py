@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrust import compress
-from raytrust.channel import GroupChannel, Tap
 from raytrust.config import Defence, PowerSGDConfig
+from raytrust.wire.channel import GroupChannel, Tap
 
 BATCH = 32  # a worker
 TEST = 360  # images

@@ -14,7 +14,7 @@ import argparse
 import sys
 from typing import Any
 
-from raytrust import cli
+from raytrust.cli import options as cli
 from raytrust.config import (
     CaptureConfig,
     Defence,
@@ -56,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     with parser.refusing():
         options, root = RUN.resolve(given, DEFAULTS, _with_preset)
         data, config = _prepare(options)
-        from raytrust.shadows import draw_pool, open_shadows  # imports torch: not needed to refuse a wrong option
+        from raytrust.studies.membership.shadows import (  # imports torch: not needed to refuse a wrong option
+            draw_pool,
+            open_shadows,
+        )
 
         draw_pool(config, data)  # refuses sizes that do not fit
         RUN.check_free(root, options)
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, data: Any, config: MembershipConfig, store: Any) -> int:
-    from raytrust.membership import run_membership
+    from raytrust.cli.membership import run_membership
 
     def work() -> int:
         print(data.summary())
@@ -191,7 +194,7 @@ def _defences(options: argparse.Namespace) -> tuple[Defence, ...]:
 
 def _dp_sgd(options: argparse.Namespace) -> tuple[DPSGDConfig, ...]:
     """The reference defences. Those of the preset are left out where Opacus is missing; asked for, they are refused."""
-    from raytrust.dp import available
+    from raytrust.train.dp_sgd import available
 
     wanted = []
     for text in [] if list(options.dp_sgd) == ["none"] else options.dp_sgd:

@@ -6,7 +6,7 @@
     python sweeps/paper_tables.py --budget full --address auto
     python sweeps/paper_tables.py --resume results/DIR
 
-The budgets stand in `raytrust/paper/plan.py`. The worst case of a cell is the greatest of three attacks on the
+The budgets stand in `raytrust/studies/paper/plan.py`. The worst case of a cell is the greatest of three attacks on the
 evaluation images, which is slightly optimistic for the attacker.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from raytrust import cli
-from raytrust.published import DATASETS
+from raytrust.cli import options as cli
+from raytrust.studies.published import DATASETS
 
 BUDGETS = ("tiny", "quick", "standard", "full")
 CHANGEABLE = ("address", "tracking_uri", "cpus", "hours")
@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         _check(options)
         RUN.check_free(root, options)
         sources = _sources(options)
+        from raytrust.cli.paper import open_run
         from raytrust.data import load  # imports torch: not needed to refuse a wrong option
-        from raytrust.paper_tables import open_run
 
         config = _config(options, tuple(sources))
         data = {name: load(source) for name, source in sources.items()}
@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, config: Any, data: dict[str, Any], root: Path) -> int:
-    from raytrust.paper.write import ARTIFACTS
-    from raytrust.paper_tables import run_paper
+    from raytrust.cli.paper import run_paper
+    from raytrust.reports.paper.write import ARTIFACTS
 
     def work() -> int:
         cpus, address, uri = options.cpus or cli.cpus(), options.address, options.tracking_uri
@@ -108,8 +108,8 @@ def _sources(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _config(options: argparse.Namespace, datasets: tuple[str, ...]) -> Any:
-    from raytrust.paper.plan import BUDGETS as ALL
-    from raytrust.paper_tables import PaperConfig
+    from raytrust.cli.paper import PaperConfig
+    from raytrust.studies.paper.plan import BUDGETS as ALL
 
     budget = ALL[options.budget]
     if options.images is not None:

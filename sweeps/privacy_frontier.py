@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from raytrust import cli
+from raytrust.cli import options as cli
 from raytrust.config import (
     CaptureConfig,
     Choice,
@@ -77,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     with parser.refusing():
         options, root = RUN.resolve(given, DEFAULTS, _with_preset)
         data, sweep = _prepare(options)
-        from raytrust.store import open_store  # imports the attacks: not needed to refuse a wrong option
+        from raytrust.studies.frontier.store import (
+            open_store,  # imports the attacks: not needed to refuse a wrong option
+        )
 
         RUN.check_free(root, options)
         store = open_store(root, sweep, data.fingerprint(), RUN.keep(options, ("parallel", "device")))
@@ -85,8 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any) -> int:
+    from raytrust.cli.frontier import Spaces, run_sweep
     from raytrust.reports.frontier_report import Program
-    from raytrust.sweep import Spaces, run_sweep
 
     more: Space = {"capture_step": Choice(sweep.train.capture.steps)}
     if options.history:
@@ -193,7 +195,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     )
     cli.check_cpus("workers", options.workers, options.address)
     from raytrust.data import load
-    from raytrust.train import check_sizes
+    from raytrust.train.loop import check_sizes
 
     data = load(options.data, image_size=options.image_size, seed=options.seed)
     check_sizes(sweep.train, len(data.train_labels))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raytrust import metrics
+from raytrust.metrics import statistics
 
 FLOOR = 0.2  # of every image
 
@@ -23,7 +23,7 @@ def finished(name="PowerSGD rank 4 + EF", accuracy=0.93, leakage=0.41, **changes
         "status": "finished",
         "reason": None,
         "accuracy": accuracy,
-        "accuracy_interval": list(metrics.proportion_interval(round(360 * accuracy), 360)),
+        "accuracy_interval": list(statistics.proportion_interval(round(360 * accuracy), 360)),
         "n_test": 360,
         "leakage_ssim": leakage,
         "leakage_interval": [leakage - 0.1, leakage + 0.1],

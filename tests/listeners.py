@@ -15,7 +15,7 @@ from raytrust.cluster.groups import training_groups
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import CaptureConfig, ModelConfig, TrainConfig
 from raytrust.data import load
-from raytrust.store import Store
+from raytrust.studies.frontier.store import Store
 
 
 def parents() -> dict[int, int]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrust.config import ModelConfig
-from raytrust.models import build_model
+from raytrust.networks.build import build_model
 
 
 class Mixed(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from raytrust.data import Dataset, load
-from raytrust.paper.plan import BUDGETS
-from raytrust.paper.selection import AWARE, NAIVE, WORST
-from raytrust.paper.units import Attack, UnitStore
-from raytrust.published import CELLS, Cell
-from raytrust.store import write_json
+from raytrust.jobs.files import write_json
+from raytrust.studies.paper.plan import BUDGETS
+from raytrust.studies.paper.selection import AWARE, NAIVE, WORST
+from raytrust.studies.paper.units import Attack, UnitStore
+from raytrust.studies.published import CELLS, Cell
 
 MICRO = replace(
     BUDGETS["tiny"],

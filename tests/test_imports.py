@@ -13,61 +13,24 @@ PACKAGE = Path(__file__).resolve().parents[1] / "raytrust"
 HOMES = {  # the only place that may import it
     "ray": "raytrust.cluster",
     "optuna": "raytrust.cluster",
-    "mlflow": "raytrust.tracking",
-    "torch.distributed": "raytrust.channel",
+    "mlflow": "raytrust.reports.mlflow",
+    "torch.distributed": "raytrust.wire.channel",
 }
-EDGES = (
-    "raytrust.cluster",
-    "raytrust.tracking",
-    "raytrust.sweep",
-    "raytrust.sweep_log",
-    "raytrust.membership",
-    "raytrust.paper_tables",
-)  # rest: core
-
-# What a module or package of the core may import of raytrust, besides itself.
-LAYERS: dict[str, set[str]] = {
-    "config": set(),
-    "metrics": set(),
-    "lock": set(),
-    "cli": {"cluster", "reports"},  # of these, what imports nothing that takes time
-    "audit": {"metrics"},
-    "data": set(),
-    "channel": set(),
-    "models": {"config"},
-    "compress": {"channel", "config"},
-    "capture": {"channel", "compress", "config", "models"},
-    "dp": {"config", "data", "models", "train"},
-    "studies": {"attacks", "capture", "channel", "config", "data", "train"},
-    "shadows": {"attacks", "capture", "channel", "config", "data", "dp", "models", "store", "studies", "train"},
-    "membership_rows": {"attacks", "audit", "config", "dp", "shadows"},
-    "published": {"config"},
-    "membership_paper": {"audit", "published"},
-    "membership_figures": {"report"},
-    "membership_page": {"membership_figures", "membership_paper", "published", "report", "reports"},
-    "reports": {"audit", "config", "data", "figures", "frontier", "membership_figures", "placement", "report", "store"},
-    "train": {"capture", "channel", "compress", "config", "data", "models"},
-    "attacks": {"capture", "channel", "compress", "config", "models"},
-    "evaluate": {"attacks", "capture", "config", "metrics"},
-    "store": {"attacks", "capture", "config", "evaluate"},
-    "paper": {
-        "attacks",
-        "audit",
-        "capture",
-        "channel",
-        "config",
-        "data",
-        "evaluate",
-        "membership_paper",
-        "membership_rows",
-        "metrics",
-        "published",
-        "report",
-        "shadows",
-        "store",
-        "train",
-    },
-}
+# The rooms of the house, from the ground up: a room imports rooms of lower floors alone.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("config", "metrics"),
+    ("data", "networks", "wire"),
+    ("compress",),
+    ("leak", "persample"),
+    ("train",),
+    ("attacks",),
+    ("jobs",),
+    ("studies",),
+    ("cluster", "reports"),
+    ("cli",),
+)
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+EDGES = ("raytrust.cluster", "raytrust.cli", "raytrust.reports.mlflow", "raytrust.reports.frontier_log")  # rest: core
 
 
 def is_within(name: str, roots: tuple[str, ...]) -> bool:
@@ -95,8 +58,9 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_the_core_is_there() -> None:
-    assert {f"raytrust.{name}" for name in LAYERS} <= set(CORE)
+def test_the_root_has_rooms_alone() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} <= {"__init__.py", "__main__.py", "cli.py"}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
 
 
 def test_the_core_runs_without_ray_mlflow_and_optuna() -> None:
@@ -107,11 +71,11 @@ sys.modules.update(dict.fromkeys(("ray", "mlflow", "optuna")))  # as if they wer
 import importlib
 for name in {CORE!r}:
     importlib.import_module(name)
-from raytrust.channel import LocalChannel
+from raytrust.wire.channel import LocalChannel
 from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, TrainConfig
 from raytrust.data import load
-from raytrust.evaluate import evaluate_inversion
-from raytrust.train import train
+from raytrust.studies.evaluate import evaluate_inversion
+from raytrust.train.loop import train
 config = TrainConfig(model=ModelConfig("convnet", width=2), capture=CaptureConfig((0,), 1, 1), workers=1, steps=1)
 records = list(train(config, load("digits"), LocalChannel()))
 evaluate_inversion(records[:1], InversionConfig(iterations=1))
@@ -128,19 +92,20 @@ def test_a_library_has_one_home(library: str, home: str) -> None:
     assert {name for name in users if not is_within(name, (home,))} == set()
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_run_one_way(layer: str) -> None:
-    own = f"raytrust.{layer}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_lower_floors_alone(room: str) -> None:
     for name, path in MODULES.items():
-        if is_within(name, (own,)):
-            internal = {i.split(".")[1] for i in imports(path) if i.startswith("raytrust.")}
-            assert internal - {layer} <= LAYERS[layer], f"{name} imports {internal}"
+        if is_within(name, (f"raytrust.{room}",)):
+            others = {i.split(".")[1] for i in imports(path) if i.startswith("raytrust.")} - {room}
+            lower = {other for other in others if ROOMS[other] < ROOMS[room]}
+            beside = {"leak"} if room == "persample" else set()
+            assert others - lower <= beside, f"{name} imports {others - lower}"
 
 
 def test_the_command_line_is_there_at_once() -> None:
     """A wrong option is refused, and a signal answered, before libraries are loaded."""
     slow = ("ray", "mlflow", "sqlalchemy", "torch", "numpy", "optuna")
-    program = f"import sys, raytrust.cli; print([n for n in {slow!r} if n in sys.modules])"
+    program = f"import sys, raytrust.cli.options; print([n for n in {slow!r} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == "[]\n"
 
@@ -157,11 +122,17 @@ def test_attacks_know_nothing_of_training_and_data() -> None:
 
     for name, path in MODULES.items():
         if is_within(name, ("raytrust.attacks",)):
-            assert not reached(name, set()) & {"raytrust.train", "raytrust.data", "raytrust.evaluate"}
+            assert not reached(name, set()) & {"raytrust.train.loop", "raytrust.data", "raytrust.studies.evaluate"}
             tree = ast.parse(path.read_text(encoding="utf-8"))
             words = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
             words |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | imports(path)
-            assert not words & {"truth", "Truth", "load_capture", "raytrust.capture.Truth", "raytrust.capture.Capture"}
+            assert not words & {
+                "truth",
+                "Truth",
+                "load_capture",
+                "raytrust.leak.observation.Truth",
+                "raytrust.leak.observation.Capture",
+            }
 
 
 def test_only_the_evaluation_reads_the_truth() -> None:
@@ -170,4 +141,7 @@ def test_only_the_evaluation_reads_the_truth() -> None:
         return any(isinstance(n, ast.Attribute) and n.attr == "truth" for n in ast.walk(tree))
 
     # A capture's own file format has to write it.
-    assert {name for name, path in MODULES.items() if reads(path)} == {"raytrust.evaluate", "raytrust.capture"}
+    assert {name for name, path in MODULES.items() if reads(path)} == {
+        "raytrust.studies.evaluate",
+        "raytrust.jobs.captures",
+    }

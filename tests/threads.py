@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel
+from raytrust.wire.channel import Channel
 
 
 class Threads:

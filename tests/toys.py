@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raytrust.channel import LocalChannel, Message
 from raytrust.compress import build
 from raytrust.config import (
     AtomoConfig,
@@ -29,6 +28,7 @@ from raytrust.config import (
     VqSGDConfig,
 )
 from raytrust.data import Dataset
+from raytrust.wire.channel import LocalChannel, Message
 
 # A convolution, a bias, a matrix, one entry, a column, a row, a 1x1 convolution: 245 entries.
 SHAPES = [torch.Size(s) for s in [(6, 3, 3, 3), (6,), (4, 10), (1,), (9, 1), (1, 7), (5, 4, 1, 1)]]

@@ -20,7 +20,6 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from toys import COMPRESSORS, DEFENCES, SHAPES, gradients, synthetic
 
-from raytrust.channel import Channel, GroupChannel, LocalChannel, Message, Tap
 from raytrust.compress import ErrorFeedback, Layout, build
 from raytrust.compress.powersgd import PowerSGD
 from raytrust.config import (
@@ -34,7 +33,8 @@ from raytrust.config import (
     Threat,
     TrainConfig,
 )
-from raytrust.train import train
+from raytrust.train.loop import train
+from raytrust.wire.channel import Channel, GroupChannel, LocalChannel, Message, Tap
 
 STEPS = 3
 

@@ -36,7 +36,7 @@ from raytrust.cluster.placement import Placement, place, remote_attack
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import CaptureConfig, Defence, ModelConfig, PowerSGDConfig, TrainConfig
 from raytrust.data import Dataset
-from raytrust.store import Store
+from raytrust.studies.frontier.store import Store
 
 STEPS = 6
 RUN = TrainConfig(

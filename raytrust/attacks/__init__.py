@@ -1,1 +1,1 @@
-"""Attacks: each receives an `Observation` and nothing else."""
+"""What an attacker does with what it sees: inversion, a learned inverter, membership inference."""

@@ -29,7 +29,7 @@ from raytrust.cluster.process_group import OnLoopback
 from raytrust.cluster.runtime import GROWTH, SLOT, capacity
 from raytrust.cluster.training import Crew, work
 from raytrust.data import Dataset
-from raytrust.store import Store
+from raytrust.studies.frontier.store import Store
 
 IDLE = 30.0  # seconds that a group waits for a job before it gives its CPUs back; to start one takes half of it
 POLL = 0.2  # seconds that the managing thread stays inside Ray

@@ -20,9 +20,7 @@ import torch
 from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.attacks.inversion.stacks import LARGEST
-from raytrust.audit.verdict import floor_of_images
 from raytrust.cluster.failures import RETRIES, last_error, one_line, report
 from raytrust.cluster.groups import TrainingGroups
 from raytrust.cluster.placement import Placement, remote_attack
@@ -30,7 +28,10 @@ from raytrust.cluster.runtime import SLOT, Listener, capacity, cluster_device
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
-from raytrust.store import Split, Store, read_json
+from raytrust.jobs.files import read_json
+from raytrust.metrics.verdict import floor_of_images
+from raytrust.persample.memory import keep_freed_memory
+from raytrust.studies.frontier.store import Split, Store
 
 ROUND = 500  # trials that Tune holds in memory, at least
 SHARE = 10  # trials of a round for each that runs at once, so that its actors stay warm

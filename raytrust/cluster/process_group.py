@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 from torch import Tensor
 
-from raytrust.channel import Channel
+from raytrust.wire.channel import Channel
 
 
 class HostChannel:
@@ -44,7 +44,7 @@ class HostChannel:
 class ProcessState:
     """What a process shares between the jobs that it does one after another, as it was at first.
 
-    `raytrust.train.train` uses none of the global generators; a network of the user's may, by dropout for one.
+    `raytrust.train.loop.train` uses none of the global generators; a network of the user's may, by dropout for one.
     """
 
     def __init__(self) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import ray
 import torch
 
-from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.cluster.failures import LOST, RETRIES, one_line
 from raytrust.cluster.runtime import Listener
 from raytrust.config import MembershipConfig, from_dict, to_dict
 from raytrust.data import Dataset
-from raytrust.shadows import Kind, ShadowStore
+from raytrust.persample.memory import keep_freed_memory
+from raytrust.studies.membership.shadows import Kind, ShadowStore
 
 
 def train_shadows(

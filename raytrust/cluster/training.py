@@ -13,14 +13,15 @@ import ray
 import ray.train.torch
 import torch
 
-from raytrust.capture import Capture, save_capture
-from raytrust.channel import Channel, GroupChannel
 from raytrust.cluster.failures import TrainingFailed, lost, one_line
 from raytrust.cluster.process_group import HostChannel, ProcessState
 from raytrust.config import TrainConfig, from_dict, to_dict
 from raytrust.data import Dataset
-from raytrust.store import Store
-from raytrust.train import Evaluation, Step, train
+from raytrust.jobs.captures import save_capture
+from raytrust.leak.observation import Capture
+from raytrust.studies.frontier.store import Store
+from raytrust.train.loop import Evaluation, Step, train
+from raytrust.wire.channel import Channel, GroupChannel
 
 
 def train_on_cluster(config: TrainConfig, store: Store, queue: Any) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 import ray
 import torch
 
-from raytrust.attacks.inversion.memory import keep_freed_memory
 from raytrust.cluster.failures import LOST, RETRIES, one_line
 from raytrust.data import Dataset
-from raytrust.paper.units import Unit, UnitStore, Watcher
+from raytrust.persample.memory import keep_freed_memory
+from raytrust.studies.paper.units import Unit, UnitStore, Watcher
 
 
 def run_units(

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.base import Counting
 from raytrust.compress.interface import Layout, Reduced, Vantage, senders, sent_by
 from raytrust.compress.views import SpectralView
 from raytrust.config import AtomoConfig
+from raytrust.wire.channel import Channel, Message
 
 Triples = list[tuple[Tensor, Tensor, Tensor]]  # of each matrix: (r,), (r, n), (r, m)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.futures import Future
 
-from raytrust.channel import Channel, GroupChannel
 from raytrust.compress.interface import Compressor, Layout
+from raytrust.wire.channel import Channel, GroupChannel
 
 Bucket: TypeAlias = Any  # torch.distributed.GradBucket: some gradients, one after the other in one vector
 Hook: TypeAlias = Callable[[object, Bucket], "Future[Tensor]"]

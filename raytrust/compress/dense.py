@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.base import Base
 from raytrust.compress.interface import FlatGradients, Layout, Reduced, Vantage, chunks
 from raytrust.compress.views import LinearView, identity_view
 from raytrust.config import DenseConfig, HalfConfig
+from raytrust.wire.channel import Channel, Message
 
 
 class _Whole(Base):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel
 from raytrust.compress.interface import Layout, Reduced
 from raytrust.compress.sparse import Sparse, largest
 from raytrust.compress.state import State
 from raytrust.config import DGCConfig
+from raytrust.wire.channel import Channel
 
 
 class DGC(Sparse):

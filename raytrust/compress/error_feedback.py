@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.interface import Compressor, FlatGradients, Layout, Reduced, Vantage
 from raytrust.compress.state import (
     Memory,
@@ -19,6 +18,7 @@ from raytrust.compress.state import (
     parameters,
 )
 from raytrust.compress.views import View
+from raytrust.wire.channel import Channel, Message
 
 
 class ErrorFeedback:

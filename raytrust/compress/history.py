@@ -26,7 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raytrust.channel import Message
 from raytrust.compress.atomo import Atomo
 from raytrust.compress.dense import Dense
 from raytrust.compress.dgc import DGC
@@ -36,6 +35,7 @@ from raytrust.compress.powersgd import PowerSGD
 from raytrust.compress.randk import RandK
 from raytrust.compress.sparse import Sparse
 from raytrust.compress.views import LinearView, SparseView, View
+from raytrust.wire.channel import Message
 
 
 class Past(NamedTuple):

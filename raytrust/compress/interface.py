@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.views import View
+from raytrust.wire.channel import Channel, Message
 
 Vantage: TypeAlias = Literal["link", "peer"]
 CHUNK = 2**18  # entries that are worked on at a time, so that passes over them stay within a cache

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.base import Base
 from raytrust.compress.interface import Layout, Reduced, Vantage
 from raytrust.compress.state import State
 from raytrust.compress.views import FactorView, LinearView
 from raytrust.config import PowerSGDConfig
+from raytrust.wire.channel import Channel, Message
 
 _TINY = torch.finfo(torch.float32).tiny
 

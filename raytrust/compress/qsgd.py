@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.base import Counting
 from raytrust.compress.interface import Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.packing import pack_codes, unpack_codes
 from raytrust.compress.views import IntervalView
 from raytrust.config import QSGDConfig
+from raytrust.wire.channel import Channel, Message
 
 
 class QSGD(Counting):

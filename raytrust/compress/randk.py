@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.base import Counting
 from raytrust.compress.interface import Layout, Reduced, Vantage
 from raytrust.compress.sparse import sparse_view
 from raytrust.compress.state import State
 from raytrust.compress.views import SparseView
 from raytrust.config import RandKConfig
+from raytrust.wire.channel import Channel, Message
 
 
 class RandK(Counting):

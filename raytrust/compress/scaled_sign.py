@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.base import Base
 from raytrust.compress.interface import CHUNK, FlatGradients, Layout, Reduced, Vantage, senders, sent_by
 from raytrust.compress.signs import SignCode
 from raytrust.compress.views import SignView
 from raytrust.config import ScaledSignConfig
+from raytrust.wire.channel import Channel, Message
 
 
 class ScaledSign(Base):

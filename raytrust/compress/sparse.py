@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.base import Base
 from raytrust.compress.interface import CHUNK, Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.packing import compare
 from raytrust.compress.views import SparseView
+from raytrust.wire.channel import Channel, Message
 
 EXACT_BELOW = 2**16  # entries: a plain selection is faster there
 SAMPLE = 2**16  # entries from which a threshold is estimated

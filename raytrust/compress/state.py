@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel
 from raytrust.compress.interface import Layout
 from raytrust.config import to_dict
+from raytrust.wire.channel import Channel
 
 State: TypeAlias = dict[str, Any]
 

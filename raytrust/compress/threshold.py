@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel
 from raytrust.compress.interface import Layout, Reduced
 from raytrust.compress.sparse import Sparse, above
 from raytrust.config import ThresholdConfig
+from raytrust.wire.channel import Channel
 
 
 class Threshold(Sparse):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.interface import Layout, Reduced, Vantage
 from raytrust.compress.powersgd import floats_sent
 from raytrust.compress.sparse import Sparse, largest
 from raytrust.compress.views import SparseView
 from raytrust.config import TopKConfig
+from raytrust.wire.channel import Channel, Message
 
 
 class TopK(Sparse):

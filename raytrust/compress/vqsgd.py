@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytrust.channel import Channel, Message
 from raytrust.compress.base import Counting
 from raytrust.compress.interface import Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.packing import pack_words, unpack_words
 from raytrust.compress.views import VertexView
 from raytrust.config import VqSGDConfig
+from raytrust.wire.channel import Channel, Message
 
 
 class VqSGD(Counting):

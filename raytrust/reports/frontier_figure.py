@@ -21,11 +21,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from raytrust.audit.verdict import LEAKS, RESISTS, UNDECIDED
-from raytrust.figures import to_png
-from raytrust.placement import place_labels
-from raytrust.report import Row, control_works, human_bytes, judge_rows, provenance, reason_of, replace_file, split
+from raytrust.jobs.files import write_file
+from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED
+from raytrust.reports.frontier_table import Row, control_works, human_bytes, judge_rows, provenance, reason_of, split
 from raytrust.reports.judged import failure_words, starkest
+from raytrust.reports.label_placement import place_labels
+from raytrust.reports.reconstructions import to_png
 from raytrust.reports.scale import bars, is_plain, naive_points, points, set_limits
 from raytrust.reports.summary import seeming
 
@@ -51,9 +52,9 @@ def frontier_figure(
     large letters and shows no Pareto set. Failed defences stand in a note and are never plotted.
 
     Raises:
-        ValueError: as in `raytrust.report.write_rows`.
+        ValueError: as in `raytrust.reports.frontier_table.write_rows`.
     """
-    replace_file(path, frontier_png(rows, title))
+    write_file(path, frontier_png(rows, title))
 
 
 def frontier_png(rows: Sequence[Row], title: str) -> bytes:

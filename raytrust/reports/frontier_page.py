@@ -15,9 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image
 
-from raytrust.audit.verdict import LEAKS, LONG, RESISTS, UNDECIDED
-from raytrust.figures import MOST_SHOWN, Drawn, check_drawn, picture
-from raytrust.report import (
+from raytrust.jobs.files import write_file
+from raytrust.metrics.verdict import LEAKS, LONG, RESISTS, UNDECIDED
+from raytrust.reports.frontier_figure import frontier_png
+from raytrust.reports.frontier_table import (
     Row,
     accuracy_text,
     attack_text,
@@ -27,12 +28,11 @@ from raytrust.report import (
     leakage_text,
     provenance,
     reason_of,
-    replace_file,
     split,
     two_digits,
 )
-from raytrust.reports.frontier_figure import frontier_png
 from raytrust.reports.judged import NEAR_CHANCE, control_sentence, remarks_of, starkest
+from raytrust.reports.reconstructions import MOST_SHOWN, Drawn, check_drawn, picture
 from raytrust.reports.summary import headline, seeming, threat_sentence, with_verdict
 
 _MOST_PIXELS = 96  # a side of an embedded image: as large as it is shown, so that a page of photographs stays small
@@ -70,9 +70,9 @@ def write_page(path: str | os.PathLike[str], rows: Sequence[Row], context: Front
     """Writes the page as HTML, atomically. Verdicts are computed anew from the rows' evidence.
 
     Raises:
-        ValueError: as in `raytrust.report.write_rows`, and as in `raytrust.figures.check_drawn`.
+        ValueError: as in `frontier_table.write_rows`, and as in `reconstructions.check_drawn`.
     """
-    replace_file(path, page(rows, context).encode())
+    write_file(path, page(rows, context).encode())
 
 
 def page(rows: Sequence[Row], context: FrontierContext) -> str:

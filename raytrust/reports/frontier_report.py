@@ -10,12 +10,14 @@ from typing import Any
 
 from raytrust.config import InversionConfig, SweepConfig, to_dict
 from raytrust.data import Dataset
-from raytrust.figures import Drawn, reconstructions_figure, strip_figure
-from raytrust.frontier import drawn_attacks, train_of
-from raytrust.report import Row, frontier_table, replace_file, write_rows
+from raytrust.jobs.files import write_file
+from raytrust.reports.drawn_attacks import drawn_attacks
 from raytrust.reports.frontier_figure import frontier_figure
 from raytrust.reports.frontier_page import FrontierContext, write_page
-from raytrust.store import Store
+from raytrust.reports.frontier_table import Row, frontier_table, write_rows
+from raytrust.reports.reconstructions import Drawn, reconstructions_figure, strip_figure
+from raytrust.studies.frontier.rows import train_of
+from raytrust.studies.frontier.store import Store
 
 FILES = ("report.html", "frontier.json", "frontier.png", "reconstructions.png", "strip.png", "captures")
 
@@ -64,7 +66,7 @@ def write_report(
     paths = {name: store.root / name for name in ("frontier.json", "frontier.png", "frontier.txt", "report.html")}
     write_rows(paths["frontier.json"], rows)
     frontier_figure(rows, paths["frontier.png"], title=f"{data.name}: accuracy against leakage")
-    replace_file(paths["frontier.txt"], (frontier_table(rows) + "\n").encode())
+    write_file(paths["frontier.txt"], (frontier_table(rows) + "\n").encode())
     drawn: list[Drawn] = []
     originals = None
     for finished in (r for r in rows if r["status"] == "finished"):

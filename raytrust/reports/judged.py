@@ -1,7 +1,7 @@
 """The verdicts of a sweep: from each row's evidence, and from all rows together, what may be said of each.
 
-Computed from the rows by `raytrust.audit.verdict` and nowhere else, so that table, figure, page, terminal and MLflow
-say the same. See `raytrust.report` for the keys of a row.
+Computed from the rows by `raytrust.metrics.verdict` and nowhere else, so that table, figure, page, terminal and MLflow
+say the same. See `raytrust.reports.frontier_table` for the keys of a row.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raytrust.audit.verdict import LEAKS, Control, Evidence, Judgement, control_of, judge
+from raytrust.metrics.verdict import LEAKS, Control, Evidence, Judgement, control_of, judge
 
 Row = dict[str, Any]
 

@@ -1,12 +1,12 @@
-"""Whether a membership audit's attacks work at all: the control of `raytrust.audit.verdict`, without compression."""
+"""Whether a membership audit's attacks work at all: the control of `raytrust.metrics.verdict`, without compression."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from raytrust.audit.verdict import Control, Evidence, control_of
-from raytrust.membership_figures import message_figure
+from raytrust.metrics.verdict import Control, Evidence, control_of
+from raytrust.reports.membership_figures import message_figure
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from raytrust.report import Row
+from raytrust.reports.frontier_table import Row
 
 Array = NDArray[np.float64]
 

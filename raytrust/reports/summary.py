@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrust.audit.verdict import LEAKS, LONG, RESISTS, UNDECIDED, Verdict
-from raytrust.report import Row, control_works, human_bytes, judge_rows, split, two_digits
+from raytrust.metrics.verdict import LEAKS, LONG, RESISTS, UNDECIDED, Verdict
+from raytrust.reports.frontier_table import Row, control_works, human_bytes, judge_rows, split, two_digits
 from raytrust.reports.judged import control_of_rows, control_sentence, only_looks_private, starkest
 
 ALONE = "No defence was audited beside the control."
@@ -18,7 +18,7 @@ def summary_lines(rows: Sequence[Row], page: Path | str) -> list[str]:
     """Three lines: what leaks, resists and is undecided, at what accuracy and bytes; the control; where the page is.
 
     Raises:
-        ValueError: as in `raytrust.report.write_rows`.
+        ValueError: as in `raytrust.reports.frontier_table.write_rows`.
     """
     rows = judge_rows(rows)
     return [answer(rows), control_sentence(rows), f"The whole answer on one page: {page}"]

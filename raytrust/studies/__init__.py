@@ -1,1 +1,1 @@
-"""The questions that are asked, one module each: what is to be done, and the rows it ends in."""
+"""The questions: what has to be done to answer each, and the rows it ends in."""

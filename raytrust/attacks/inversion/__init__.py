@@ -1,9 +1,9 @@
 """Gradient inversion: private images from the messages of one step."""
 
 from raytrust.attacks.inversion.engine import Candidates, GradientInversion, invert
-from raytrust.attacks.inversion.gradients import GradientMatcher, per_candidate_gradients
 from raytrust.attacks.inversion.labels import recover_labels
 from raytrust.attacks.inversion.priors import total_colour, total_variation
+from raytrust.persample.matcher import GradientMatcher, per_candidate_gradients
 
 __all__ = [
     "Candidates",

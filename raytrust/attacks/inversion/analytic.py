@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from raytrust.attacks.inversion.objectives import decoded_gradient, target_view
-from raytrust.capture import Observation
 from raytrust.compress import LinearView
 from raytrust.config import InversionConfig
+from raytrust.leak.observation import Observation
 
 ITERATIONS = 200
 TOLERANCE = 1e-7  # of the residual, relative to its beginning

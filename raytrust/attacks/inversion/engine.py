@@ -13,13 +13,13 @@ from torch import Tensor
 
 from raytrust.attacks.inversion.analytic import solve_first_layer
 from raytrust.attacks.inversion.labels import recover_labels
-from raytrust.attacks.inversion.memory import candidate_bytes, free_bytes, is_out_of_memory
 from raytrust.attacks.inversion.objectives import target_view
 from raytrust.attacks.inversion.priors import known_statistics
 from raytrust.attacks.inversion.search import Found, Piece, search
 from raytrust.attacks.inversion.stacks import stack_key
-from raytrust.capture import Observation
 from raytrust.config import InversionConfig
+from raytrust.leak.observation import Observation
+from raytrust.persample.memory import candidate_bytes, free_bytes, is_out_of_memory
 
 MAX_GRADIENT_ENTRIES = 2**28  # per-candidate gradients held at once; beyond it candidates are taken in turns (1 GiB)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrust.attacks.inversion.objectives import decoded_gradient
-from raytrust.capture import Observation
+from raytrust.leak.observation import Observation
 
 NOISE_IMAGES = 64
 ROUNDING = 1e-4  # of B b_c, in labels

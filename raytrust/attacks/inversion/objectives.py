@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from raytrust.attacks.inversion.gradients import Distance
-from raytrust.capture import Observation
 from raytrust.compress import LinearView, View, identity_view
 from raytrust.compress.history import pure_view, weighed_view
 from raytrust.compress.views import SignView, SparseView, SpectralView, TensorwiseView
 from raytrust.config import InversionConfig
+from raytrust.leak.observation import Observation
+from raytrust.persample.matcher import Distance
 
 
 def decoded_gradient(seen: Observation, device: str = "cpu") -> list[Tensor]:

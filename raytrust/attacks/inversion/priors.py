@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from raytrust.attacks.inversion.gradients import forget_batch_statistics
-from raytrust.capture import Observation
+from raytrust.leak.observation import Observation
+from raytrust.persample.matcher import forget_batch_statistics
 
 Statistics = list[tuple[Tensor, Tensor]]  # (mean, variance) of the input of each batch norm, each (..., channels)
 

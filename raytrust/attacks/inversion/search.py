@@ -11,12 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrust.attacks.inversion.gradients import (
-    Distance,
-    GradientMatcher,
-    forget_batch_statistics,
-    per_candidate_gradients,
-)
 from raytrust.attacks.inversion.objectives import matching_distance
 from raytrust.attacks.inversion.optimisers import build_optimiser, signs, step_sizes
 from raytrust.attacks.inversion.priors import (
@@ -28,9 +22,15 @@ from raytrust.attacks.inversion.priors import (
     total_variation,
 )
 from raytrust.attacks.inversion.stacks import stack, stack_key
-from raytrust.capture import Observation
 from raytrust.compress import View
 from raytrust.config import InversionConfig
+from raytrust.leak.observation import Observation
+from raytrust.persample.matcher import (
+    Distance,
+    GradientMatcher,
+    forget_batch_statistics,
+    per_candidate_gradients,
+)
 
 PRIORS = ("tv", "colour", "l2", "group", "bn")
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of `engine.Candidates`, in their order

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from raytrust.attacks.inversion.ghost import GhostGradient
 from raytrust.compress.views import (
     FactorView,
     LinearView,
@@ -27,6 +26,7 @@ from raytrust.compress.views import (
     orthant_distance,
 )
 from raytrust.config import InversionConfig
+from raytrust.persample.ghost import GhostGradient
 
 LARGEST = 2**21  # entries of a gradient up to which calls cost more than what stacking copies
 

@@ -14,8 +14,8 @@ from raytrust.attacks.inversion.objectives import decoded_gradient
 from raytrust.attacks.learned.encoding import Encoder
 from raytrust.attacks.learned.messages import auxiliary_messages
 from raytrust.attacks.learned.network import Fit, fit
-from raytrust.capture import Observation
 from raytrust.config import DenseConfig, HalfConfig, LearnedInverterConfig, PowerSGDConfig, RandKConfig
+from raytrust.leak.observation import Observation
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from raytrust.attacks.inversion.gradients import forget_batch_statistics
-from raytrust.capture import Observation
-from raytrust.channel import LocalChannel
 from raytrust.compress import build
+from raytrust.leak.observation import Observation
+from raytrust.persample.matcher import forget_batch_statistics
+from raytrust.wire.channel import LocalChannel
 
 CHUNK_ENTRIES = 2**24  # entries of gradients that are held at a time (64 MiB)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raytrust.config import LearnedInverterConfig
 
-_WINDOW = 7  # of SSIM, as raytrust.metrics has it
+_WINDOW = 7  # of SSIM, as raytrust.metrics.images has it
 
 
 class Inverter(nn.Module):
@@ -112,7 +112,7 @@ def inversion_loss(found: Tensor, images: Tensor, weight: float) -> Tensor:
 
 
 def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM as `raytrust.metrics.ssim` defines it, differentiable: (n, channels, height, width) twice -> (n,)."""
+    """SSIM as `raytrust.metrics.images.ssim` defines it, differentiable: (n, channels, height, width) twice -> (n,)."""
     bessel = _WINDOW**2 / (_WINDOW**2 - 1)
 
     def mean(x: Tensor) -> Tensor:

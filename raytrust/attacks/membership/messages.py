@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytrust.attacks.membership.gradients import products_and_norms
-from raytrust.capture import Observation
+from raytrust.leak.observation import Observation
+from raytrust.persample.inner_products import products_and_norms
 
 ATTACKS = ("cosine", "gradient difference")
 

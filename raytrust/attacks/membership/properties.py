@@ -19,8 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from raytrust.attacks.membership.messages import decoded
-from raytrust.capture import Observation
-from raytrust.channel import LocalChannel, Tap
+from raytrust.leak.observation import Observation
+from raytrust.wire.channel import LocalChannel, Tap
 
 Array = NDArray[np.float64]
 

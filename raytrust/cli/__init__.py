@@ -1,0 +1,1 @@
+"""The programs: options, and each question from its configuration to its report."""

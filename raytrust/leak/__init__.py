@@ -1,0 +1,1 @@
+"""What a message reveals: what the attacker sees and what was true, one view a method, residuals and history."""

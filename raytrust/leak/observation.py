@@ -1,0 +1,87 @@
+"""What the attacker sees, and what it must not: `Observation` and `Truth`.
+
+A capture is one private batch at one step of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from raytrust.compress import Compressor, build
+from raytrust.compress.history import Past
+from raytrust.config import Defence, ModelConfig, Threat
+from raytrust.networks.build import build_model
+from raytrust.wire.channel import Message
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that an attack receives.
+
+    weights, buffers: of the model at this step, by name. messages: those of the private batch's reduction, as the
+    threat's vantage shows them. labels: (batch_size,) if the threat grants them, else None. image_shape: (channels,
+    height, width). mean, std: (channels,), the public normalisation: the model saw (image - mean) / std of an image in
+    [0, 1]. compressor_state: the public state before this reduction. victim: the rank whose batch it is.
+    residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
+    buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
+    history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    messages: tuple[Message, ...]
+    compressor_state: dict[str, Tensor]
+    defence: Defence
+    model: ModelConfig
+    threat: Threat
+    labels: Tensor | None
+    image_shape: tuple[int, int, int]
+    classes: int
+    mean: Tensor
+    std: Tensor
+    victim: int
+    world_size: int
+    residual: bool
+    buffers_after: dict[str, Tensor] | None = None
+    history: tuple[Past, ...] = ()
+
+    def build_model(self) -> nn.Module:
+        """The model under attack, with its weights and buffers, in the mode that the threat says."""
+        model = build_model(self.model, self.image_shape[0], self.classes, seed=0)
+        model.load_state_dict({**self.weights, **self.buffers})
+        return model.train(self.threat.batch_norm == "train")
+
+    def build_compressor(self) -> Compressor:
+        """A fresh compressor with the public state: it decodes and views the messages."""
+        compressor = build(self.defence, [w.shape for w in self.weights.values()], names=list(self.weights))
+        compressor.load_public_state(self.compressor_state)
+        return compressor
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The private batch: images (batch, channels, height, width) in [0, 1], labels (batch,). For evaluation alone."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One private batch at one step: what was seen of it, and what it was. `index` numbers the batches of a step."""
+
+    index: int
+    seen: Observation
+    truth: Truth
+
+
+def seen_messages(messages: list[Message], threat: Threat) -> tuple[Message, ...]:
+    """The messages as the vantage has them: a peer did not see what a worker handed to an all-reduce."""
+    if threat.vantage == "link":
+        return tuple(messages)
+    hidden = [Message(m.op, tuple(torch.empty_like(x, device="meta") for x in m.sent), m.received) for m in messages]
+    return tuple(hidden)

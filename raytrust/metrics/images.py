@@ -1,0 +1,119 @@
+"""Image similarity, intervals and Pareto sets: pure functions on arrays, without torch.
+
+A number is reported with its interval, so the intervals live beside the metrics. All errors are ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import ArrayLike, NDArray
+from skimage.metrics import structural_similarity
+
+_TOLERANCE = 1e-6  # slack of the [0, 1] check, for images that went through float32 arithmetic
+_WINDOW = 7  # side of the uniform SSIM window, in pixels
+_RESAMPLES = 10_000
+
+
+def ssim(a: ArrayLike, b: ArrayLike) -> float:
+    """Structural similarity of two images, averaged over channels and window positions.
+
+    Pinned to ``skimage.metrics.structural_similarity(a, b, data_range=1.0, channel_axis=0)`` in float64, that is a
+    uniform 7x7 window and sample covariances (Wang et al., 2004, eq. 13, with K1 = 0.01 and K2 = 0.03).
+
+    Args:
+        a, b: (channels, height, width), values in [0, 1].
+
+    Returns:
+        A number in [-1, 1]; symmetric in ``a`` and ``b``; 1 for identical images.
+
+    Raises:
+        ValueError: shapes differ, are not 3-dimensional or smaller than the window; a value is NaN or outside [0, 1].
+    """
+    a, b = _image_pair(a, b)
+    if min(a.shape[1:]) < _WINDOW:
+        raise ValueError(f"Expected images of at least {_WINDOW}x{_WINDOW} pixels, got shape={a.shape}.")
+    return float(structural_similarity(a, b, win_size=_WINDOW, data_range=1.0, channel_axis=0))
+
+
+def ssim_table(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
+    """:func:`ssim` of every image of ``a`` with every image of ``b``, to rounding, without a call for each pair.
+
+    Args:
+        a: (n, channels, height, width), values in [0, 1]. b: (m, channels, height, width).
+
+    Returns:
+        (n, m), in [-1, 1].
+
+    Raises:
+        ValueError: as in :func:`ssim`.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    for images in (a, b):
+        if images.ndim != 4 or images.shape[1:] != a.shape[1:] or min(images.shape[2:]) < _WINDOW:
+            raise ValueError(
+                f"Expected images of one shape, at least {_WINDOW}x{_WINDOW} pixels, got {a.shape} and {b.shape}."
+            )
+        _check_range(images)
+    n = _WINDOW * _WINDOW
+    bessel = n / (n - 1)
+    mean_b = _window_means(b)
+    variance_b = bessel * (_window_means(b * b) - mean_b**2)
+    table = np.empty((len(a), len(b)))
+    for row, image in zip(table, a, strict=True):
+        mean = _window_means(image)
+        variance = bessel * (_window_means(image * image) - mean**2)
+        covariance = bessel * (_window_means(image * b) - mean * mean_b)
+        top = (2 * mean * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
+        bottom = (mean**2 + mean_b**2 + 0.01**2) * (variance + variance_b + 0.03**2)
+        row[:] = (top / bottom).mean(axis=(1, 2, 3))
+    return table
+
+
+def mse(a: ArrayLike, b: ArrayLike) -> float:
+    """Mean squared error of two (channels, height, width) images in [0, 1]; a number in [0, 1].
+
+    Raises:
+        ValueError: as in :func:`ssim`, except that any size of at least one pixel will do.
+    """
+    a, b = _image_pair(a, b)
+    return float(np.mean((a - b) ** 2))
+
+
+def psnr(a: ArrayLike, b: ArrayLike) -> float:
+    """Peak signal-to-noise ratio in dB for a data range of 1: ``-10 log10(mse)``.
+
+    Non-negative up to the [0, 1] tolerance; ``math.inf`` for identical images, which JSON can't hold.
+
+    Raises:
+        ValueError: as in :func:`mse`.
+    """
+    error = mse(a, b)
+    return math.inf if error == 0.0 else -10.0 * math.log10(error)
+
+
+def _image_pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both images as float64, or ValueError."""
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 3 or x.size == 0:
+        raise ValueError(
+            f"Expected two non-empty (channels, height, width) images of one shape, got {x.shape}, {y.shape}."
+        )
+    for image in (x, y):
+        _check_range(image)
+    return x, y
+
+
+def _check_range(image: NDArray[np.float64]) -> None:
+    low, high = float(image.min()), float(image.max())
+    if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):  # also refuses NaN
+        raise ValueError(f"Expected values in [0, 1], got [{low}, {high}].")
+
+
+def _window_means(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of all 7x7 windows that lie inside, (..., height, width) -> (..., height - 6, width - 6)."""
+    for axis in (-1, -2):
+        x = sliding_window_view(x, _WINDOW, axis=axis).mean(-1)
+    return x

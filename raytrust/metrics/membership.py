@@ -1,0 +1,142 @@
+"""Everything that the audit says of one attack, on one model or on several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from raytrust.metrics.epsilon import EpsilonBound, one_run_epsilon
+from raytrust.metrics.roc import (
+    RESAMPLES,
+    Array,
+    Estimate,
+    Mask,
+    auc,
+    auc_interval,
+    checked,
+    resolvable,
+    tied_groups,
+    tpr_at_fpr,
+    tpr_of_groups,
+)
+from raytrust.metrics.statistics import mean_interval
+
+LOW_FPR = (0.01, 0.001)
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """An attack's figures. tpr: by false positive rate. slices: AUC by the name of a part of the points.
+
+    epsilon: one run's bound, or for several models the mean of their bounds with its interval.
+    unit: what the intervals take for independent, "point" or "model".
+    """
+
+    auc: Estimate
+    tpr: dict[float, Estimate]
+    slices: dict[str, Estimate]
+    epsilon: EpsilonBound | Estimate | None
+    unit: str
+
+
+def audit(
+    scores: ArrayLike,
+    member: ArrayLike,
+    slices: Mapping[str, ArrayLike] | None = None,
+    guesses: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> AuditReport:
+    """Report on one model. scores, member: (n,). slices: masks (n,) by name. guesses: of the epsilon bound, fixed
+    beforehand; none is given without it. Intervals are bootstraps over points."""
+    s, m = checked(scores, member)
+
+    def area(part: Mask) -> Estimate:
+        n, others = int((m & part).sum()), int((~m & part).sum())
+        if n == 0 or others == 0:
+            return Estimate(None, None, None, n, others)
+        low, high = auc_interval(s[part], m[part], confidence, seed=seed)
+        return Estimate(auc(s[part], m[part]), low, high, n, others)
+
+    return AuditReport(
+        auc=area(np.ones(s.shape, dtype=bool)),
+        tpr={fpr: tpr_at_fpr(s, m, fpr, confidence, seed=seed) for fpr in LOW_FPR},
+        slices={name: area(np.asarray(part, dtype=bool)) for name, part in (slices or {}).items()},
+        epsilon=None if guesses is None else one_run_epsilon(s, m, guesses, confidence=confidence),
+        unit="point",
+    )
+
+
+def pooled_audit(
+    scores: ArrayLike,
+    member: ArrayLike,
+    slices: Mapping[str, ArrayLike] | None = None,
+    guesses: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> AuditReport:
+    """Report on k models with the model as the unit. scores, member: (k, n); slices: masks (n,) or (k, n).
+
+    AUCs and epsilons are means over models with Student-t intervals: points of one model share its training, so that
+    pooled points would make the interval too narrow. TPR at a low FPR pools the scores, which one model's non-members
+    seldom resolve, and resamples whole models. Models that were trained on parts of one pool are not quite independent
+    either; the intervals neglect this.
+    """
+    s, m = np.asarray(scores, dtype=np.float64), np.asarray(member)
+    if s.ndim != 2 or m.shape != s.shape:
+        raise ValueError(f"Expected scores and member of one shape (models, points), got {s.shape} and {m.shape}.")
+    checked(s.ravel(), m.ravel())
+
+    def area(part: ArrayLike) -> Estimate:
+        mask = np.broadcast_to(np.asarray(part, dtype=bool), s.shape)
+        rows = [(x[w], y[w]) for x, y, w in zip(s, m, mask, strict=True)]
+        values = [auc(x, y) for x, y in rows if y.any() and not y.all()]
+        return _mean(values, int((m & mask).sum()), int((~m & mask).sum()), confidence)
+
+    bounds = [] if guesses is None else [one_run_epsilon(x, y, guesses).epsilon for x, y in zip(s, m, strict=True)]
+    return AuditReport(
+        auc=area(True),
+        tpr={fpr: _pooled_tpr(s, m, fpr, confidence, seed) for fpr in LOW_FPR},
+        slices={name: area(part) for name, part in (slices or {}).items()},
+        epsilon=_mean(bounds, int(m.sum()), int((~m).sum()), confidence) if bounds else None,
+        unit="model",
+    )
+
+
+def mean_estimate(values: Sequence[float], n_members: int, n_others: int, confidence: float = 0.95) -> Estimate:
+    """The mean of figures of several models, with Student's t interval over them; no interval for a single model."""
+    return _mean(values, n_members, n_others, confidence)
+
+
+def _mean(values: Sequence[float], n_members: int, n_others: int, confidence: float) -> Estimate:
+    if not values:
+        return Estimate(None, None, None, n_members, n_others)
+    interval = mean_interval(values, confidence)
+    low, high = interval if interval is not None else (None, None)
+    return Estimate(float(np.mean(values)), low, high, n_members, n_others)
+
+
+def _pooled_tpr(s: Array, m: Mask, fpr: float, confidence: float, seed: int) -> Estimate:
+    n, others = int(m.sum()), int((~m).sum())
+    if not resolvable(others, fpr):
+        return Estimate(None, None, None, n, others)
+    values, _, _ = tied_groups(s.ravel(), m.ravel())
+    place = np.searchsorted(-values, -s)
+    counts = [
+        np.stack([np.bincount(p[w], minlength=len(values)) for p, w in zip(place, who, strict=True)]).astype(np.float64)
+        for who in (m, ~m)
+    ]
+    ones = np.ones((1, len(s)))
+    value = float(tpr_of_groups(ones @ counts[0], ones @ counts[1], fpr)[0])
+    if len(s) == 1:
+        return Estimate(value, None, None, n, others)
+    generator = np.random.default_rng(seed)
+    rates = []
+    for _ in range(RESAMPLES // 50):  # tables of 50 resamples at a time
+        weights = generator.multinomial(len(s), np.full(len(s), 1 / len(s)), size=50).astype(np.float64)
+        rates.append(tpr_of_groups(weights @ counts[0], weights @ counts[1], fpr))
+    low, high = np.quantile(np.concatenate(rates), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(value, float(low), float(high), n, others)

@@ -1,0 +1,160 @@
+"""Gradients that are tensors to a view, and products of thin factors inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from raytrust.persample.products import Product
+
+Form = Literal["whole", "flat", "matrix", "transposed", "square"]
+
+
+class GhostGradient(Tensor):
+    """Stands for the gradients (n, *shape) of a `Product`; what a view does with them decides what is computed.
+
+    From the factors: `flatten(1)` and then a product with a vector, a squared norm (`.square().sum(1)`), entries
+    (`[:, positions]`); as matrices (n, outputs, rest), a product with one matrix from either side, or from the right
+    with one a candidate, also after `.mT`; `split` along the candidates. Anything else sees the gradients themselves.
+    All is differentiable in the factors.
+    """
+
+    product: Product
+    form: Form
+
+    @staticmethod
+    def __new__(cls, product: Product, form: Form = "whole") -> GhostGradient:
+        rows, columns = product.shape[0], product.shape[1:].numel()
+        if form == "whole" and len(product.shape) == 2:
+            form = "matrix"
+        shapes = {"whole": product.shape, "matrix": (rows, columns), "transposed": (columns, rows)}
+        shape = (product.n, *shapes.get(form, (rows * columns,)))
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=product.dtype, device=product.inputs.device)
+        self.product, self.form = product, form
+        return self
+
+    def dense(self) -> Tensor:
+        """What this stands for, as a plain tensor."""
+        gradients = self.product.dense
+        match self.form:
+            case "whole":
+                return gradients
+            case "flat":
+                return gradients.flatten(1)
+            case "matrix":
+                return gradients.flatten(2)
+            case "transposed":
+                return gradients.flatten(2).mT
+            case "square":
+                return gradients.flatten(1).square()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        rule = _RULES.get(func)
+        if rule is not None and kwargs.keys() <= _NAMED.get(func, set()):
+            found = rule(*args, **kwargs)
+            if found is not None:
+                return found
+        args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, GhostGradient) else a, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError(f"{func} got around __torch_function__.")  # it would find no storage
+
+
+# Each rule returns None where it does not apply.
+
+
+def _flatten(g: GhostGradient, start_dim: int = 0, end_dim: int = -1) -> GhostGradient | None:
+    if end_dim != -1:
+        return None
+    if start_dim == 1:
+        return GhostGradient(g.product, "flat") if g.form in ("whole", "matrix", "flat") else None
+    return GhostGradient(g.product, "matrix") if start_dim == 2 and g.form in ("whole", "matrix") else None
+
+
+def _reshape(g: GhostGradient, *shape: Any) -> GhostGradient | None:
+    sizes = shape[0] if isinstance(shape[0], (tuple, list)) else shape
+    if g.form not in ("whole", "matrix", "flat"):
+        return None
+    for form in ("whole", "matrix", "flat"):
+        ghost = GhostGradient(g.product, form)
+        if len(sizes) == ghost.ndim and all(s in (-1, t) for s, t in zip(sizes, ghost.shape, strict=True)):
+            return ghost
+    return None
+
+
+def _square(g: GhostGradient) -> GhostGradient | None:
+    return GhostGradient(g.product, "square") if g.form == "flat" else None
+
+
+def _sum(g: GhostGradient, dim: Any = None, *more: Any) -> Tensor | None:
+    return g.product.squared_norm() if g.form == "square" and dim in (1, -1) and not more else None
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor | None:
+    if not isinstance(a, GhostGradient):
+        if not isinstance(b, GhostGradient) or a.ndim != 2 or (b_transposed := _transpose(b)) is None:
+            return None
+        found = _matmul(b_transposed, a.mT)
+        return None if found is None else found.mT
+    if isinstance(b, GhostGradient):
+        return None
+    if a.form == "flat" and b.ndim == 1:
+        return a.product.inner(b)
+    if a.form == "matrix" and b.ndim in (2, 3):
+        return a.product.times(b)
+    return a.product.transposed_times(b) if a.form == "transposed" and b.ndim in (2, 3) else None
+
+
+def _transpose(g: GhostGradient) -> GhostGradient | None:
+    mirrored: dict[Form, Form] = {"matrix": "transposed", "transposed": "matrix"}
+    return GhostGradient(g.product, mirrored[g.form]) if g.form in mirrored else None
+
+
+def _split(g: GhostGradient, sizes: Any, dim: int = 0) -> tuple[GhostGradient, ...] | None:
+    if dim != 0 or isinstance(sizes, int):
+        return None
+    return tuple(GhostGradient(part, g.form) for part in g.product.split(sizes))
+
+
+def _entries(g: GhostGradient, index: Any) -> Tensor | None:
+    match g.form, index:
+        case "flat", (slice(start=None, stop=None, step=None), Tensor(ndim=1, dtype=torch.int64) as positions):
+            return g.product.entries(positions)
+    return None
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    Tensor.flatten: _flatten,
+    Tensor.reshape: _reshape,
+    Tensor.view: _reshape,
+    Tensor.square: _square,
+    Tensor.sum: _sum,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
+    Tensor.split: _split,
+    Tensor.__getitem__: _entries,
+}
+# What a rule takes by name. torch hands on the dim of a split so, also where the caller gave it by position.
+_NAMED = {Tensor.sum: {"dim"}, Tensor.split: {"dim"}}
+_METADATA = {
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+}

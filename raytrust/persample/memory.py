@@ -1,0 +1,88 @@
+"""The memory of an attack: what a candidate takes, how much there is, and an allocator that keeps what was freed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from raytrust.leak.observation import Observation
+
+ACTIVATIONS = 3  # measured: times that an iteration holds what goes into and comes out of each layer
+GRADIENTS = (
+    3  # the same for what is as long as a gradient: targets, as they are laid out, and gradients that are formed
+)
+SHARE = 0.8  # of what is free, the rest is for what can't be foreseen
+
+
+def candidate_bytes(seen: Observation) -> int:
+    """About how many bytes one restart of an attack on this observation takes: an estimate, on the safe side.
+
+    Activations count as well as gradients: behind a small model of large images they are all that counts.
+    """
+    entries = sum(w.numel() for w in seen.weights.values())
+    return 4 * (GRADIENTS * entries + ACTIVATIONS * seen.threat.batch_size * _activations(seen))
+
+
+def _activations(seen: Observation) -> int:
+    """Numbers that go into and come out of the layers for one image, by their shapes alone."""
+    model = seen.build_model().to("meta").eval()  # so that one image has a batch norm, too
+    counted = [0]
+
+    def count(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        counted[0] += sum(t.numel() for t in (*inputs, output) if isinstance(t, torch.Tensor))
+
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, *seen.image_shape, device="meta"))
+    return counted[0]
+
+
+def free_bytes(device: str) -> int:
+    """How many bytes an attack may take: of a GPU most of what is free, of a machine each core's share of that."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(SHARE * free)
+    available = [n for n in (_available(), _of_container()) if n is not None]
+    return int(SHARE * min(available) / (os.cpu_count() or 1)) if available else 2**30
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _of_container() -> int | None:
+    """What the control group leaves, which a container's /proc/meminfo does not know."""
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        return None if limit == "max" else max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether this is what torch raises where it can't allocate, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory instead of giving it back to the system, in the whole process.
+
+    An attack allocates the same large tensors in every iteration, and the page faults of fresh memory cost more than
+    the arithmetic on it. Elsewhere, no effect. For processes that are ours: workers, programs; never a user's.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+        mallopt(parameter, value)

@@ -1,0 +1,1 @@
+"""The paper beside ours, as tables, figures and a page."""

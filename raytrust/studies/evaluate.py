@@ -1,0 +1,352 @@
+"""Capture + attack -> metrics. The only reader of `Truth`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from raytrust.attacks.inversion import Candidates, invert
+from raytrust.attacks.learned import Auxiliary, train_inverter
+from raytrust.config import InversionConfig, LearnedInverterConfig
+from raytrust.leak.observation import Capture
+from raytrust.metrics.images import mse, psnr, ssim_table
+
+DISTRACTORS = 99  # identification is among these and the true image
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """What an attack reached on n private images, image by image in the order of the captures.
+
+    ssim, psnr (dB), mse, lpips: of the restart that the attacker picked by its own objective. lpips (AlexNet, lower is
+        closer) only where the package `lpips` and the weights it needs are installed, see `perceptual_distance`.
+    oracle_ssim: the greatest over all restarts, for each image by itself: an upper bound that no attacker has.
+    label_accuracy: one a batch, how many of its labels were recovered, as multisets; None where they were granted or
+        the attack needs none.
+    identified_mse, identified_ssim: whether the reconstruction is nearer to its true image than to each of the
+        `candidates` - 1 other images; ties are lost. Guessing reaches 1 / candidates.
+    mean_image_ssim, other_image_ssim: floors, from other images of the data set: SSIM of their mean to the private
+        image, and the mean of their SSIM to it, which is what a random other image can expect.
+    history: of how many preceding steps the attacker had the messages, too.
+    objective, matching: of the picked restart, one a batch; matching is without priors, None where there is none.
+    diverged: restarts that broke off. seconds: wall. cpu_seconds: of the process, meanwhile.
+    reconstructions, originals: (images, channels, height, width) in [0, 1].
+    """
+
+    ssim: list[float]
+    psnr: list[float]
+    mse: list[float]
+    lpips: list[float] | None
+    oracle_ssim: list[float]
+    label_accuracy: list[float] | None
+    identified_mse: list[bool] | None
+    identified_ssim: list[bool] | None
+    candidates: int
+    mean_image_ssim: list[float] | None
+    other_image_ssim: list[float] | None
+    history: int
+    objective: list[float]
+    matching: list[float] | None
+    diverged: int
+    seconds: float
+    cpu_seconds: float
+    reconstructions: Tensor
+    originals: Tensor
+
+
+@dataclass(frozen=True)
+class InversionResult(Reconstructions):
+    """What an inversion attack reached."""
+
+    attack: InversionConfig
+
+
+@dataclass(frozen=True)
+class LearnedResult(Reconstructions):
+    """What a learned inverter reached. objective: its loss on held-out auxiliary images, the same for all images; there
+    is no matching distance. losses: that loss epoch by epoch, after that of the mean of the auxiliary images. seconds:
+    with the training."""
+
+    attack: LearnedInverterConfig
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class InversionFailure:
+    """An attack that has no result: it can't be made on these captures, or all restarts of a batch diverged."""
+
+    attack: InversionConfig
+    error: ValueError | FloatingPointError
+
+
+def evaluate_inversion(
+    captures: Sequence[Capture], attack: InversionConfig, device: str = "cpu", references: Tensor | None = None
+) -> InversionResult:
+    """Run the attack on what was seen, and compare with the truth.
+
+    Images of one batch have no order that an attacker could know: they are matched to the truth by the assignment of
+    greatest total SSIM. references: other images of the data set, (n, channels, height, width) in [0, 1], for the
+    floors and for identification, for which the first 99 serve; the attack does not get them. Raises FloatingPointError
+    if all restarts of a batch diverged, ValueError if the attack can't be made.
+    """
+    (result,) = evaluate_inversions(captures, [attack], device, references)
+    if isinstance(result, InversionFailure):
+        raise result.error
+    return result
+
+
+def evaluate_inversions(
+    captures: Sequence[Capture],
+    attacks: Sequence[InversionConfig],
+    device: str = "cpu",
+    references: Tensor | None = None,
+) -> list[InversionResult | InversionFailure]:
+    """`evaluate_inversion` for several attacks, run together; each bears its share of the time, by restarts and
+    iterations. An attack that fails does so alone.
+    """
+    (results,) = evaluate_together([(captures, attacks)], device, references)
+    return results
+
+
+def evaluate_together(
+    requests: Sequence[tuple[Sequence[Capture], Sequence[InversionConfig]]],
+    device: str = "cpu",
+    references: Tensor | None = None,
+) -> list[list[InversionResult | InversionFailure]]:
+    """`evaluate_inversions` for the captures of several defences, each with attacks of its own, as one batch.
+
+    All captures are of one model at one step, as those of the untrained model are. The results of each request, in
+    order.
+    """
+    watch = _Watch()
+    reached = _run(requests, device)
+    spent = watch.read()
+    total = sum(len(captures) * a.restarts * a.iterations for captures, attacks in requests for a in attacks)
+    results = []
+    for (captures, attacks), of_request in zip(requests, reached, strict=True):
+        floors = _floors(captures, references)
+        shares = [spent.share(len(captures) * a.restarts * a.iterations / total) for a in attacks]
+        results.append([_result(captures, *one, floors) for one in zip(attacks, of_request, shares, strict=True)])
+    return results
+
+
+def _result(
+    captures: Sequence[Capture],
+    attack: InversionConfig,
+    candidates: Sequence[Candidates] | ValueError,
+    spent: _Spent,
+    floors: _Floors | None,
+) -> InversionResult | InversionFailure:
+    try:
+        if isinstance(candidates, ValueError):
+            raise candidates
+        return InversionResult(attack=attack, **vars(_compare(captures, candidates, floors, spent)))
+    except (ValueError, FloatingPointError) as error:
+        return InversionFailure(attack, error)
+
+
+def evaluate_learned(
+    captures: Sequence[Capture],
+    config: LearnedInverterConfig,
+    auxiliary: Auxiliary,
+    device: str = "cpu",
+    references: Tensor | None = None,
+) -> LearnedResult:
+    """Train an inverter for the captures, which are of one model at one step, and compare what it makes of their
+    messages with the truth, as `evaluate_inversion` does.
+
+    Raises ValueError if a private image is among the auxiliary ones, and as `train_inverter` does.
+    """
+    _refuse_private(captures, auxiliary.images)
+    watch = _Watch()
+    inverter = train_inverter(captures[0].seen, auxiliary, config, device)
+    images = inverter.reconstruct([c.seen for c in captures])
+    spent = watch.read()
+    candidates = [Candidates(image[None, None], torch.tensor([inverter.held_out_loss])) for image in images]
+    reached = _compare(captures, candidates, _floors(captures, references), spent)
+    return LearnedResult(attack=config, losses=inverter.losses, **vars(reached))
+
+
+def _refuse_private(captures: Sequence[Capture], images: Tensor) -> None:
+    """Raises ValueError if a private image is, to 8 bits a pixel, among these."""
+
+    def key(image: Tensor) -> bytes:
+        return (image * 255).round().byte().numpy().tobytes()
+
+    places = {key(image): i for i, image in enumerate(images)}
+    for capture in captures:
+        for image in capture.truth.images:
+            if key(image) in places:
+                raise ValueError(
+                    f"Expected auxiliary images without the private ones, got that of capture {capture.index} at "
+                    f"{places[key(image)]}."
+                )
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Seconds by the clock, and of this process on CPUs."""
+
+    wall: float
+    cpu: float
+
+    def share(self, part: float) -> _Spent:
+        return _Spent(self.wall * part, self.cpu * part)
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self._started = time.perf_counter(), time.process_time()
+
+    def read(self) -> _Spent:
+        return _Spent(time.perf_counter() - self._started[0], time.process_time() - self._started[1])
+
+
+Request = tuple[Sequence[Capture], Sequence[InversionConfig]]
+
+
+def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candidates] | ValueError]]:
+    """By request and attack what it arrived at, one a capture, or why it can't be made; together, or else, where one of
+    them can't be made, one by one."""
+    jobs = [(c.seen, attack) for captures, attacks in requests for attack in attacks for c in captures]
+    try:
+        candidates = iter(invert(jobs, device))
+    except ValueError as error:
+        if len(requests) > 1:
+            return [_run([request], device)[0] for request in requests]
+        ((captures, attacks),) = requests
+        return [[error]] if len(attacks) == 1 else [[_run([(captures, [a])], device)[0][0] for a in attacks]]
+    return [[[next(candidates) for _ in captures] for _ in attacks] for captures, attacks in requests]
+
+
+def _floors(captures: Sequence[Capture], references: Tensor | None) -> _Floors | None:
+    originals = [c.truth.images.numpy() for c in captures]
+    return None if references is None else _Floors(originals, references[:DISTRACTORS].numpy())
+
+
+class _Floors:
+    """What is known of the private images without any attack. batches: each (batch, ...); references: (m, ...)."""
+
+    def __init__(self, batches: Sequence[NDArray[np.float32]], references: NDArray[np.float32]):
+        self.references = references
+        self.mean_image = ssim_table(np.concatenate(batches), references.mean(0, keepdims=True))[:, 0].tolist()
+        self.other_image = [value for batch in batches for value in self._others(ssim_table(batch, references))]
+
+    @staticmethod
+    def _others(table: NDArray[np.float64]) -> list[float]:
+        """What random other images reach, in the mean: as many as the batch has, assigned as reconstructions are."""
+        size, m = table.shape
+        starts = range(0, m - size + 1, size) if size > 1 else range(m)
+        reached = []
+        for start in starts:
+            part = table[:, start : start + size]
+            rows, columns = linear_sum_assignment(part, maximize=True)
+            reached.append(part[rows, columns])
+        return np.mean(reached or [table.mean(1)], axis=0).tolist()
+
+    def identified(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
+        """By SSIM: truth holds that of each reconstruction with its original."""
+        rivals = ssim_table(reconstructions, self.references).max(1)
+        return [t > rival for t, rival in zip(truth, rivals.tolist(), strict=True)]
+
+    def identified_by_mse(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
+        rivals = [min(mse(image, r) for r in self.references) for image in reconstructions]
+        return [t < rival for t, rival in zip(truth, rivals, strict=True)]
+
+
+def _compare(
+    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: _Floors | None, spent: _Spent
+) -> Reconstructions:
+    picked = [_match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
+    oracle: list[float] = []
+    for capture, found in zip(captures, candidates, strict=True):
+        every = [_match(images, capture.truth.images)[1] for images in found.images[found.objective.isfinite()]]
+        oracle += np.max(every, axis=0).tolist()
+    originals = torch.cat([c.truth.images for c in captures])
+    reconstructions = torch.cat([images for images, _ in picked])
+    pairs = [(a.numpy(), b.numpy()) for a, b in zip(reconstructions, originals, strict=True)]
+    ssim, errors = [s for _, values in picked for s in values], [mse(a, b) for a, b in pairs]
+    lpips = perceptual_distance()
+    matching = [None if c.matching is None else c.matching[c.pick()] for c in candidates]
+    return Reconstructions(
+        ssim=ssim,
+        psnr=[psnr(a, b) for a, b in pairs],
+        mse=errors,
+        lpips=None if lpips is None else lpips(reconstructions, originals),
+        oracle_ssim=oracle,
+        label_accuracy=_label_accuracy(captures, candidates),
+        identified_mse=None if floors is None else floors.identified_by_mse(reconstructions.numpy(), errors),
+        identified_ssim=None if floors is None else floors.identified(reconstructions.numpy(), ssim),
+        candidates=1 if floors is None else 1 + len(floors.references),
+        mean_image_ssim=None if floors is None else floors.mean_image,
+        other_image_ssim=None if floors is None else floors.other_image,
+        history=min(len(c.seen.history) for c in captures),
+        objective=[float(c.objective.min()) for c in candidates],
+        matching=None if any(m is None for m in matching) else [float(m) for m in matching if m is not None],
+        diverged=sum(c.diverged for c in candidates),
+        seconds=spent.wall,
+        cpu_seconds=spent.cpu,
+        reconstructions=reconstructions,
+        originals=originals,
+    )
+
+
+def pick_among(results: Sequence[InversionResult]) -> list[int]:
+    """For each batch, which of these attacks an attacker who made them all would hand in: the index of that of least
+    matching distance, as it can observe no other difference between its settings.
+
+    Raises ValueError if their distances can't be compared: of different objectives or kinds of matching, with and
+    without the residual, or of none.
+    """
+    kinds = {(r.attack.objective, r.attack.residual, r.attack.matching, r.matching is None) for r in results}
+    if len(kinds) != 1 or next(iter(kinds))[-1]:
+        raise ValueError("Expected results of one objective and one matching distance.")
+    return np.argmin([r.matching for r in results if r.matching is not None], axis=0).tolist()
+
+
+def _match(images: Tensor, truth: Tensor) -> tuple[Tensor, list[float]]:
+    """The images in the truth's order, and their SSIM."""
+    table = ssim_table(images.numpy(), truth.numpy())
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    order = rows[np.argsort(columns)]
+    return images[torch.from_numpy(order)], [float(table[i, j]) for j, i in enumerate(order)]
+
+
+def _label_accuracy(captures: Sequence[Capture], candidates: Sequence[Candidates]) -> list[float] | None:
+    shares = []
+    for capture, found in zip(captures, candidates, strict=True):
+        if capture.seen.labels is not None or found.labels is None:
+            return None
+        recovered, true = (Counter(x.tolist()) for x in (found.labels[found.pick()], capture.truth.labels))
+        shares.append((recovered & true).total() / true.total())
+    return shares
+
+
+def perceptual_distance() -> Callable[[Tensor, Tensor], list[float]] | None:
+    """LPIPS (Zhang et al. 2018) with AlexNet, of images in [0, 1]: (n, channels, height, width) twice -> n values.
+
+    None unless the package `lpips` is installed and torchvision's AlexNet weights, which it builds on, are in torch's
+    cache: nothing is downloaded. Images of one channel are repeated to three.
+    """
+    weights = Path(torch.hub.get_dir()) / "checkpoints"
+    if find_spec("lpips") is None or not list(weights.glob("alexnet-*.pth")):
+        return None
+    network = import_module("lpips").LPIPS(net="alex", verbose=False).eval()
+
+    def distance(a: Tensor, b: Tensor) -> list[float]:
+        with torch.no_grad():
+            pair = [x.expand(-1, 3, -1, -1) for x in (a, b)]
+            return network(*pair, normalize=True).flatten().tolist()
+
+    return distance

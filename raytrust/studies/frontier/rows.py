@@ -1,0 +1,186 @@
+"""From finished results to the rows of the frontier. Reads the store; needs no cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from raytrust.compress import expansion_remark
+from raytrust.config import (
+    Defence,
+    DenseConfig,
+    InversionConfig,
+    SweepConfig,
+    TopKConfig,
+    TrainConfig,
+    digest,
+    from_dict,
+    to_dict,
+)
+from raytrust.metrics.statistics import bootstrap_interval, paired_difference, proportion_interval
+from raytrust.metrics.verdict import Evidence, image_evidence
+from raytrust.studies.frontier.store import Store
+
+Row = dict[str, Any]
+
+# Figures of the strongest attack that are averaged over images, None where they weren't measured.
+_MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy")
+_PAIRED = ("aware_gain", "aware_gain_interval", "aware_gain_p")
+_EVIDENCE = (
+    "floor_ssim", "excess", "excess_interval", "identified", "candidates", "naive_excess_interval", "naive_identified",
+)  # fmt: skip
+
+
+def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
+    """The frontier's row of a defence: see `raytrust.reports.frontier_table` for its keys.
+
+    Numbers come from finished results alone.
+
+    It holds the evidence; verdicts need all rows: see `raytrust.reports.frontier_table.judge_rows`.
+    """
+    train = replace(sweep.train, defence=defence)
+    training = store.training(train)
+    figures = store.attacks(train, "evaluation")
+    by_objective = {o: best(figures, o) for o in ("naive", "aware")}
+    if isinstance(defence.compressor, DenseConfig):  # without a compressor the two objectives are one
+        by_objective["aware"] = by_objective["naive"]
+    worst = best(figures)
+    reason = store.failure(train)
+    if reason is None and (training is None or worst is None):
+        failures = [*store.attack_failures(train, "evaluation"), *store.attack_failures(train, "tuning")]
+        reason = f"no attack has a result: {failures[0]}" if failures else "not finished"
+    columns = compressor_columns(defence, training)
+    remark = training and expansion_remark(defence, training["bytes_per_step"], training["dense_bytes"])
+    base = {
+        "name": defence.name_with(columns["level"]),
+        **columns,
+        "error_feedback": defence.error_feedback,
+        "status": "finished" if reason is None else "failed",
+        "reason": reason,
+        "seeds": [sweep.train.seed],
+        "threat": to_dict(sweep.train.threat),
+        "run": store.run_id(train),
+        "remarks": [remark] if remark else [],
+        "bytes_per_step": training and _integer(training["bytes_per_step"]),
+        "compression_ratio": training and training["dense_bytes"] / training["bytes_per_step"],
+        "attacks_tried": len({digest(f["attack"]) for f in [*store.attacks(train, "tuning"), *figures]}),
+        "n_tuning_images": sweep.train.capture.tuning * sweep.train.threat.batch_size,
+    }
+    if reason is not None or training is None or worst is None:
+        empty = ("accuracy", "accuracy_interval", "n_test", "leakage_ssim", "leakage_interval", "ssim_std", "psnr")
+        more = ("n_images", "naive_ssim", "aware_ssim", "oracle_ssim", "attack")
+        return base | dict.fromkeys((*empty, *more, *_MEANS, *_PAIRED, *_EVIDENCE))
+    ssim = worst["ssim"]
+    interval = bootstrap_interval(ssim)
+    return base | {
+        "accuracy": training["correct"] / training["n_test"],
+        "accuracy_interval": list(proportion_interval(training["correct"], training["n_test"])),
+        "n_test": training["n_test"],
+        "leakage_ssim": float(np.mean(ssim)),
+        "leakage_interval": interval and list(interval),
+        "ssim_std": float(np.std(ssim, ddof=1)) if len(ssim) > 1 else 0.0,
+        "psnr": float(np.mean(worst["psnr"])),
+        "n_images": len(ssim),
+        "naive_ssim": _mean_ssim(by_objective["naive"]),
+        "aware_ssim": _mean_ssim(by_objective["aware"]),
+        "oracle_ssim": float(np.mean(worst["oracle_ssim"])),
+        "attack": worst["attack"],
+        **{name: None if worst[name] is None else float(np.mean(worst[name])) for name in _MEANS},
+        **_paired(by_objective["naive"], by_objective["aware"]),
+        **_evidence(worst, by_objective["naive"], sweep.train.threat.batch_size),
+    }
+
+
+def _evidence(worst: dict[str, Any], naive: dict[str, Any] | None, batch: int) -> Row:
+    """What the verdict rests on, of the strongest attack and of the best one that ignores the compressor."""
+    strongest, ignorant = evidence_of(worst, batch), None if naive is None else evidence_of(naive, batch)
+    return {
+        "floor_ssim": strongest.floor,
+        "excess": strongest.excess,
+        "excess_interval": strongest.interval and list(strongest.interval),
+        "identified": strongest.identified,
+        "candidates": strongest.candidates,
+        "naive_excess_interval": None if ignorant is None or ignorant.interval is None else list(ignorant.interval),
+        "naive_identified": None if ignorant is None else ignorant.identified,
+    }
+
+
+def evidence_of(figures: dict[str, Any], batch: int = 1) -> Evidence:
+    """That of the stored figures of one attack on private batches of this many images."""
+    names = ("ssim", "mean_image_ssim", "other_image_ssim", "identified_ssim", "candidates")
+    ssim, mean_image, other_image, identified, candidates = (figures[name] for name in names)
+    return image_evidence(ssim, mean_image, other_image, identified, candidates, batch)
+
+
+def _paired(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:
+    """How much the best aware attack gains over the best naive one, image by image."""
+    if naive is None or aware is None or naive is aware:
+        return dict.fromkeys(_PAIRED)
+    found = paired_difference(aware["ssim"], naive["ssim"])
+    interval = found.interval and list(found.interval)
+    return dict(zip(_PAIRED, (found.difference, interval, found.p_value), strict=True))
+
+
+def finalists(store: Store, sweep: SweepConfig, defence: Defence) -> tuple[TrainConfig, list[InversionConfig]]:
+    """The attacks to run on the evaluation images: on the tuning images the best naive one and the best aware one.
+
+    An objective that was not tried takes the settings of the best attack. Empty if no attack has a result.
+    """
+    train = replace(sweep.train, defence=defence)
+    tried = store.attacks(train, "tuning")
+    winner = best(tried)
+    if winner is None:
+        return train, []
+    attacks = [
+        from_dict(InversionConfig, {**(best(tried, objective) or winner)["attack"], "objective": objective})
+        for objective in ("naive", "aware")
+    ]
+    attacks = [attack.against(defence) for attack in attacks]
+    return train, list(dict.fromkeys(attacks))
+
+
+def best(figures: Sequence[dict[str, Any]], objective: str | None = None) -> dict[str, Any] | None:
+    """The attack of greatest mean SSIM: leakage is a maximum."""
+    eligible = [f for f in figures if objective in (None, f["attack"]["objective"])]
+    return max(eligible, key=lambda f: float(np.mean(f["ssim"])), default=None)
+
+
+def _mean_ssim(figures: dict[str, Any] | None) -> float | None:
+    return None if figures is None else float(np.mean(figures["ssim"]))
+
+
+def compressor_columns(defence: Defence, training: dict[str, Any] | None) -> Row:
+    columns: Row = {
+        "compressor": defence.compressor.method,
+        "rank": getattr(defence.compressor, "rank", None),
+        "level": getattr(defence.compressor, "level", None),
+        "equal_to_rank": None,
+        "equal_by": None,
+    }
+    if isinstance(defence.compressor, TopKConfig) and defence.compressor.level is None:
+        # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
+        columns["level"] = training and training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
+        columns |= {"equal_to_rank": defence.compressor.equal_to_rank, "equal_by": defence.compressor.equal_by}
+    return columns
+
+
+def _integer(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def audited_defences(sweep: SweepConfig, store: Store) -> list[Defence]:
+    """Those of the list first, then those that the search chose, in the order in which they were begun."""
+    return list(dict.fromkeys([*sweep.defences, *store.defences(sweep.train)]))
+
+
+def trained_defences(sweep: SweepConfig, store: Store, defences: Sequence[Defence]) -> list[Defence]:
+    configs = ((d, replace(sweep.train, defence=d)) for d in defences)
+    return [d for d, train in configs if store.training(train) is not None and store.failure(train) is None]
+
+
+def train_of(store: Store, sweep: SweepConfig, finished: Row) -> TrainConfig:
+    configs = (replace(sweep.train, defence=d) for d in audited_defences(sweep, store))
+    return next(train for train in configs if store.run_id(train) == finished["run"])

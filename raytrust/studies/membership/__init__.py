@@ -1,0 +1,1 @@
+"""The membership audit: shadow models, and what their outputs and messages betray."""

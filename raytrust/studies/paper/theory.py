@@ -1,0 +1,123 @@
+"""Section 3 of the paper, tested: what a compressor discards, and what cosine an attacker reaches in spite of it.
+
+With g the gradient and C(g) what the message decodes to:
+
+- eq. (5): the squared error of a matrix truncated to rank r is the sum of its discarded squared singular values, an
+  equality for the truncated SVD; PowerSGD's error is at least that, as it finds the subspace by one iteration.
+- eq. (6): Top-K's squared error is the sum of the discarded squares, an equality.
+- eq. (7): uncompressed, the matching distance at the private image is 0.
+- Both compressors are orthogonal projections of g, so that cos(g, C(g)) = ||C(g)|| / ||g||: the paper's limit below 1.
+
+The limit is one of the true image under the naive objective. It bounds neither the cosine that another image reaches
+with C(g), nor the aware objective, whose distance at the private image is 0 again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raytrust.attacks.inversion import per_candidate_gradients
+from raytrust.attacks.inversion.objectives import decoded_gradient, target_view
+from raytrust.config import Defence, InversionConfig, PowerSGDConfig, TopKConfig
+from raytrust.data import Dataset
+from raytrust.leak.observation import Capture, Observation
+from raytrust.studies.evaluate import evaluate_inversion
+from raytrust.studies.paper.plan import Victim
+from raytrust.train.loop import capture_images
+
+
+def examine(
+    victim: Victim,
+    defence: Defence,
+    attack: InversionConfig,
+    data: Dataset,
+    images: Sequence[int],
+    state: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """All figures of one defence at one state, a list over images each; see the module for what they test."""
+    chosen = torch.tensor(list(images))
+    x, y = data.test_images[chosen], data.test_labels[chosen]
+    plain = capture_images(victim.train_config(), data, x, y, state, victim.steps)
+    sent = capture_images(victim.train_config(defence), data, x, y, state, victim.steps)
+    found: dict[str, Any] = {}
+    for i, (whole, capture) in enumerate(zip(plain, sent, strict=True)):
+        figures = compare(decoded_gradient(whole.seen), decoded_gradient(capture.seen), defence)
+        figures |= at_the_truth(capture.seen, x[i].float() / 255, attack)
+        for name, value in figures.items():
+            found.setdefault(name, []).append(value)
+    for objective in ("naive", "aware"):
+        config = replace(attack, objective=objective)
+        found |= _reached(plain, sent, config)
+    return found
+
+
+def compare(gradient: Sequence[Tensor], decoded: Sequence[Tensor], defence: Defence) -> dict[str, float]:
+    """Of one gradient and what its message decodes to, in float64.
+
+    cosine, attainable: cos(g, C(g)) and ||C(g)|| / ||g||. error: ||g - C(g)||^2 / ||g||^2. from_error: the cosine that
+    this error leaves a projection, sqrt(1 - error). discarded: what eq. (5) or (6) say of the error, relative too: the
+    least that rank r allows, or the squares of what Top-K did not send. svd: the error of the truncated SVD itself,
+    for PowerSGD, else discarded.
+    """
+    g, c = (torch.cat([t.flatten().double() for t in tensors]) for tensors in (gradient, decoded))
+    square = float(g @ g)
+    error = float((g - c).square().sum()) / square
+    discarded = svd = 0.0
+    match defence.compressor:
+        case PowerSGDConfig(rank=rank):
+            pairs = [_truncated(m.flatten(1).double(), rank) for m in gradient if m.ndim > 1]
+            discarded, svd = (sum(column) / square for column in zip(*pairs, strict=True))
+        case TopKConfig():
+            kept = int((c != 0).sum())
+            discarded = svd = float(g.abs().sort(descending=True).values[kept:].square().sum()) / square
+    return {
+        "cosine": float(g @ c) / (square * float(c @ c)) ** 0.5,
+        "attainable": (float(c @ c) / square) ** 0.5,
+        "error": error,
+        "from_error": max(0.0, 1 - error) ** 0.5,
+        "discarded": discarded,
+        "svd": svd,
+    }
+
+
+def _truncated(matrix: Tensor, rank: int) -> tuple[float, float]:
+    """(sum of the discarded squared singular values, squared error of the truncated SVD): two ways to one number."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    kept = (u[:, :rank] * s[:rank]) @ v[:rank]
+    return float(s[rank:].square().sum()), float((matrix - kept).square().sum())
+
+
+def at_the_truth(seen: Observation, image: Tensor, attack: InversionConfig) -> dict[str, float]:
+    """The matching distances of both objectives at the private image, (channels, height, width) in [0, 1]."""
+    model, labels = seen.build_model(), seen.labels
+    assert labels is not None
+    x = (image - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
+    grads = [g.detach() for g in per_candidate_gradients(model, x[None, None], labels[None])]
+    views = {o: target_view(seen, replace(attack, objective=o)) for o in ("naive", "aware")}
+    return {f"{o}_at_truth": float(view.distance(grads)) for o, view in views.items()}
+
+
+def _reached(plain: Sequence[Capture], sent: Sequence[Capture], attack: InversionConfig) -> dict[str, list[float]]:
+    """What an attack reaches: its own cosine (1 - matching distance), that with the whole gradient, and SSIM."""
+    result = evaluate_inversion(sent, attack)
+    assert result.matching is not None
+    cosines = []
+    for capture, image in zip(plain, result.reconstructions, strict=True):
+        seen = capture.seen
+        assert seen.labels is not None
+        x = (image - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
+        found = per_candidate_gradients(seen.build_model(), x[None, None], seen.labels[None])
+        grads = [g.detach() for g in found]
+        cosines.append(1 - float(target_view(seen, replace(attack, objective="naive")).distance(grads)))
+    name = attack.objective
+    return {
+        f"{name}_reached": [float(1 - m) for m in result.matching],
+        f"{name}_with_gradient": cosines,
+        f"{name}_ssim": np.asarray(result.ssim).tolist(),
+    }

@@ -1,0 +1,1 @@
+"""Training as a generator of records: the loop, private batches, DP-SGD."""

@@ -1,0 +1,301 @@
+"""Training as a generator: `train(config, data, channel)` yields what happened, and never logs, prints or saves.
+
+Every worker runs this same code with its own end of the channel. Replicas stay equal because they start from one seed
+and step by the same mean gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raytrust.compress import Compressor, ErrorFeedback, build
+from raytrust.compress.dgc import DGC
+from raytrust.compress.history import Past
+from raytrust.config import TrainConfig
+from raytrust.data import Dataset
+from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
+from raytrust.networks.build import build_model
+from raytrust.wire.channel import Channel, LocalChannel, Tap
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: this worker's mean training loss (nats), the payload bytes that it sent for the gradient, and
+    the bytes of the gradient itself."""
+
+    step: int
+    loss: float
+    sent_bytes: int
+    gradient_bytes: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Test accuracy of the model after `step` steps: `correct` of `n` images; mean loss in nats."""
+
+    step: int
+    correct: int
+    n: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model after the last step: its weights and buffers by name, on the CPU."""
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+Record: TypeAlias = Step | Capture | Trained | Evaluation
+
+
+def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "cpu") -> Iterator[Record]:
+    """Train, and yield a `Step` each step, a `Capture` for each private batch of this worker, at last one `Trained` and
+    one `Evaluation`.
+
+    Captures at step t are taken before step t is made, so step 0 is the untrained model. The private batches pass
+    through the real collective with a copy of the compressor in its current state: what is captured is what would have
+    crossed the wire had this batch been the worker's batch of this step; training itself goes on undisturbed.
+
+    A run is a function of its arguments. When the training loss or gradient of one worker stops being finite, all
+    workers raise FloatingPointError in that step, before the gradient is sent: none is left waiting for another.
+    """
+    if config.workers != channel.world_size:
+        raise ValueError(f"Expected workers={config.workers} to equal the channel's world size, {channel.world_size}.")
+    check_sizes(config, len(data.train_labels))
+    model = build_model(config.model, data.channels, data.classes, config.seed).to(device)
+    parameters = list(model.parameters())
+    compressor = build(config.defence, model, config.seed)
+    optimiser = torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: learning_rate_factor(t, config.steps))
+    batches = _batches(config, len(data.train_labels), channel)
+    history: deque[Past] = deque(maxlen=config.threat.history)
+    for step in range(config.steps):
+        if step in config.capture.steps:
+            _average_buffers(model, channel)
+            private = data.train_images, data.train_labels, private_batches(config, len(data.train_labels))
+            yield from _captures(config, step, model, compressor, data, channel, device, private, tuple(history))
+        images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
+        model.train()
+        loss = F.cross_entropy(model(images), labels)
+        grads = torch.autograd.grad(loss, parameters)
+        _agree_to_go_on(step, loss, grads, compressor, channel)
+        keep = any(step < captured <= step + config.threat.history for captured in config.capture.steps)
+        tap = Tap(channel, keep=keep)
+        state = _public_state(compressor) if keep else {}
+        reduced = compressor.reduce(grads, tap)
+        if keep:
+            history.append(Past(seen_messages([m.to("cpu") for m in tap.messages], config.threat), state))
+        for parameter, mean in zip(parameters, reduced.mean, strict=True):
+            parameter.grad = mean
+        optimiser.step()
+        schedule.step()
+        yield Step(step, loss.item(), tap.sent_bytes, sum(g.numel() * g.element_size() for g in grads))
+    _average_buffers(model, channel)
+    yield Trained(*_state(model))
+    yield _evaluate(config.steps, model, data, device)
+
+
+def capture_images(
+    config: TrainConfig,
+    data: Dataset,
+    images: Tensor,
+    labels: Tensor,
+    state: dict[str, Tensor] | None = None,
+    step: int = 0,
+) -> list[Capture]:
+    """Captures as `train` makes them, of chosen images instead of training images, without any training.
+
+    images: uint8 (n, channels, height, width), each a private batch of its own, normalised as `data`. labels: (n,).
+    state: weights and buffers of the model by name, by default of the untrained one; `step` says how long it was
+    trained. The compressor is in its first state. Raises ValueError where the model can't have a gradient: a batch norm
+    in training mode of one value a channel.
+    """
+    model = build_model(config.model, data.channels, data.classes, config.seed)
+    if state is not None:
+        model.load_state_dict(state)
+    private = images, labels, torch.arange(len(labels))[:, None]
+    compressor = build(config.defence, model, config.seed)
+    return list(_captures(config, step, model, compressor, data, LocalChannel(), "cpu", private))
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step: a linear rise over the first tenth, then a linear fall to zero."""
+    rise = max(1, steps // 10)
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
+
+
+def check_sizes(config: TrainConfig, n_train: int) -> None:
+    """Raises ValueError if there are too few training images for one step or for the private batches."""
+    step = config.batch_size * config.workers
+    if step > n_train:
+        raise ValueError(
+            f"Expected batch_size={config.batch_size} x workers={config.workers} to be at most the number of training "
+            f"images, {n_train}."
+        )
+    private = (config.capture.tuning + config.capture.evaluation) * config.threat.batch_size
+    if private > n_train:
+        raise ValueError(f"Expected at least {private} training images for the private batches, got {n_train}.")
+
+
+def private_batches(config: TrainConfig, n_train: int) -> Tensor:
+    """Indices of training images, (tuning + evaluation, threat.batch_size): no image twice.
+
+    They depend on the seed and the sizes alone, so every defence is attacked on the same images.
+    """
+    count = config.capture.tuning + config.capture.evaluation
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randperm(n_train, generator=generator)[: count * config.threat.batch_size].view(count, -1)
+
+
+def _batches(config: TrainConfig, n_train: int, channel: Channel) -> Iterator[Tensor]:
+    """Endless epochs of shuffled indices, the same order on all workers, of which each takes its share."""
+    generator = torch.Generator().manual_seed(config.seed + 1)
+    share = config.batch_size * channel.world_size
+    while True:
+        order = torch.randperm(n_train, generator=generator)
+        for start in range(0, n_train - share + 1, share):
+            yield order[start + channel.rank : start + share : channel.world_size]
+
+
+def _fetch(images: Tensor, labels: Tensor, indices: Tensor, data: Dataset, device: str) -> tuple[Tensor, Tensor]:
+    """The images of a uint8 tensor, normalised as the model sees them, and their labels."""
+    x = images[indices].to(device).float().div_(255)
+    mean, std = (s.to(device).view(-1, 1, 1) for s in (data.mean, data.std))
+    return (x - mean) / std, labels[indices].to(device)
+
+
+def _agree_to_go_on(step: int, loss: Tensor, grads: Sequence[Tensor], compressor: Compressor, channel: Channel) -> None:
+    """Raises FloatingPointError on every worker if one has a loss or a gradient that is not finite.
+
+    The workers exchange one flag for it. It says nothing else, is not part of the gradient traffic, and not counted.
+    """
+    reason = ""
+    if not math.isfinite(loss.item()):
+        reason = f"The training loss became {loss.item()} at step {step}."
+    else:
+        try:
+            compressor.layout.check(grads)
+        except ValueError as error:
+            reason = f"The gradient is not finite at step {step}. {error}"
+    healthy = channel.all_mean(loss.new_tensor([0.0 if reason else 1.0]))
+    if healthy.item() < 1:
+        raise FloatingPointError(
+            reason or f"The training loss or gradient of another worker is not finite at step {step}."
+        )
+
+
+def _captures(
+    config: TrainConfig,
+    step: int,
+    model: nn.Module,
+    compressor: Compressor,
+    data: Dataset,
+    channel: Channel,
+    device: str,
+    private: tuple[Tensor, Tensor, Tensor],
+    history: tuple[Past, ...] = (),
+) -> Iterator[Capture]:
+    """This worker's share of the private batches, one in each round; all workers take part in all rounds.
+
+    private: images, labels, and a row of indices into them for each batch.
+    """
+    images, labels, indices = private
+    weights, buffers = _state(model)
+    state = _public_state(compressor)
+    for first in range(0, len(indices), channel.world_size):
+        index = first + channel.rank
+        mine = indices[index % len(indices)]  # in a last, short round some workers only keep the others company
+        x, y = _fetch(images, labels, mine, data, device)
+        tap = Tap(channel, keep=True)
+        gradient, after = _private_gradient(model, x, y, config)
+        copy.deepcopy(compressor).reduce(gradient, tap)
+        if index >= len(indices):
+            continue
+        granted = config.threat.batch_statistics == "known" and config.threat.batch_norm == "train"
+        seen = Observation(
+            step=step,
+            weights=weights,
+            buffers=buffers,
+            messages=seen_messages([m.to("cpu") for m in tap.messages], config.threat),
+            compressor_state=state,
+            defence=config.defence,
+            model=config.model,
+            threat=config.threat,
+            labels=y.cpu() if config.threat.labels == "known" else None,
+            image_shape=(data.channels, *data.image_size),
+            classes=data.classes,
+            mean=data.mean,
+            std=data.std,
+            victim=channel.rank,
+            world_size=channel.world_size,
+            residual=isinstance(compressor, (ErrorFeedback, DGC)) and step > 0,
+            buffers_after=after if granted else None,
+            history=history,
+        )
+        yield Capture(index, seen, Truth(images[mine].float() / 255, labels[mine]))
+
+
+def _private_gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, config: TrainConfig
+) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    """The gradient of the mean loss over the private batch, in the threat's batch-norm mode, and the buffers that a
+    worker would have afterwards; those of the model stay unchanged.
+    """
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    model.train(config.threat.batch_norm == "train")
+    grads = torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
+    after = _state(model)[1]
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before[name])
+    return grads, after
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of the weights and of the buffers, by name, on the CPU."""
+    weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    return weights, {name: b.detach().cpu().clone() for name, b in model.named_buffers()}
+
+
+def _public_state(compressor: Compressor) -> dict[str, Tensor]:
+    return {name: s.cpu() for name, s in compressor.public_state().items()}
+
+
+def _average_buffers(model: nn.Module, channel: Channel) -> None:
+    """Batch-norm statistics become the mean over workers. Not part of the gradient traffic, and not counted in it."""
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    if buffers and channel.world_size > 1:
+        mean = channel.all_mean(torch.cat([b.flatten() for b in buffers]))
+        for buffer, part in zip(buffers, mean.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+
+@torch.no_grad()
+def _evaluate(step: int, model: nn.Module, data: Dataset, device: str, batch: int = 256) -> Evaluation:
+    model.eval()
+    correct, loss = 0, 0.0
+    for indices in torch.arange(len(data.test_labels)).split(batch):
+        images, labels = _fetch(data.test_images, data.test_labels, indices, data, device)
+        logits = model(images)
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"The test loss became {loss} after {step} steps.")
+    n = len(data.test_labels)
+    return Evaluation(step, correct, n, loss / n)

@@ -1,0 +1,1 @@
+"""What workers say to each other: collectives, and the tap that keeps what crossed the wire."""

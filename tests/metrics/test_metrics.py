@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from skimage.metrics import structural_similarity
+
+from raytrust.metrics import images as metrics
+from raytrust.metrics import statistics
+
+
+def images(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.random(shape), rng.random(shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 7, 11)])
+def test_ssim_is_the_pinned_call(shape):
+    a, b = images(shape)
+    b = 0.7 * a + 0.3 * b
+    assert metrics.ssim(a, b) == structural_similarity(a, b, data_range=1.0, channel_axis=0)
+    assert metrics.ssim(a, b) == pytest.approx(metrics.ssim(b, a), abs=1e-12)
+    assert metrics.ssim(a, a) == 1.0
+
+
+def test_ssim_of_one_window_is_the_papers_formula():
+    a, b = images((1, 9, 9), seed=1)
+    c1, c2 = 0.01**2, 0.03**2
+    windows = [(a[0, i : i + 7, j : j + 7], b[0, i : i + 7, j : j + 7]) for i in range(3) for j in range(3)]
+    values = []
+    for x, y in windows:
+        cov = np.cov(x.ravel(), y.ravel())
+        top = (2 * x.mean() * y.mean() + c1) * (2 * cov[0, 1] + c2)
+        values.append(top / ((x.mean() ** 2 + y.mean() ** 2 + c1) * (cov[0, 0] + cov[1, 1] + c2)))
+    assert metrics.ssim(a, b) == pytest.approx(np.mean(values), abs=1e-10)
+
+
+def test_ssim_falls_with_noise():
+    a, noise = images((3, 16, 16), seed=2)
+    mixed = [metrics.ssim(a, (1 - t) * a + t * noise) for t in (0.0, 0.1, 0.3, 1.0)]
+    assert mixed == sorted(mixed, reverse=True)
+    assert abs(mixed[-1]) < 0.2
+
+
+def test_float32_images_are_scored_in_float64():
+    a, b = (x.astype(np.float32) for x in images((3, 16, 16)))
+    assert metrics.ssim(a, b) == metrics.ssim(a.astype(np.float64), b.astype(np.float64))
+
+
+@pytest.mark.parametrize("offset", [0.5, 0.1, 0.01])
+def test_mse_and_psnr_of_a_constant_offset(offset):
+    a = np.full((3, 4, 4), 0.25)
+    assert metrics.mse(a, a + offset) == pytest.approx(offset**2)
+    assert metrics.psnr(a, a + offset) == pytest.approx(-20 * math.log10(offset))
+
+
+def test_mse_and_psnr_limits():
+    zeros, ones = np.zeros((1, 4, 4)), np.ones((1, 4, 4))
+    assert metrics.mse(zeros, zeros) == 0.0
+    assert metrics.psnr(zeros, zeros) == math.inf
+    assert metrics.mse(zeros, ones) == 1.0
+    assert metrics.psnr(zeros, ones) == 0.0
+
+
+@pytest.mark.parametrize("metric", [metrics.ssim, metrics.mse, metrics.psnr])
+def test_bad_images_are_refused(metric):
+    good = np.full((1, 8, 8), 0.5)
+    for bad in (np.full((1, 8, 9), 0.5), np.full((1, 1, 8, 8), 0.5), good + 0.6, good - 0.6, good * np.nan):
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match="Expected"):
+                metric(*pair)
+    with pytest.raises(ValueError, match="shape"):
+        metric(good[0], good[0])
+    with pytest.raises(ValueError, match="non-empty"):
+        metric(good[:0], good[:0])
+    spoiled = good.copy()
+    spoiled[0, 3, 3] = np.nan
+    with pytest.raises(ValueError, match="nan"):
+        metric(good, spoiled)
+
+
+def test_range_has_a_tolerance():
+    ones = np.ones((1, 8, 8))
+    assert metrics.mse(ones, ones + 5e-7) < 1e-12
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        metrics.mse(ones, ones + 2e-6)
+
+
+def test_ssim_needs_a_window():
+    small = np.zeros((1, 6, 8))
+    with pytest.raises(ValueError, match="7x7"):
+        metrics.ssim(small, small)
+
+
+def test_mean_interval_against_a_t_table():
+    # t(0.975, 3 degrees of freedom) = 3.182; the sample has mean 2.5 and standard deviation sqrt(5 / 3).
+    low, high = statistics.mean_interval([1.0, 2.0, 3.0, 4.0])
+    assert (low + high) / 2 == pytest.approx(2.5)
+    assert (high - low) / 2 == pytest.approx(3.182 * math.sqrt(5 / 3) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("n", "confidence"), [(2, 0.95), (5, 0.5), (40, 0.99)])
+def test_mean_interval_against_scipy(n, confidence):
+    x = np.random.default_rng(n).normal(size=n)
+    expected = stats.t.interval(confidence, n - 1, loc=x.mean(), scale=stats.sem(x))
+    assert statistics.mean_interval(x, confidence) == pytest.approx(expected)
+
+
+def test_mean_interval_covers_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(loc=3.0, size=(2000, 4))
+    hits = sum(low <= 3.0 <= high for low, high in map(statistics.mean_interval, draws))
+    assert abs(hits / 2000 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_mean_interval_limits():
+    assert statistics.mean_interval([0.3]) is None
+    assert statistics.mean_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    for bad in ([], [[1.0, 2.0]], [1.0, math.nan], [1.0, math.inf]):
+        with pytest.raises(ValueError, match="values"):
+            statistics.mean_interval(bad)
+    for confidence in (0.0, 1.0, 95, math.nan):
+        with pytest.raises(ValueError, match="confidence"):
+            statistics.mean_interval([1.0, 2.0], confidence)
+
+
+def test_proportion_interval_against_a_textbook():
+    # Newcombe (1998), Table I, method 3: the Wilson interval of 81/263, 15/148, 0/20 and 1/29.
+    for successes, n, expected in [
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ]:
+        assert statistics.proportion_interval(successes, n) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("n", [1, 7, 360])
+def test_proportion_interval_against_scipy_and_bounds(n, confidence):
+    for successes in range(n + 1):
+        low, high = statistics.proportion_interval(successes, n, confidence)
+        twin = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+        assert (low, high) == pytest.approx((twin.low, twin.high), abs=1e-12)
+        assert 0.0 <= low <= successes / n <= high <= 1.0
+        assert low < high
+
+
+def test_proportion_interval_refuses():
+    for successes, n in [(0, 0), (-1, 5), (6, 5)]:
+        with pytest.raises(ValueError, match="Expected"):
+            statistics.proportion_interval(successes, n)
+    with pytest.raises(ValueError, match="confidence"):
+        statistics.proportion_interval(1, 2, 1.0)
+
+
+def naive_pareto(points, maximise):
+    signs = [1 if up else -1 for up in maximise]
+    kept = []
+    for p in points:
+        beaten = False
+        for q in points:
+            gains = [s * (b - a) for s, a, b in zip(signs, p, q, strict=True)]
+            beaten = beaten or (min(gains) >= 0 and max(gains) > 0)
+        kept.append(not beaten)
+    return kept
+
+
+@pytest.mark.parametrize("maximise", [m for d in (1, 2, 3) for m in itertools.product([False, True], repeat=d)])
+def test_pareto_against_a_naive_twin(maximise):
+    rng = np.random.default_rng(sum(maximise))
+    for points in (rng.random((40, len(maximise))), rng.integers(0, 4, size=(40, len(maximise)))):  # integers: ties
+        assert statistics.pareto(points, maximise).tolist() == naive_pareto(points.tolist(), maximise)
+
+
+def test_pareto_keeps_duplicates_and_drops_weakly_dominated_points():
+    points = [[0.1, 0.9], [0.1, 0.9], [0.1, 0.8], [0.2, 0.9], [0.3, 0.95]]
+    assert statistics.pareto(points, [False, True]).tolist() == [True, True, False, False, True]
+
+
+def test_pareto_limits():
+    mask = statistics.pareto(np.empty((0, 2)), [True, False])
+    assert mask.shape == (0,)
+    assert mask.dtype == bool
+    assert statistics.pareto([[1.0, 2.0]], [True, True]).tolist() == [True]
+    for points, maximise in [([1.0, 2.0], [True]), ([[1.0, 2.0]], [True]), (np.empty((3, 0)), [])]:
+        with pytest.raises(ValueError, match="shape"):
+            statistics.pareto(points, maximise)
+    with pytest.raises(ValueError, match="NaN"):
+        statistics.pareto([[math.nan, 1.0]], [True, True])
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 7), (3, 8, 11), (3, 32, 32)])
+def test_the_ssim_table_is_the_pinned_call_for_each_pair(shape):
+    rng = np.random.default_rng(0)
+    a, b = rng.random((3, *shape)), rng.random((4, *shape)).astype(np.float32)
+    b[1] = 0.7 * a[2] + 0.3 * b[1]
+    b[2] = 0.5  # constant
+    b[3] = a[0]
+    table = metrics.ssim_table(a, b)
+    np.testing.assert_allclose(table, [[metrics.ssim(x, y) for y in b] for x in a], atol=1e-9)
+
+
+def test_the_ssim_table_refuses_bad_images():
+    good = np.full((2, 1, 8, 8), 0.5)
+    for bad in (good[:, :, :6], good[0], good + 0.6, good * np.nan, np.full((2, 3, 8, 8), 0.5)):
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(ValueError, match="Expected"):
+                metrics.ssim_table(*pair)
+
+
+def test_the_bootstrap_interval_covers_the_mean():
+    """As often as it says, for values that are far from normal; with the plain percentiles it would be 0.88."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        low, high = statistics.bootstrap_interval(rng.random(8) ** 2)
+        covered += low <= 1 / 3 <= high
+    assert 0.91 < covered / 400 < 0.98
+
+
+def test_the_bootstrap_interval_is_wider_than_the_plain_one():
+    values = np.random.default_rng(1).random(6)
+    low, high = statistics.bootstrap_interval(values)
+    plain = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    assert values.min() <= low < plain.low < plain.high < high <= values.max()
+    t = statistics.mean_interval(values)
+    assert high - low == pytest.approx(t[1] - t[0], rel=0.15)
+    assert statistics.bootstrap_interval(values) == (low, high)  # by a fixed seed
+    narrow = statistics.bootstrap_interval(values, confidence=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_limits_and_refusals():
+    assert statistics.bootstrap_interval([0.3]) is None
+    assert statistics.bootstrap_interval([0.3] * 5) == (0.3, 0.3)
+    for bad in ([], [math.nan, 1.0], [[1.0, 2.0]]):
+        with pytest.raises(ValueError, match="Expected at least one finite value"):
+            statistics.bootstrap_interval(bad)
+    with pytest.raises(ValueError, match="Expected confidence=1"):
+        statistics.bootstrap_interval([1.0, 2.0], confidence=1.0)
+
+
+@pytest.mark.parametrize("n", [1, 4, 9, 14])
+def test_the_sign_flip_test_is_exact(n):
+    rng = np.random.default_rng(n)
+    a, b = rng.random(n) + 0.1, rng.random(n)
+    found = statistics.paired_difference(a, b)
+    assert found.difference == pytest.approx(np.mean(a - b))
+    assert found.interval == statistics.bootstrap_interval(a - b)
+    sums = [abs(np.dot(signs, a - b)) for signs in itertools.product((1, -1), repeat=n)]
+    assert found.p_value == pytest.approx(np.mean(np.array(sums) >= abs((a - b).sum()) - 1e-12))
+    assert found.p_value >= 2 ** (1 - n)
+
+
+def test_the_sign_flip_test_of_many_pairs_is_nearly_exact():
+    rng = np.random.default_rng(0)
+    for shift in (0.05, 0.12, 0.0):
+        a, b = rng.random(40) + shift, rng.random(40)
+        exact = stats.permutation_test(
+            (a, b), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", n_resamples=20000, rng=1
+        )
+        assert statistics.paired_difference(a, b).p_value == pytest.approx(exact.pvalue, abs=0.02)
+
+
+def test_paired_differences():
+    assert statistics.paired_difference([0.5] * 10, [0.1] * 10).p_value == 2 / 2**10  # all signs alike
+    nothing = statistics.paired_difference([0.5, 0.2], [0.5, 0.2])
+    assert (nothing.difference, nothing.interval, nothing.p_value) == (0.0, (0.0, 0.0), 1.0)
+    with pytest.raises(ValueError, match="Expected pairs, got 2 and 3 values"):
+        statistics.paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from frontier_rows import control, failed, finished, sweep
+
+from raytrust.reports import frontier_table as report
+
+JUDGED = ("verdict", "verdict_reason", "control", "pareto")
+
+# --- files ---
+
+
+def test_rows_survive_the_round_trip(tmp_path):
+    path, rows = tmp_path / "frontier.json", [*sweep(3), failed()]
+    report.write_rows(path, rows)
+    assert report.load_rows(path) == rows
+    report.write_rows(path, rows[:1])
+    assert report.load_rows(path) == rows[:1]
+    assert [p.name for p in tmp_path.iterdir()] == ["frontier.json"]
+
+
+def test_further_keys_are_kept_as_they_are(tmp_path):
+    further = {"note": "näher", "pareto": True, "epochs": 3, "curve": [0.5, None, {"x": 1e-9}]}
+    rows = [finished() | further, failed() | further]
+    report.write_rows(tmp_path / "rows.json", rows)
+    assert report.load_rows(tmp_path / "rows.json") == rows
+    kept = [{k: v for k, v in row.items() if k not in JUDGED} for row in report.judge_rows(rows)]
+    assert kept == [{k: v for k, v in row.items() if k != "pareto"} for row in rows]
+    assert report.frontier_table(rows) == report.frontier_table([finished(), failed()])
+
+
+def test_a_failure_may_have_bytes_as_its_training_may_have_finished(tmp_path):
+    row = failed("sign") | {"bytes_per_step": 12345, "compression_ratio": 72.1}
+    report.write_rows(tmp_path / "rows.json", [row])
+    assert report.load_rows(tmp_path / "rows.json") == [row]
+    assert report.frontier_table([row]) == report.frontier_table([failed("sign")])
+
+
+def test_rows_may_be_none_at_all(tmp_path):
+    report.write_rows(tmp_path / "rows.json", [])
+    assert report.load_rows(tmp_path / "rows.json") == []
+
+
+MEASURED = ["accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "mse"]
+MEASURED += ["lpips", "label_accuracy", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim"]
+MEASURED += ["aware_gain", "aware_gain_p", "floor_ssim", "excess", "excess_interval", "identified", "verdict"]
+MEASURED += ["naive_excess_interval", "naive_identified"]
+BAD_ROWS = {
+    **{f"failed with {key}": failed() | {key: 0.0} for key in MEASURED},
+    "finished without accuracy": finished(accuracy=0.9) | {"accuracy": None},
+    "finished without leakage": finished() | {"leakage_ssim": None},
+    "finished with text": finished() | {"accuracy": "0.9"},
+    "finished with a flag": finished() | {"leakage_ssim": True},
+    "finished with NaN": finished() | {"leakage_ssim": math.nan},
+    "NaN elsewhere": finished(psnr=math.nan),
+    "infinity elsewhere": finished(psnr=math.inf),
+    "NaN deep inside": finished(attack={"tv": math.nan}),
+    "NaN in a further key": finished() | {"note": math.nan},
+    "unknown status": finished(status="done"),
+    "unknown verdict": finished() | {"verdict": "protects"},
+    "no name": finished(name=""),
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_rows_are_neither_written_nor_read(tmp_path, row):
+    path = tmp_path / "frontier.json"
+    path.write_text("before")
+    with pytest.raises(ValueError, match=r"Expected|JSON"):
+        report.write_rows(path, [finished(), row])
+    assert path.read_text() == "before"
+    path.write_text(json.dumps([finished(), row]))
+    with pytest.raises(ValueError, match="Expected"):
+        report.load_rows(path)
+
+
+@pytest.mark.parametrize("key", ["accuracy", "psnr", "note"])
+def test_numpy_numbers_are_refused(tmp_path, key):
+    with pytest.raises((ValueError, TypeError), match=r"Expected|JSON"):
+        report.write_rows(tmp_path / "rows.json", [finished() | {key: np.float32(0.5)}])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["{}", "3", "null", '"rows"', "[1]", "[", ""])
+def test_other_files_are_refused(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(ValueError, match="Expect"):
+        report.load_rows(tmp_path / "rows.json")
+
+
+def test_a_write_that_breaks_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "frontier.json"
+    report.write_rows(path, [finished()])
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_rows(path, [failed()])
+    assert report.load_rows(path) == [finished()]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- table ---
+
+
+def test_table_shows_a_row_in_full():
+    table = report.frontier_table([finished(), control()])
+    line = next(line for line in table.splitlines() if "PowerSGD" in line)
+    low, high = (100 * x for x in finished()["accuracy_interval"])
+    for text in (
+        "* PowerSGD rank 4 + EF  leaks",
+        f"93.0 [{low:.1f}, {high:.1f}]",
+        "0.41 ±0.10",
+        "8/8",
+        "0.20/0.41",
+        "12.3 kB",
+    ):
+        assert text in line
+    assert line.endswith("aware tv=0.01 lr=0.1 r=2 s=0")
+    caption = " ".join(table.split("\n\n")[1].split())
+    for text in ("n = 360", "n = 8", "seeds: 1", "95 %", "SSIM", "strongest of 7 attacks", "*: Pareto set"):
+        assert text in caption
+
+
+def test_table_names_no_best_where_the_attack_fails():
+    table = report.frontier_table([finished(leakage=0.05), control(works=False)])
+    words = " ".join(table.split())
+    assert words.startswith("The attack fails here: nothing can be said about any defence; give it more (--iterations,")
+    assert "Without compression: SSIM 0.15 (n = 8), -0.05 [-0.15, +0.05] over the floor 0.20, 0 of 8" in words
+    assert "*" not in table
+    assert "resists" not in table
+    assert max(map(len, table.splitlines())) <= 120
+    none = report.frontier_table([finished(leakage=0.05)])
+    assert none.startswith("No control: add --defence none. Without it, nothing can be said about any defence.")
+    assert "*" not in none
+
+
+def test_table_says_what_an_accuracy_is_worth():
+    rows = [control(), finished("ruined", accuracy=0.5) | {"remarks": ["sends more bytes than the gradient itself"]}]
+    table = report.frontier_table(rows)
+    assert "ruined: sends more bytes than the gradient itself." in table
+    assert "ruined: accuracy 44 points below training without compression." in table
+
+
+def test_table_puts_least_leakage_first_and_failures_last():
+    rows = [
+        failed("broken"),
+        finished("high", leakage=0.7),
+        finished("low", leakage=0.1),
+        finished("middle", leakage=0.4),
+    ]
+    table = report.frontier_table(rows)
+    names = ["low", "middle", "high", "broken"]
+    assert sorted(names, key=table.index) == names
+
+
+def test_table_gives_a_failure_its_reason_and_no_number():
+    table = report.frontier_table([failed("sign", reason="out of memory")])
+    line = next(line for line in table.splitlines() if "sign" in line)
+    assert line.split() == ["sign", "failed:", "out", "of", "memory"]
+    assert "No defence finished." in table
+
+
+def test_table_says_what_is_missing():
+    bare = finished(n_images=1, leakage_interval=None, aware_ssim=None, bytes_per_step=None, excess_interval=None)
+    table = report.frontier_table([bare | {"attack": None, "seeds": None}])
+    line = next(line for line in table.splitlines() if "PowerSGD" in line)
+    assert "0.20/-" in line
+    assert "undecided" in line
+    assert "±" not in line
+    assert "none where n = 1" in table
+    assert "seeds: ?" in table
+
+
+def test_table_keeps_an_asymmetric_interval():
+    assert "0.41 [0.00, 0.71]" in report.frontier_table([finished(leakage_interval=[-0.001, 0.71])])
+
+
+def test_table_gives_ranges_where_rows_differ():
+    assert "n = 4 to 8" in " ".join(report.frontier_table([finished(), finished(n_images=4)]).split())
+
+
+@pytest.mark.parametrize("name", ["short", "a very long name of a defence " * 4, "x" * 200])
+def test_table_fits_a_terminal(name):
+    wide = finished(
+        name=name,
+        accuracy=1.0,
+        leakage=-0.1,
+        leakage_interval=[-0.25, 0.71],
+        naive_ssim=-0.02,
+        bytes_per_step=123_456_789,
+        compression_ratio=12345.6,
+        attack={
+            "objective": "orthant-of-signs",
+            "tv": 1.23e-5,
+            "step_size": 0.0123,
+            "restarts": 16,
+            "capture_step": 12000,
+        },
+        attacks_tried=1234,
+    )
+    table = report.frontier_table([wide, failed(name, reason="a long reason " * 30), *sweep(14)])
+    assert max(map(len, table.splitlines())) <= 120
+    compact = "".join(table.split())
+    assert compact.count("".join(name.split())[:16]) >= 1
+    assert "123.5 MB" in table
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (512, "512 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (1234, "1.2 kB"),
+        (999_960, "1.0 MB"),
+        (44.7e6, "44.7 MB"),
+    ],
+)
+def test_bytes_are_in_decimal_units(count, text):
+    assert report.human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.01, "0.01"), (1e-4, "1e-4"), (2.13e-5, "2.1e-5"), (0.1, "0.1"), (3, "3")]
+)
+def test_settings_are_short(value, text):
+    assert report._short(value) == text
+
+
+def test_the_caption_and_the_attack_say_what_history_was_used():
+    row = finished()
+    assert "steps before" not in report.provenance([row, row | {"threat": {"history": 0}}])
+    caption = report.provenance([row, row | {"threat": {"history": 2}}])
+    assert " The attacker also had the messages of up to 2 steps before (used to avoid or weigh residuals)." in caption
+    assert report.attack_text({"objective": "aware", "tv": 0.1, "residual": "avoid"}) == "aware tv=0.1 avoid"
+    assert report.attack_text({"objective": "aware", "tv": 0.1, "residual": "ignore"}) == "aware tv=0.1"
+
+
+def test_the_caption_gives_the_floors_where_they_are_known():
+    floors = {"mean_image_ssim": 0.031, "other_image_ssim": 0.014}
+    text = "Floors, without any attack: the mean image 0.03, a random other image 0.01."
+    assert text in report.provenance([finished() | floors, finished() | floors])
+    unknown = finished() | dict.fromkeys(floors)
+    for rows in ([unknown], [finished() | floors, unknown]):
+        assert "mean image" not in report.provenance(rows)
+    assert "bootstrap over images" in report.provenance([finished()])
