@@ -186,6 +186,11 @@ class _Correlation(torch.autograd.Function):
         ctx.save_for_backward(inputs, signals)
         ctx.n, ctx.geometry = n, geometry
         stride, padding, dilation, groups = geometry
+        if max(shape[2:]) == 1 and max(padding) == 0:
+            # A 1x1 kernel never reads what its stride passes over. Given that too, oneDNN on AVX2 writes past its
+            # workspace where there are fewer than 8 channels (uxlfoundation/oneDNN#6035): wrong results, or a crash.
+            inputs = inputs[..., :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
+            stride = (1, 1)
         like = inputs.new_empty(shape).contiguous(memory_format=torch.channels_last)
         settings = (None, stride, padding, dilation, False, [0, 0], groups, [False, True, False])
         pairs = zip(signals.unflatten(0, (n, -1)), inputs.unflatten(0, (n, -1)), strict=True)

@@ -150,4 +150,4 @@ def test_an_analytic_attack_runs_beside_others() -> None:
     other = InversionConfig("naive", iterations=2, label_recovery="idlg")
     first, second, third = invert([(observation, other), (observation, ANALYTIC), (observation, other)])
     torch.testing.assert_close(second.images[0, 0], image, rtol=0, atol=2e-4)
-    assert torch.equal(first.images, third.images)
+    torch.testing.assert_close(first.images, third.images, rtol=0, atol=1e-5)  # rows of a batch, not bitwise on AVX2
