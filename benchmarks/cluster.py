@@ -31,7 +31,7 @@ from ray import tune
 from ray.cluster_utils import Cluster
 
 from raytrust.cluster.groups import training_groups
-from raytrust.cluster.phases import search_attacks, search_defences
+from raytrust.cluster.searches import search_attacks, search_defences
 from raytrust.cluster.placement import Placement
 from raytrust.config import (
     CaptureConfig,

@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CAPTURED = (0, 1 / 8, 1 / 4, 1 / 2, 1)  # shares of training after which messages are attacked
 GUESSES = 200  # of the one-run epsilon at most, and one in five points
-RUN = cli.Directory("membership", "an audit", "membership.json", ("address", "tracking_uri", "cpus"))
+RUN = cli.Directory("membership", "an audit", "membership.json", ("address", "tracking_uri", "cpus", "hours"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,14 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
     with parser.refusing():
         options, root = RUN.resolve(given, DEFAULTS, _with_preset)
         data, config = _prepare(options)
-        from raytrust.studies.membership.shadows import (  # imports torch: not needed to refuse a wrong option
-            draw_pool,
-            open_shadows,
-        )
+        # They import torch, which is not needed to refuse a wrong option.
+        from raytrust.studies.membership.jobs import open_audit
+        from raytrust.studies.membership.pool import draw_pool
 
         draw_pool(config, data)  # refuses sizes that do not fit
         RUN.check_free(root, options)
-        store = open_shadows(root, config, data.fingerprint(), RUN.keep(options, ("cpus", "defences")))
+        store = open_audit(root, config, data.fingerprint(), RUN.keep(options, ("cpus", "hours", "defences")))
     return _run(options, data, config, store)
 
 
@@ -73,7 +72,9 @@ def _run(options: argparse.Namespace, data: Any, config: MembershipConfig, store
     def work() -> int:
         print(data.summary())
         cpus, uri = options.cpus or cli.cpus(), options.tracking_uri
-        rows = run_membership(config, data, store, address=options.address, cpus=cpus, tracking_uri=uri)
+        rows = run_membership(
+            config, data, store, address=options.address, cpus=cpus, tracking_uri=uri, hours=options.hours
+        )
         print("\n" + (store.root / "membership.txt").read_text())
         cli.list_files(store.root, ("report.html", "results.json", "roc.png", "auc.png", "models"))
         return 0 if any(row["status"] == "finished" for row in rows) else 1
@@ -110,12 +111,13 @@ def _parser() -> cli.Parser:
     add("--learning-rate", type=float, metavar="X", help="of all models; sign methods need a small one, such as 0.001")
     add("--vantage", choices=["link", "peer"], help="a worker's messages, or the collective's result")
     add("--cpus", type=int, metavar="N", help="models trained at once, on a Ray of its own; default: all CPUs")
+    add("--hours", type=float, metavar="H", help="begin no further model after H hours; --resume goes on from there")
     parser.add_places("audit")
     return parser
 
 
 DEFAULTS: dict[str, Any] = dict(
-    data="digits", image_size=None, preset="quick", defence=None, vantage="link", cpus=None, messages=4,
+    data="digits", image_size=None, preset="quick", defence=None, vantage="link", cpus=None, hours=None, messages=4,
     message_batch=16, property_models=4, chosen=(), **cli.PLACES,
 )  # fmt: skip
 
@@ -150,6 +152,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, MembershipConfig]:
     cli.check_least(options, 0, "canaries", "property_models")
     references, listed = _dp_sgd(options), _defences(options)
     cli.check_cpus("cpus", options.cpus, options.address)
+    cli.check_hours(options)
     from raytrust.data import load
 
     data = load(options.data, image_size=options.image_size, seed=options.seed)

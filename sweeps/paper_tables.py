@@ -13,7 +13,6 @@ evaluation images, which is slightly optimistic for the attacker.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         _check(options)
         RUN.check_free(root, options)
         sources = _sources(options)
-        from raytrust.cli.paper import open_run
         from raytrust.data import load  # imports torch: not needed to refuse a wrong option
+        from raytrust.studies.paper.study import open_run
 
         config = _config(options, tuple(sources))
         data = {name: load(source) for name, source in sources.items()}
@@ -87,8 +86,7 @@ def _check(options: argparse.Namespace) -> None:
     cli.check_least(options, 1, "cpus")
     cli.check_least(options, 0, "seed")
     cli.check_cpus("cpus", options.cpus, options.address)
-    if options.hours is not None and not 0 < options.hours < math.inf:
-        raise ValueError(f"Expected hours={options.hours:g} to be positive and finite.")
+    cli.check_hours(options)
     if not options.tables or not set(options.tables.split(",")) <= {"1", "2"}:
         raise ValueError(f"Expected tables={options.tables!r} to be 1, 2 or 1,2.")
 
@@ -108,8 +106,8 @@ def _sources(options: argparse.Namespace) -> dict[str, str]:
 
 
 def _config(options: argparse.Namespace, datasets: tuple[str, ...]) -> Any:
-    from raytrust.cli.paper import PaperConfig
     from raytrust.studies.paper.plan import BUDGETS as ALL
+    from raytrust.studies.paper.study import PaperConfig
 
     budget = ALL[options.budget]
     if options.images is not None:

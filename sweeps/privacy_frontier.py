@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 AGAIN = ("attack_trials", "iterations", "attack")  # what a resumed sweep may change: its captures are attacked again
-PLACE = ("address", "parallel", "tracking_uri", "device")
+PLACE = ("address", "parallel", "tracking_uri", "device", "hours")
 RUN = cli.Directory("privacy_frontier", "a sweep", "sweep.json", ("trials", *AGAIN, *PLACE))
 
 
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
 
         RUN.check_free(root, options)
-        store = open_store(root, sweep, data.fingerprint(), RUN.keep(options, ("parallel", "device")))
+        store = open_store(root, sweep, data.fingerprint(), RUN.keep(options, ("parallel", "device", "hours")))
     return _run(options, data, sweep, store)
 
 
@@ -106,6 +106,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
             tracking_uri=options.tracking_uri,
             parallel=options.parallel,
             device=options.device,
+            hours=options.hours,
             program=Program(f"python {sys.argv[0]}", cli.given(sys.argv[1:]), RUN.keep(options), cli.STARTED),
         )
         return 0 if any(row["status"] == "finished" for row in rows) else 1
@@ -139,6 +140,7 @@ def _parser() -> cli.Parser:
     add("--labels", choices=["known", "unknown"], help="whether the attacker knows the private labels")
     add("--history", type=int, metavar="N", help="steps before, whose messages the attacker has, too")
     add("--minimise-bytes", action="store_true", help="bytes per step as a third objective of the search")
+    add("--hours", type=float, metavar="H", help="begin no further trial after H hours; --resume goes on from there")
     add("--parallel", type=int, metavar="N", help="trials at once on a cluster that starts nodes for them")
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train and attack; auto: GPUs that torch can use")
     parser.add_places("sweep")
@@ -149,7 +151,7 @@ def _parser() -> cli.Parser:
 DEFAULTS: dict[str, Any] = dict(
     data="digits", image_size=None, preset="quick", defence=None, workers=2, network="resnet18", stem="cifar",
     private_batch=1, attack=None, vantage="link", batch_norm="eval", batch_statistics="unknown", labels="known",
-    history=0, minimise_bytes=False, parallel=None, device="auto", trials=None, **cli.PLACES,
+    history=0, minimise_bytes=False, parallel=None, hours=None, device="auto", trials=None, **cli.PLACES,
 )  # fmt: skip
 
 
@@ -163,6 +165,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     if missing := [name for name in (*DEFAULTS, *PRESETS["quick"]) if not hasattr(options, name)]:
         raise ValueError(f"Expected resume={str(options.resume)!r} to be of this version, but it lacks {missing[0]}.")
     cli.check_least(options, 1, "trials", "steps", "images", "private_batch", "iterations")
+    cli.check_hours(options)
     if options.parallel is not None and (options.parallel < 1 or options.address is None):
         raise ValueError(f"Expected parallel={options.parallel} to be at least 1 and to be given with --address.")
     defences = tuple(map(parse_defence, options.defence or options.list))

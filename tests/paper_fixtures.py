@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from raytrust.data import Dataset, load
-from raytrust.jobs.files import write_json
+from raytrust.jobs.job import Result
+from raytrust.jobs.store import JobStore
+from raytrust.studies.paper.jobs import Attack
 from raytrust.studies.paper.plan import BUDGETS
 from raytrust.studies.paper.selection import AWARE, NAIVE, WORST
-from raytrust.studies.paper.units import Attack, UnitStore
 from raytrust.studies.published import CELLS, Cell
 
 MICRO = replace(
@@ -42,14 +43,14 @@ def digits() -> Dataset:
     )
 
 
-def fill(store: UnitStore, units: Iterable[Attack], ssim: float) -> None:
-    """The files of attacks as if they were done, all with the same figures."""
-    for unit in units:
-        n = len(unit.images)
+def fill(store: JobStore, attacks: Iterable[Attack], ssim: float) -> None:
+    """Keep results of attacks as if they were done, all with the same figures."""
+    for attack in attacks:
+        n = len(attack.images)
         means = {"ssim": ssim, "mean_image_ssim": 0.1, "other_image_ssim": 0.1, "matching": 0.1, "identified": True}
-        write_json(store.path(unit), {k: [v] * n for k, v in means.items()} | {"bytes": 8, "gradient_bytes": 8})
+        figures = {k: [v] * n for k, v in means.items()} | {"bytes": 8, "gradient_bytes": 8}
         images = np.zeros((n, 1, 8, 8))
-        np.savez(store.path(unit, ".npz"), originals=images, reconstructions=images)
+        store.put(attack, Result(figures, {"originals": images, "reconstructions": images}))
 
 
 def row(dataset: str, cell: Cell, attack: str, ssim: list[float]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -207,6 +208,12 @@ def check_least(options: Namespace, least: int, *names: str) -> None:
     for name in names:
         if (value := getattr(options, name)) is not None and value < least:
             raise ValueError(f"Expected {name}={value} to be at least {least}.")
+
+
+def check_hours(options: Namespace) -> None:
+    """Raises ValueError if hours are given that can't be waited for."""
+    if options.hours is not None and not 0 < options.hours < math.inf:
+        raise ValueError(f"Expected hours={options.hours:g} to be positive and finite.")
 
 
 def cpus() -> int:

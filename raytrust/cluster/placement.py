@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import ray
 
@@ -119,15 +119,3 @@ def _first_sentence(text: str) -> str:
 def _share(share: float) -> float:
     """Rounded down to what Ray can count, so that all shares still fit on one GPU."""
     return int(share * PRECISION) / PRECISION
-
-
-def remote_attack(attack: Callable[..., Any], placement: Placement) -> Any:
-    """The function as a Ray task with an attack's share of a GPU. Its CPU is that of the trial which waits for it."""
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    return ray.remote(
-        num_cpus=0,
-        num_gpus=placement.attack_gpu,
-        max_calls=100,  # on a GPU Ray would start a new process for each call
-        scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # not inside the trial's own slot
-    )(attack)

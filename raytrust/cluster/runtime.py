@@ -1,4 +1,4 @@
-"""Starting and stopping Ray, and telling a listener what a phase of the sweep is doing."""
+"""Starting and stopping Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 # Ray and Tune read these when they are imported.
 ENVIRONMENT = {
@@ -40,20 +40,6 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "conf
 GROWTH = 900.0  # seconds that an autoscaler may take to start a first node
 _most: dict[str, int] = {}
 _device: list[str] = []  # what was settled for this cluster
-
-
-class Listener(Protocol):
-    """Is told, in the driver, what a phase is doing. `key` names a defence's run, or an attack on it."""
-
-    def started(self, phase: str, key: str, what: str) -> None: ...
-
-    def finished(self, phase: str, key: str, result: dict[str, Any]) -> None: ...
-
-    def failed(self, phase: str, key: str, reason: str) -> None: ...
-
-    def tick(self) -> None:
-        """Called a few times a second while a phase runs."""
-        ...
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ class DefenceSearch(OptunaSearch):
     """Suggests {"defence": ...}: first a given list, then what Optuna samples for the joint objectives, none twice.
 
     space: Tune domains of "compressor", "rank" and "error_feedback"; a Top-K's rank is that whose bytes it equals.
-    known: finished defences with their objectives; Optuna learns from them, and they are not suggested again.
+    known: finished defences with their objectives; Optuna learns from them, and they are not suggested again. until: by
+    `time.time`, when the last is suggested.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class DefenceSearch(OptunaSearch):
         pending: Sequence[Defence],
         known: Sequence[tuple[Defence, Results]],
         seed: int,
+        until: float | None = None,
     ):
+        self._until = until
         self._domains = OptunaSearch.convert_search_space(domains(space))
         super().__init__(self._domains, metric=list(objectives), mode=list(objectives.values()), seed=seed)
         self._uniform = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
@@ -62,6 +66,8 @@ class DefenceSearch(OptunaSearch):
             self._learn(defence, results)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if _too_late(self._until):
+            return self.FINISHED
         if self._pending:
             self._given[trial_id] = self._pending.pop(0)
             return {"defence": to_dict(self._given[trial_id])}
@@ -117,10 +123,11 @@ class AttackSearch(Searcher):
         known: dict[str, list[tuple[dict[str, Any], float]]],
         seed: int,
         together: int = 1,
+        until: float | None = None,
     ):
         super().__init__(metric="ssim", mode="max")
         self._domains = OptunaSearch.convert_search_space(domains(space))
-        self._known = known
+        self._known, self._until = known, until
         self._together = together
         # Distinct but reproducible seeds: with one seed all studies would try the same first settings.
         # So would a search that goes on try those again that it began with.
@@ -135,7 +142,7 @@ class AttackSearch(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         while self._waiting and len(self._turns) < WINDOW:
             self._turns.append(self._waiting.popleft())
-        if not self._turns:
+        if not self._turns or _too_late(self._until):
             return self.FINISHED
         run = self._turns.popleft()
         count = min(self._together, self._left[run])
@@ -204,6 +211,10 @@ def _inside(parameters: dict[str, Any], domains: dict[str, Any]) -> bool:
         return all(domain._contains(domain.to_internal_repr(parameters[name])) for name, domain in domains.items())
     except ValueError:  # a choice that the space doesn't offer has no representation
         return False
+
+
+def _too_late(until: float | None) -> bool:
+    return until is not None and time.time() >= until
 
 
 def _finite(result: dict[str, Any] | None, names: Sequence[str]) -> Results | None:

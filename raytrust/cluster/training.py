@@ -6,7 +6,6 @@ import importlib
 import itertools
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,22 +16,18 @@ from raytrust.cluster.failures import TrainingFailed, lost, one_line
 from raytrust.cluster.process_group import HostChannel, ProcessState
 from raytrust.config import TrainConfig, from_dict, to_dict
 from raytrust.data import Dataset
-from raytrust.jobs.captures import save_capture
-from raytrust.leak.observation import Capture
+from raytrust.studies.frontier.jobs import train_and_capture
 from raytrust.studies.frontier.store import Store
-from raytrust.train.loop import Evaluation, Step, train
 from raytrust.wire.channel import Channel, GroupChannel
 
 
 def train_on_cluster(config: TrainConfig, store: Store, queue: Any) -> dict[str, Any]:
     """Train once, with the captures written by the workers into the store, and return the result.
 
-    queue: of a `raytrust.cluster.groups.TrainingGroups`. A run that the store holds is not trained again. Keys:
-    "correct", "n_test", "test_loss" (nats), "losses" (of worker 0, nats, one a step), "bytes_per_step" (mean payload
-    bytes that a worker handed to collectives), "dense_bytes" (of the gradient), "seconds" (in the training loop),
-    "cpu_seconds" (of all workers meanwhile), "total_seconds" (from asking to having it) and "waited_seconds" (of these,
-    until a group began with it: for the group to start, or to finish other runs). Raises TrainingFailed with the reason
-    of the workers.
+    queue: of a `raytrust.cluster.groups.TrainingGroups`. A run that the store holds is not trained again. Keys: those
+    of `raytrust.studies.frontier.jobs.train_and_capture` for worker 0, "total_seconds" (from asking to having it) and
+    "waited_seconds" (of these, until a group began with it: for the group to start, or to finish other runs). Raises
+    TrainingFailed with the reason of the workers.
     """
     key = store.run_id(config)
     if (result := store.training(config)) is None:
@@ -104,25 +99,4 @@ def _train(config: TrainConfig, data: Dataset, crew: Crew, rank: int, device: st
     channel: Channel = GroupChannel()
     if crew.through_host:
         channel = HostChannel(channel)
-    return _result(config, data, channel, directory, device)
-
-
-def _result(config: TrainConfig, data: Dataset, channel: Channel, directory: Path, device: str) -> dict[str, Any]:
-    steps: list[Step] = []
-    started, cpu = time.perf_counter(), time.process_time()
-    for record in train(config, data, channel, device):
-        match record:
-            case Step():
-                steps.append(record)
-            case Capture():
-                save_capture(directory, record)
-            case Evaluation(correct=correct, n=n, loss=loss):
-                evaluation = {"correct": correct, "n_test": n, "test_loss": loss}
-    return {
-        **evaluation,
-        "losses": [s.loss for s in steps],
-        "bytes_per_step": sum(s.sent_bytes for s in steps) / len(steps),
-        "dense_bytes": steps[0].gradient_bytes,
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": config.workers * (time.process_time() - cpu),  # all workers do the same
-    }
+    return train_and_capture(config, data, channel, directory, device)

@@ -15,10 +15,12 @@ from typing import Any
 
 from raytrust.config import InversionConfig, SweepConfig, TrainConfig, digest, from_dict, to_dict
 from raytrust.data import Dataset
+from raytrust.jobs.listener import Silent
 from raytrust.reports.drawn_attacks import drawn_attacks
 from raytrust.reports.mlflow import Tracker
 from raytrust.reports.outbox import Outbox
 from raytrust.reports.reconstructions import reconstructions_figure
+from raytrust.reports.tracked_run import tracked
 from raytrust.studies.frontier.rows import (
     Row,
     audited_defences,
@@ -29,7 +31,7 @@ from raytrust.studies.frontier.rows import (
 from raytrust.studies.frontier.store import Store
 
 
-class SweepLog:
+class SweepLog(Silent):
     """A listener that writes what happens to MLflow."""
 
     def __init__(self, sweep: SweepConfig, store: Store, data: Dataset, uri: str, say: Callable[[str], None]):
@@ -43,17 +45,9 @@ class SweepLog:
         train = self._sweep.train
         parameters = {"data": self._data.name, "trials": self._sweep.trials, **self._nested(train)}
         tags = {"seeds": [train.seed], "data.fingerprint": self._store.fingerprint, "raytrust.kind": "sweep"}
-        self._tracker.begin_sweep(f"{self._sweep.name} {self._store.root.name}", parameters, tags)
-        try:
+        with tracked(self._tracker, self._outbox, f"{self._sweep.name} {self._store.root.name}", parameters, tags):
             self._catch_up()
             yield
-        except BaseException as error:
-            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-            self._outbox.send(lambda: self._tracker.end_sweep(status))
-            raise
-
-    def started(self, phase: str, key: str, what: str) -> None:
-        pass
 
     def tick(self) -> None:
         self._outbox.tick()
@@ -71,8 +65,8 @@ class SweepLog:
         if phase != "attacks":  # one failed attack fails no defence
             self._outbox.send(lambda: self._tracker.failed(key, train.defence.name, self._parameters(train), reason))
 
-    def finish(self, rows: list[Row], artifacts: list[Path], metrics: dict[str, float]) -> None:
-        """Log the frontier and end the run, with `metrics` of the whole.
+    def finish(self, rows: list[Row], artifacts: list[Path], metrics: dict[str, float], status: str) -> None:
+        """Log the frontier and end the run with this status, and with `metrics` of the whole.
 
         Waits for a tracking store that is away, though not for ever.
         """
@@ -80,7 +74,7 @@ class SweepLog:
             self._outbox.send(partial(self._evaluated, finished))
         done = sum(r["status"] == "finished" for r in rows)
         metrics = {"defences_finished": done, "defences_failed": len(rows) - done, **metrics}
-        self._outbox.send(lambda: self._tracker.end_sweep("FINISHED", artifacts, metrics))
+        self._outbox.send(lambda: self._tracker.end_sweep(status, artifacts, metrics))
         self._outbox.finish()
 
     def _evaluated(self, finished: Row) -> None:

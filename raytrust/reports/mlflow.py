@@ -118,7 +118,7 @@ class Tracker:
         for path in artifacts:
             self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, status)
-        still_open = f"attributes.status = 'RUNNING' and tags.`raytrust.cli.frontier` = '{run}'"
+        still_open = f"attributes.status = 'RUNNING' and tags.`raytrust.sweep` = '{run}'"
         while children := self._client.search_runs([self._experiment], still_open):  # a page of them
             for child in children:
                 self._client.set_terminated(child.info.run_id, "FAILED" if status == "FINISHED" else status)

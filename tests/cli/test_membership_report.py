@@ -15,12 +15,17 @@ from toys import synthetic
 
 from raytrust.config import CaptureConfig, Defence, MembershipConfig, ModelConfig, Threat, TopKConfig, TrainConfig
 from raytrust.jobs.files import write_json
+from raytrust.jobs.job import Place
+from raytrust.jobs.runner import work
+from raytrust.jobs.store import JobStore
 from raytrust.metrics import auc
 from raytrust.reports.membership_figures import message_figure, roc_figure, side_by_side, side_by_side_figure
 from raytrust.reports.membership_page import class_table, membership_page, membership_table, reference_table
+from raytrust.studies.membership.jobs import load_shadows, open_audit, plan, shadow_models
 from raytrust.studies.membership.paper_cells import floors, nearest_cells
+from raytrust.studies.membership.pool import PLAIN, draw_pool
 from raytrust.studies.membership.rows import final_loss, final_scores, matched_fit, row
-from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, PLAIN, Shadow, ShadowStore, draw_pool, open_shadows
+from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, Shadow
 from raytrust.studies.published import TABLE_2
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,26 +54,25 @@ AUDIT = MembershipConfig(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ShadowStore:
-    store = open_shadows(tmp_path_factory.mktemp("audit"), AUDIT, "data", {})
-    for kind, arm, model in store.jobs(AUDIT):
-        store.run(AUDIT, arm, model, kind, DATA)
+def store(tmp_path_factory: pytest.TempPathFactory) -> JobStore:
+    store = open_audit(tmp_path_factory.mktemp("audit"), AUDIT, "data", {})
+    work(store, plan(AUDIT), Place(DATA))
     return store
 
 
 @pytest.fixture(scope="module")
-def rows(store: ShadowStore) -> list[dict[str, Any]]:
+def rows(store: JobStore) -> list[dict[str, Any]]:
     pool = draw_pool(AUDIT, DATA)
     found = [row(store, AUDIT, arm, pool, DATA.test_labels.numpy()) for arm in AUDIT.arms]
-    one, other = (store.shadows(AUDIT, arm) for arm in AUDIT.defences)
+    one, other = (load_shadows(store, AUDIT, arm) for arm in AUDIT.defences)
     assert one is not None
     assert other is not None
     found[1]["matched"] = matched_fit(one, other, pool)
     return found
 
 
-def test_rows_hold_what_the_models_say(rows: list[dict[str, Any]], store: ShadowStore) -> None:
-    pool, shadows = draw_pool(AUDIT, DATA), store.shadows(AUDIT, SPARSE)
+def test_rows_hold_what_the_models_say(rows: list[dict[str, Any]], store: JobStore) -> None:
+    pool, shadows = draw_pool(AUDIT, DATA), load_shadows(store, AUDIT, SPARSE)
     assert shadows is not None
     plain = pool.kinds == PLAIN
     scores = final_scores(shadows, pool, DATA.test_labels.numpy())
@@ -113,8 +117,8 @@ def test_the_grid_has_every_cell(rows: list[dict[str, Any]]) -> None:
     assert cells["loss", False, "yeom"]["value"] != cells["confidence", False, "yeom"]["value"]
 
 
-def test_matched_fit_takes_the_step_of_nearest_loss(store: ShadowStore) -> None:
-    pool, shadows = draw_pool(AUDIT, DATA), store.shadows(AUDIT, Defence())
+def test_matched_fit_takes_the_step_of_nearest_loss(store: JobStore) -> None:
+    pool, shadows = draw_pool(AUDIT, DATA), load_shadows(store, AUDIT, Defence())
     assert shadows is not None
     same = matched_fit(shadows, shadows, pool)
     assert same["steps"] == [120] * 4  # its own end
@@ -138,11 +142,11 @@ def test_matched_fit_takes_the_step_of_nearest_loss(store: ShadowStore) -> None:
     assert early["loss_auc"]["value"] == pytest.approx(np.mean(expected))
 
 
-def test_a_failed_defence_has_a_reason_and_no_figures(store: ShadowStore) -> None:
+def test_a_failed_defence_has_a_reason_and_no_figures(store: JobStore) -> None:
     pool, labels = draw_pool(AUDIT, DATA), DATA.test_labels.numpy()
     unknown = Defence(TopKConfig(level=0.5))
     assert row(store, AUDIT, unknown, pool, labels)["reason"] == "not finished"
-    store.fail(AUDIT, unknown, 2, "shadow", "out of memory")
+    store.fail(shadow_models(AUDIT, unknown)[2], "out of memory")
     found = row(store, AUDIT, unknown, pool, labels)
     assert (found["status"], found["reason"]) == ("failed", "out of memory")
     assert set(found) == {"name", "arm", "run", "status", "reason"}
@@ -284,11 +288,11 @@ def test_an_audit_on_ray_and_its_resumption(tmp_path: Path) -> None:
         assert (out / name).stat().st_size > 0
     results = json.loads((out / "results.json").read_text())
     assert "Top-K 5 % + EF" in first.stdout
-    victim = next((out / "models").glob("*/shadow-001.npz"))
-    before = {path: path.stat().st_mtime_ns for path in (out / "models").glob("*/*.npz")}
-    victim.unlink()
+    victim = next((out / "models").glob("*.json")).with_suffix(".npz")
+    before = {path: path.stat().st_mtime_ns for path in (out / "models").glob("*.npz")}
+    victim.with_suffix(".json").unlink()
     again = subprocess.run([*base, "--resume", str(out)], cwd=REPOSITORY, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    after = {path: path.stat().st_mtime_ns for path in (out / "models").glob("*/*.npz")}
+    after = {path: path.stat().st_mtime_ns for path in (out / "models").glob("*.npz")}
     assert {path for path in after if after[path] != before[path]} == {victim}
     assert json.loads((out / "results.json").read_text()) == results  # the model came out the same

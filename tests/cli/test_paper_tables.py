@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 from paper_fixtures import MICRO, digits
 
-from raytrust.config import Defence, InversionConfig
+from raytrust.config import InversionConfig
+from raytrust.jobs import runner
 from raytrust.jobs.files import read_json
-from raytrust.studies.membership.shadows import ShadowStore
+from raytrust.jobs.job import Job, Place, Result
+from raytrust.jobs.store import JobStore
+from raytrust.studies.paper.jobs import Attack
 from raytrust.studies.paper.plan import Setting, Victim
-from raytrust.studies.paper.progress import Progress
 from raytrust.studies.paper.rows import TABLE_1_COLUMNS, TABLE_2_COLUMNS, similarity_row, to_csv, with_percent
 from raytrust.studies.paper.selection import NAIVE, WORST, Found
-from raytrust.studies.paper.units import Attack, UnitStore
+from raytrust.studies.paper.study import PaperConfig, PaperStudy, open_run
 from raytrust.studies.published import CELLS
 
 PROGRAM = Path(__file__).resolve().parents[2] / "sweeps" / "paper_tables.py"
@@ -44,7 +40,7 @@ def program() -> ModuleType:
 
 
 def run(root: Path, **changes: Any) -> Any:
-    from raytrust.cli.paper import PaperConfig, open_run, run_paper
+    from raytrust.cli.paper import run_paper
 
     hours = changes.pop("hours", None)
     config = replace(PaperConfig(MICRO, datasets=("mnist",)), **changes)
@@ -136,12 +132,14 @@ def test_a_second_run_with_the_seed_gives_the_same_tables(finished: Path, tmp_pa
 
 
 def test_a_resumed_run_does_nothing_twice(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (finished / "units").iterdir()}
+    kinds = ("attack", "theory", "models")
+    before = {p: p.stat().st_mtime_ns for kind in kinds for p in (finished / kind).iterdir()}
+    assert len(before) > 100
     table = (finished / "table1.csv").read_bytes()
     run(finished)
-    assert {p: p.stat().st_mtime_ns for p in (finished / "units").iterdir()} == before
+    assert {p: p.stat().st_mtime_ns for kind in kinds for p in (finished / kind).iterdir()} == before
     assert (finished / "table1.csv").read_bytes() == table
-    assert "pieces done" not in capsys.readouterr().out
+    assert " left" not in capsys.readouterr().out
 
 
 def test_another_run_is_refused_the_directory(finished: Path) -> None:
@@ -149,15 +147,15 @@ def test_another_run_is_refused_the_directory(finished: Path) -> None:
         run(finished, seed=1)
 
 
-def test_a_unit_that_fails_is_a_row_without_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = UnitStore._attack
+def test_a_job_that_fails_is_a_row_without_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_attack = Attack.run
 
-    def breaks(self: UnitStore, unit: Attack, data: Any) -> Any:
-        if unit.defence.name == "PowerSGD rank 4" and unit.attack.objective == "aware":
+    def breaks(self: Attack, store: JobStore, place: Place) -> Result:
+        if self.defence.name == "PowerSGD rank 4" and self.attack.objective == "aware":
             raise FloatingPointError("All 1 restarts of the attack diverged.")
-        return work(self, unit, data)
+        return run_attack(self, store, place)
 
-    monkeypatch.setattr(UnitStore, "_attack", breaks)
+    monkeypatch.setattr(Attack, "run", breaks)
     report = run(tmp_path, tables=(1,))
     (broken,) = [r for r in report.table_1 if r["status"] == "failed"]
     assert (broken["compressor"], broken["rank_or_level"], broken["ours"]) == ("powersgd", 4, None)
@@ -168,18 +166,18 @@ def test_a_unit_that_fails_is_a_row_without_a_number(tmp_path: Path, monkeypatch
 def test_a_data_set_whose_search_fails_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from raytrust.cli.paper import PaperConfig, open_run, run_paper
+    from raytrust.cli.paper import run_paper
 
     other = replace(digits(), name="cifar10", test_images=digits().test_images.flip(-1))
     data = {"cifar10": other, "mnist": digits()}
-    work, bad = UnitStore._attack, data["cifar10"].fingerprint()
+    run_attack, bad = Attack.run, data["cifar10"].fingerprint()
 
-    def breaks(self: UnitStore, unit: Attack, data: Any) -> Any:
-        if self.fingerprint == bad:
+    def breaks(self: Attack, store: JobStore, place: Place) -> Result:
+        if store.fingerprint == bad:
             raise FloatingPointError("All 1 restarts of the attack diverged.")
-        return work(self, unit, data)
+        return run_attack(self, store, place)
 
-    monkeypatch.setattr(UnitStore, "_attack", breaks)
+    monkeypatch.setattr(Attack, "run", breaks)
     config = PaperConfig(MICRO, tables=(1,), datasets=("cifar10", "mnist"))
     open_run(tmp_path, config, data, {})
     report = run_paper(config, data, tmp_path, spread=False)
@@ -189,7 +187,7 @@ def test_a_data_set_whose_search_fails_does_not_end_the_run(
     assert {t["dataset"] for t in report.theory} == set(data)
     assert report.unfinished[0] == 0
     assert "search for the paper&#x27;s setting failed" in (tmp_path / "report.html").read_text()
-    assert "pieces are left" not in capsys.readouterr().out
+    assert "jobs are left" not in capsys.readouterr().out
 
 
 # --- a run that is cut short ---
@@ -199,53 +197,44 @@ def statuses(root: Path, table: int = 1) -> list[str]:
     return [r["status"] for r in csv.DictReader(StringIO((root / f"table{table}.csv").read_text()))]
 
 
-STOPS = (  # phase, kind of its pieces, how many of them are done before
+STOPS = (  # phase, kind of its jobs, how many of them are done before
     ("searching", "attack", 0),
     ("table 1: naive", "attack", 0),
     ("table 1: naive", "attack", 12),
     ("table 1: naive", "theory", 3),
     ("table 1: the worst case", "attack", 1),
-    ("", "model", 6),
+    ("table 2", "models", 6),
 )
 
 
-def interrupt(context: pytest.MonkeyPatch, phase: str, kind: str, pieces: int) -> None:
-    """Ctrl-C in this phase, when so many of its pieces were done."""
-    from raytrust.cli.paper import _Run
+def interrupt(context: pytest.MonkeyPatch, phase: str, kind: str, jobs: int) -> None:
+    """Ctrl-C in this phase, when so many of its jobs were done."""
+    phases, work, now = PaperStudy.phases, runner.work, [""]
+    done: list[Job] = []
 
-    do, work, train, now = _Run._do, UnitStore.run, ShadowStore.run, [""]
-    done: list[str] = []
+    def marked(self: PaperStudy) -> Any:
+        for name, bundles in phases(self):
+            now[0] = name.partition(", ")[2]
+            yield name, bundles
 
-    def count(what: str) -> None:
-        if now[0].startswith(phase) and what == kind:
-            if len(done) == pieces:
+    def counted(store: JobStore, batch: list[Job], place: Place) -> Any:
+        if now[0].startswith(phase) and batch[0].kind == kind:
+            if len(done) == jobs:
                 raise KeyboardInterrupt
-            done.append(what)
+            done.extend(batch)
+        return work(store, batch, place)
 
-    def marks(self: Any, name: str, what: str, units: Any) -> None:
-        now[0] = what
-        do(self, name, what, units)
-
-    def unit_run(self: UnitStore, unit: Any, data: Any) -> float:
-        count(unit.kind)
-        return work(self, unit, data)
-
-    def model_run(self: ShadowStore, *arguments: Any) -> None:
-        count("model")
-        train(self, *arguments)
-
-    context.setattr(_Run, "_do", marks)
-    context.setattr(UnitStore, "run", unit_run)
-    context.setattr(ShadowStore, "run", model_run)
+    context.setattr(PaperStudy, "phases", marked)
+    context.setattr(runner, "work", counted)
 
 
 def test_a_run_interrupted_in_every_phase_reports_what_is_finished(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = []
-    for phase, kind, pieces in STOPS:
+    for phase, kind, jobs in STOPS:
         with monkeypatch.context() as context:
-            interrupt(context, phase, kind, pieces)
+            interrupt(context, phase, kind, jobs)
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path)
         assert "interrupted: " in capsys.readouterr().out
@@ -280,24 +269,18 @@ def test_a_run_whose_time_is_up_says_what_is_left(tmp_path: Path, capsys: pytest
     report = run(tmp_path, hours=1e-9)
     assert report.unfinished == (5 * len(CELLS), 5 * len(CELLS))
     text = capsys.readouterr().out
-    left = re.search(r"time is up: (\d+) pieces are left, about \d+ min", text)
+    left = re.search(r"time is up: (\d+) jobs are left, about [\d:]+", text)
     assert left is not None
     assert int(left[1]) > 100
     assert run(tmp_path, hours=1.0).unfinished[0] == 0
-    assert "pieces are left" not in capsys.readouterr().out
+    assert "jobs are left" not in capsys.readouterr().out
 
 
-def test_one_data_set_after_another_and_table_1_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raytrust.cli.paper import PaperConfig, _Run
-
+def test_one_data_set_after_another_and_table_1_first(tmp_path: Path) -> None:
     data = {"mnist": digits(), "cifar10": replace(digits(), name="cifar10")}
-    run = _Run(PaperConfig(MICRO, datasets=("mnist", "cifar10")), data, tmp_path, Progress(1), spread=False)
-    order: list[tuple[str, str]] = []
-    monkeypatch.setattr(_Run, "_phases", lambda self, name: [("a", []), ("b", [])])
-    monkeypatch.setattr(_Run, "_do", lambda self, name, what, units: order.append((name, what)))
-    monkeypatch.setattr(_Run, "_audit", lambda self, name: order.append((name, "audit")))
-    run.all()
-    assert order == [(name, what) for name in ("mnist", "cifar10") for what in ("a", "b", "audit")]
+    study = PaperStudy(PaperConfig(MICRO, datasets=("mnist", "cifar10")), data, tmp_path, print)
+    names = [name.split(",")[0] + name.partition(", ")[2][:8] for name, _ in study.phases()]  # nothing is done
+    assert names == [t + what for t in ("MNIST", "CIFAR-10") for what in ("training", "searchin", "table 2:")]
 
 
 def test_rows_as_csv() -> None:
@@ -314,104 +297,3 @@ def test_rows_as_csv() -> None:
     assert lines[2].startswith("cifar10,topk,1,0.0071,0.0051,2.06,as in the paper,0.1000,0.0000,20.0000,")
     assert lines[3].endswith(",failed,it broke")
     assert ",as in the paper,,,,,,," in lines[3]
-
-
-def test_the_time_left_follows_from_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(parallel=2, every=0.0)
-    unit = Attack(Victim(), Defence(), InversionConfig(iterations=90), (0,))
-    progress.expect("attack", 3, 3 * unit.cost)
-    progress.ended(unit, 120.0)
-    assert progress.minutes_left() == pytest.approx(2.0)
-    progress.ended(unit, None, "it broke")
-    assert progress.minutes_left() == pytest.approx(1.0)
-    text = capsys.readouterr().out
-    assert "1/3 pieces done" in text
-    assert "about 2 min left" in text
-    assert "FAILED: it broke" in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tables", "3"], "Expected tables='3' to be 1, 2 or 1,2."),
-        (["--datasets", "imagenet"], "Expected datasets='imagenet' to be among cifar10, cifar100, mnist"),
-        (["--datasets", "mnist,mnist"], "each once"),
-        (["--datasets", "mnist=nowhere.npz"], "nowhere.npz"),
-        (["--data-dir", "nowhere"], "nowhere/cifar10.npz"),
-        (["--images", "1"], "Expected images=1 to be at least 2."),
-        (["--seed", "-1"], "Expected seed=-1 to be at least 0."),
-        (["--hours", "0"], "Expected hours=0 to be positive and finite."),
-        (["--hours", "nan"], "Expected hours=nan to be positive and finite."),
-        (["--cpus", "100000"], "Expected cpus=100000 to be at most the number of CPUs"),
-        (["--budget", "huge"], "--budget"),
-        (["--resume", "nowhere"], "Expected resume='nowhere' to hold a run"),
-        (["--resume", "x", "--seed", "1"], "Expected --seed not to be given with --resume"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line(
-    program: ModuleType,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        program.main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-def test_a_directory_in_use_is_refused(program: ModuleType, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        program.main(["--output", str(finished)])
-    assert f"give --resume {finished}" in capsys.readouterr().err
-
-
-# --- true processes ---
-
-
-@pytest.fixture
-def command(tmp_path: Path) -> list[str]:
-    """As a user runs it, on digits in the place of MNIST."""
-    data = digits()
-    arrays = {n: getattr(data, n).numpy() for n in ("train_images", "train_labels", "test_images", "test_labels")}
-    np.savez(tmp_path / "mnist.npz", **{k: v[:, 0] if v.ndim == 4 else v for k, v in arrays.items()})
-    command = [sys.executable, str(PROGRAM), "--budget", "tiny", "--datasets", "mnist", "--cpus", "2"]
-    return [*command, "--data-dir", str(tmp_path)]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_on_ray_an_interrupted_run_and_a_whole_one_come_to_the_same(command: list[str], tmp_path: Path) -> None:
-    """Ctrl-C amid the attacks, then no time at all, then the rest; beside a run without interruption."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    subprocess.run([*command, "--output", str(whole)], check=True, timeout=1200, cwd=tmp_path)
-    begun = subprocess.Popen(
-        [*command, "--output", str(parts)], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert begun.stdout is not None
-    for line in begun.stdout:
-        if "table 1: naive" in line:
-            break
-    until = time.monotonic() + 600
-    while len(list((parts / "units").glob("*.json"))) < 30 and time.monotonic() < until:
-        time.sleep(0.1)
-    os.killpg(begun.pid, signal.SIGINT)  # as a terminal sends it: to the workers, too
-    rest = begun.stdout.read()
-    assert begun.wait(timeout=120) == 130
-    assert re.search(r"interrupted: \d+ pieces are left, about \d+ min", rest), rest
-    assert f"--resume {parts}" in rest
-    assert "Traceback" not in rest
-    assert set(statuses(parts)) <= {"finished", "not finished"}
-    resume = [sys.executable, str(PROGRAM), "--resume", str(parts), "--cpus", "2"]
-    short = subprocess.run([*resume, "--hours", "1e-6"], capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert short.returncode == 0, short.stderr
-    assert re.search(r"time is up: \d+ pieces are left", short.stdout), short.stdout
-    assert f"Not finished. Go on with: python {PROGRAM} --resume {parts}" in short.stdout
-    subprocess.run(resume, check=True, timeout=1200, cwd=tmp_path)
-    for table in ("table1.csv", "table2.csv"):
-        assert (parts / table).read_bytes() == (whole / table).read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,10 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from raytrust.cluster import phases
 from raytrust.cluster.failures import TrainingFailed, last_error, late, lost, one_line, report
+from raytrust.cluster.searches import tell_of_attacks
+from raytrust.cluster.tuning import Relay, run_trials
+from raytrust.jobs.store import JobStore
 
 DIED = ray.exceptions.ActorDiedError()
 CRASHED = ray.exceptions.WorkerCrashedError()
@@ -150,13 +153,13 @@ def trial(**result: Any) -> SimpleNamespace:
     return SimpleNamespace(config={"run": "a"}, last_result=result, error_file=None)
 
 
-def relay(listener: Listener, failed: Any = None) -> phases._Relay:
-    return phases._Relay("attacks", listener, lambda parameters: (parameters["run"], "name"), failed)
+def relay(listener: Listener, **options: Any) -> Relay:
+    return Relay("attacks", listener, lambda parameters: (parameters["run"], "name"), **options)
 
 
 def test_a_failure_in_the_result_is_a_failure() -> None:
     listener, stored = Listener(), []
-    passing = relay(listener, lambda parameters, reason: stored.append(reason))
+    passing = relay(listener, fail=lambda parameters, reason: stored.append(reason))
     passing.on_trial_start(trial())
     passing.on_trial_complete(trial(ssim=0.5))
     passing.on_trial_complete(trial(ssim=math.nan, failure="diverged"))
@@ -177,7 +180,7 @@ def test_figures_pass_as_text_by_tune_which_keeps_every_number() -> None:
     figures = [{"ssim": [0.25, 0.75], "seconds": 2.0}, {"ssim": [0.5], "seconds": 1.0}]
     batch = trial(ssim=0.5, figures=json.dumps(figures))
     batch.config["settings"] = [{}, {}, {}]
-    relay(listener).on_trial_complete(batch)
+    relay(listener, finish=partial(tell_of_attacks, listener)).on_trial_complete(batch)
     *finished, failed = listener.told
     assert [(key, result["figures"], result["ssim"], result["attack_seconds"]) for _, _, key, result in finished] == [
         ("a", figures[0], 0.5, 2.0),
@@ -201,8 +204,8 @@ def test_rounds_keep_actors_warm(
             return range(sizes[-1])
 
     monkeypatch.setattr(tune, "Tuner", Tuner)
-    store = phases.Store(tmp_path, "data")
-    phases._tune("attacks", None, None, 1200, concurrent, store, relay(Listener()))
+    store = JobStore(tmp_path, "data")
+    run_trials("attacks", None, None, 1200, concurrent, store, relay(Listener()))
     assert sizes == rounds
 
 
@@ -227,6 +230,6 @@ def test_a_failure_of_the_cluster_itself_is_one_line(tmp_path: Path, monkeypatch
             raise ray.exceptions.OutOfMemoryError("6 workers were killed.")
 
     monkeypatch.setattr(tune, "Tuner", Tuner)
-    store = phases.Store(tmp_path, "data")
+    store = JobStore(tmp_path, "data")
     with pytest.raises(ConnectionError, match=r"\AThe cluster failed, --resume goes on: OutOfMemoryError: [^\n]+\Z"):
-        phases._tune("attacks", None, None, 1, 1, store, relay(Listener()))
+        run_trials("attacks", None, None, 1, 1, store, relay(Listener()))

@@ -26,23 +26,23 @@ from raytrust.config import (
     to_dict,
 )
 from raytrust.data import Dataset
+from raytrust.jobs.job import Place
+from raytrust.jobs.runner import each, work
+from raytrust.jobs.store import JobStore
 from raytrust.leak.observation import Capture
 from raytrust.metrics import auc
 from raytrust.networks.build import build_model
-from raytrust.studies.membership.properties import train_property
-from raytrust.studies.membership.shadows import (
-    DUPLICATE,
-    HELD_OUT,
-    MEMBER,
-    MISLABELLED,
-    OTHER,
-    PLAIN,
-    Shadow,
-    ShadowStore,
-    draw_pool,
-    open_shadows,
-    train_shadow,
+from raytrust.studies.membership.jobs import (
+    arm_key,
+    load_shadows,
+    open_audit,
+    plan,
+    reason_for_failure,
+    shadow_models,
 )
+from raytrust.studies.membership.pool import DUPLICATE, MISLABELLED, PLAIN, draw_pool
+from raytrust.studies.membership.properties import train_property
+from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, OTHER, Shadow, train_shadow
 from raytrust.train.dp_sgd import available, epsilon, train_privately
 from raytrust.train.loop import Trained, train
 from raytrust.wire.channel import LocalChannel
@@ -152,43 +152,45 @@ def test_members_score_above_others_in_the_end() -> None:
     assert auc(log_p[odd], pool.keep[0][odd]) > auc(log_p[~odd], pool.keep[0][~odd])
 
 
-def test_store(tmp_path: Path, shadow: Shadow, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_jobs_and_trained_once(tmp_path: Path, shadow: Shadow, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
     def fake(config: MembershipConfig, arm: Defence, model: int, data: Dataset) -> Shadow:
         trained.append((arm.name, model))
         return shadow
 
-    monkeypatch.setattr("raytrust.studies.membership.shadows.train_shadow", fake)
-    store = open_shadows(tmp_path, AUDIT, "data", {})
-    jobs = [job for job in store.jobs(AUDIT) if job[0] == "shadow"]
-    assert [(kind, arm.name, model) for kind, arm, model in store.jobs(AUDIT)][:5] == [
-        *(("shadow", "none", m) for m in range(4)),
-        ("property", "none", 0),
+    monkeypatch.setattr("raytrust.studies.membership.jobs.train_shadow", fake)
+    store = open_audit(tmp_path, AUDIT, "data", {})
+    assert [(job.kind, job.arm.name, job.model) for job in plan(AUDIT)][:5] == [
+        *(("models", "none", m) for m in range(4)),
+        ("properties", "none", 0),
     ]
+    models = shadow_models(AUDIT, Defence())
     for _ in range(2):
-        for kind, arm, model in jobs[:3]:
-            store.run(AUDIT, arm, model, kind, DATA)
+        for _, jobs in each(store, models[:3]):
+            work(store, jobs, Place(DATA))
     assert trained == [("none", 0), ("none", 1), ("none", 2)]  # each once
-    assert store.shadows(AUDIT, Defence()) is None
-    store.fail(AUDIT, Defence(), 3, "shadow", "no memory")
-    assert store.failure(AUDIT, Defence()) == "no memory"
-    store.run(AUDIT, Defence(), 3, "shadow", DATA)
-    assert store.failure(AUDIT, Defence()) is None
-    found = store.shadows(AUDIT, Defence())
+    assert load_shadows(store, AUDIT, Defence()) is None
+    store.fail(models[3], "no memory")
+    assert reason_for_failure(store, models) == "no memory"
+    store.clear_failures()
+    work(store, models, Place(DATA))
+    assert reason_for_failure(store, models) is None
+    found = load_shadows(store, AUDIT, Defence())
     assert found is not None
     np.testing.assert_array_equal(found[2].messages, shadow.messages)
+    assert (found[2].sent_bytes, found[2].seconds) == (shadow.sent_bytes, shadow.seconds)
 
-    path = store.path(AUDIT, Defence(), 0)
+    path = tmp_path / "models" / f"{store.key(models[0])}.npz"
     path.write_bytes(path.read_bytes()[:-99])
-    with pytest.raises(ValueError, match=r"Expected .*shadow-000.npz to be a model's results"):
-        store.shadows(AUDIT, Defence())
-    assert store.arm_id(AUDIT, Defence()) == store.arm_id(replace(AUDIT, defences=(Defence(),)), Defence())
-    assert store.arm_id(AUDIT, Defence()) != store.arm_id(replace(AUDIT, points=100), Defence())
-    assert store.arm_id(AUDIT, Defence()) != ShadowStore(tmp_path, "other data").arm_id(AUDIT, Defence())
-    open_shadows(tmp_path, AUDIT, "data", {})
+    with pytest.raises(ValueError, match=r"Expected .*\.npz to be a job's arrays, but it can't be read"):
+        load_shadows(store, AUDIT, Defence())
+    assert arm_key(store, AUDIT, Defence()) == arm_key(store, replace(AUDIT, defences=(Defence(),)), Defence())
+    assert arm_key(store, AUDIT, Defence()) != arm_key(store, replace(AUDIT, points=100), Defence())
+    assert arm_key(store, AUDIT, Defence()) != arm_key(JobStore(tmp_path, "other data"), AUDIT, Defence())
+    open_audit(tmp_path, AUDIT, "data", {})
     with pytest.raises(ValueError, match="but it holds another one"):
-        open_shadows(tmp_path, replace(AUDIT, points=100), "data", {})
+        open_audit(tmp_path, replace(AUDIT, points=100), "data", {})
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +15,23 @@ import pytest
 import torch
 from toys import synthetic
 
-from raytrust.cli import membership
-from raytrust.cli.membership import measurable, run_membership
-from raytrust.cluster import shadows as cluster_shadows
+from raytrust.cli import session
+from raytrust.cli.membership import run_membership
+from raytrust.cluster import runner
 from raytrust.config import CaptureConfig, Defence, MembershipConfig, ModelConfig, Threat, TrainConfig, to_dict
 from raytrust.data import Dataset, load
+from raytrust.jobs.job import Place
 from raytrust.jobs.lock import exclusive
+from raytrust.jobs.runner import work
+from raytrust.jobs.store import JobStore
 from raytrust.reports.membership_figures import side_by_side_figure
 from raytrust.reports.membership_page import membership_page, membership_table, property_table
+from raytrust.studies.membership.jobs import open_audit, plan, property_models, shadow_models
+from raytrust.studies.membership.pool import MISLABELLED, draw_pool
 from raytrust.studies.membership.properties import choose_property
 from raytrust.studies.membership.rows import message_auc, row
-from raytrust.studies.membership.shadows import (
-    HELD_OUT,
-    MEMBER,
-    MISLABELLED,
-    OTHER,
-    Shadow,
-    ShadowStore,
-    draw_pool,
-    open_shadows,
-)
+from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, OTHER, Shadow
+from raytrust.studies.membership.study import measurable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = synthetic(train=240, test=40, vivid=True)
@@ -103,23 +98,21 @@ def test_too_few_images_of_every_class_are_counted_in_every_half() -> None:
     assert measurable(replace(AUDIT, property_models=0), labelled(238, 2)) == (replace(AUDIT, property_models=0), {})
 
 
-def filled(root: Path, config: MembershipConfig, data: Dataset) -> ShadowStore:
-    store = open_shadows(root, config, data.fingerprint(), {})
-    for kind, arm, model in store.jobs(config):
-        store.run(config, arm, model, kind, data)
+def filled(root: Path, config: MembershipConfig, data: Dataset) -> JobStore:
+    store = open_audit(root, config, data.fingerprint(), {})
+    work(store, plan(config), Place(data))
     return store
 
 
 def test_a_failed_property_model_leaves_the_rest_of_its_defence(tmp_path: Path) -> None:
-    store = filled(tmp_path, replace(AUDIT, property_models=0), DATA)
-    store.fail(AUDIT, Defence(), 1, "property", "no luck")
-    for path in (tmp_path / "models").iterdir():  # property_models is part of the arm's hash
-        path.rename(path.with_name(store.arm_id(AUDIT, Defence())))
+    store = open_audit(tmp_path, AUDIT, DATA.fingerprint(), {})
+    work(store, shadow_models(AUDIT, Defence()), Place(DATA))
+    store.fail(property_models(AUDIT, Defence())[0], "no luck")
     found = row(store, AUDIT, Defence(), draw_pool(AUDIT, DATA), DATA.test_labels.numpy())
     assert found["status"] == "finished"
     assert found["property"] == {"reason": "no luck"}
     assert property_table([found])[1] == ["none", "-", "failed: no luck", "-"]
-    store.fail(AUDIT, Defence(), 1, "shadow", "no memory")
+    store.fail(shadow_models(AUDIT, Defence())[1], "no memory")
     assert row(store, AUDIT, Defence(), draw_pool(AUDIT, DATA), DATA.test_labels.numpy())["reason"] == "no memory"
 
 
@@ -150,14 +143,6 @@ def run_here(
 ) -> list[dict[str, Any]]:
     """`run_membership` without Ray and MLflow."""
 
-    @contextmanager
-    def no_cluster(*_: Any) -> Iterator[None]:
-        yield
-
-    def train_here(config: MembershipConfig, data: Dataset, store: ShadowStore, _: Any) -> None:
-        for kind, arm, model in store.jobs(config):
-            store.run(config, arm, model, kind, data)
-
     class Silent:
         def __init__(self, *_: Any, **__: Any):
             pass
@@ -165,10 +150,8 @@ def run_here(
         def __getattr__(self, name: str) -> Any:
             return lambda *_: None
 
-    monkeypatch.setattr(membership, "cluster", no_cluster)
-    monkeypatch.setattr(membership, "train_shadows", train_here)
-    monkeypatch.setattr(membership, "Tracker", Silent)
-    return run_membership(config, data, open_shadows(root, config, data.fingerprint(), {}))
+    monkeypatch.setattr(session, "Tracker", Silent)
+    return run_membership(config, data, open_audit(root, config, data.fingerprint(), {}), spread=False)
 
 
 # The pool
@@ -276,7 +259,7 @@ def test_a_resumed_audit_is_the_same(program: Any, few: str, tmp_path: Path) -> 
     options, _ = program.RUN.resolve(program._parser().parse_args(arguments), program.DEFAULTS, program._with_preset)
     data, config = program._prepare(options)
     kept = program.RUN.keep(options, ("cpus", "defences"))
-    open_shadows(tmp_path / "run", config, data.fingerprint(), json.loads(json.dumps(kept)))
+    open_audit(tmp_path / "run", config, data.fingerprint(), json.loads(json.dumps(kept)))
     again, resumed = prepared(program, "--resume", str(tmp_path / "run"))
     assert to_dict(resumed) == to_dict(config)
     assert again.fingerprint() == data.fingerprint()
@@ -286,27 +269,30 @@ def test_a_resumed_audit_is_the_same(program: Any, few: str, tmp_path: Path) -> 
 
 
 def test_two_audits_in_one_directory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = open_shadows(tmp_path, AUDIT, DATA.fingerprint(), {})
-    store.fail(AUDIT, Defence(), 0, "shadow", "no memory")
+    store = open_audit(tmp_path, AUDIT, DATA.fingerprint(), {})
+    model = shadow_models(AUDIT, Defence())[0]
+    store.fail(model, "no memory")
     with exclusive(tmp_path), pytest.raises(ValueError, match="to be free, but process"):
         run_here(AUDIT, DATA, tmp_path, monkeypatch)
-    assert store.failure(AUDIT, Defence()) == "no memory"  # the other audit's failures are left alone
+    assert store.failure(model) == "no memory"  # the other audit's failures are left alone
     assert [r["status"] for r in run_here(AUDIT, DATA, tmp_path, monkeypatch)] == ["finished"]
     assert not (tmp_path / "sweep.lock").exists()
 
 
-def test_workers_import_neither_searchers_nor_phases() -> None:
-    code = "import sys, raytrust.cluster.shadows; print(*sys.modules)"
+def test_workers_import_neither_searchers_nor_searches() -> None:
+    code = "import sys, raytrust.cluster.runner, raytrust.studies.membership.jobs; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert set(done.stdout.split()).isdisjoint({"optuna", "raytrust.cluster.phases", "raytrust.cluster.searchers"})
+    absent = {"optuna", "ray.tune", "raytrust.cluster.searches", "raytrust.cluster.searchers"}
+    assert set(done.stdout.split()).isdisjoint(absent)
 
 
 def test_a_worker_keeps_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(cluster_shadows, "keep_freed_memory", lambda: calls.append("memory"))
-    monkeypatch.setattr(cluster_shadows.ray, "get", lambda reference: reference)
-    monkeypatch.setattr(ShadowStore, "run", lambda *_: calls.append("run"))
-    assert cluster_shadows._train(ShadowStore(tmp_path, ""), to_dict(AUDIT), 0, 0, "shadow", [DATA], None)  # type: ignore[list-item]
-    assert calls == ["memory", "run"]
-    assert not cluster_shadows._train(ShadowStore(tmp_path, ""), to_dict(AUDIT), 0, 0, "shadow", [DATA], 0.0)  # type: ignore[list-item]
-    assert calls == ["memory", "run"]
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: calls.append("memory"))
+    monkeypatch.setattr(runner.ray, "get", lambda reference: reference)
+    monkeypatch.setattr(runner, "work", lambda store, jobs, place: calls.append(place.data.name) or [])
+    jobs = shadow_models(AUDIT, Defence())
+    runner.do(JobStore(tmp_path), jobs, [DATA], "cpu")  # type: ignore[list-item]
+    assert calls == ["memory", DATA.name]
+    runner.do(JobStore(tmp_path), jobs, [DATA], "cpu", until=0.0)  # type: ignore[list-item]
+    assert calls == ["memory", DATA.name]  # too late

@@ -9,23 +9,23 @@ from typing import Any
 import pytest
 from paper_fixtures import MICRO, digits, fill, table
 
+from raytrust.jobs.store import JobStore
 from raytrust.reports.outbox import Outbox
 from raytrust.reports.paper.page import _first_screen, _means
 from raytrust.studies.paper.assemble import Report, assemble
-from raytrust.studies.paper.progress import Progress
 from raytrust.studies.paper.rows import membership_rows
-from raytrust.studies.paper.selection import AWARE, NAIVE, WORST, Plan, chosen, plan_for, worst_units
-from raytrust.studies.paper.units import UnitStore
+from raytrust.studies.paper.selection import AWARE, NAIVE, WORST, Plan, chosen, plan_for, worst_attacks
+from raytrust.studies.paper.study import PaperConfig, PaperStudy
 from raytrust.studies.published import CELLS, TABLE_1
 
 OPEN = CELLS[1]  # of which the naive attack is missing
 
 
 @pytest.fixture
-def partial(tmp_path: Path) -> tuple[Path, Plan, UnitStore]:
+def partial(tmp_path: Path) -> tuple[Path, Plan, JobStore]:
     """All of table 1 but the naive attack on one cell."""
     data = digits()
-    plan, store = plan_for("mnist", data, MICRO, None, 0), UnitStore(tmp_path, data.fingerprint())
+    plan, store = plan_for("mnist", data, MICRO, None, 0), JobStore(tmp_path, data.fingerprint())
     for units in plan.search().values():
         fill(store, units, TABLE_1["mnist"]["none", None].mean)
     settings = chosen(store, plan)
@@ -36,7 +36,7 @@ def partial(tmp_path: Path) -> tuple[Path, Plan, UnitStore]:
     for cell in CELLS:
         for units in plan.portfolio(settings[1], cell).values():
             fill(store, units, 0.9)
-        worst = worst_units(store, plan, settings, cell)
+        worst = worst_attacks(store, plan, settings, cell)
         assert not isinstance(worst, str)
         fill(store, worst, 0.6)
     return tmp_path, plan, store
@@ -46,7 +46,7 @@ def report_of(root: Path) -> Report:
     return assemble(MICRO, (1,), None, 0, {"mnist": digits()}, root)
 
 
-def test_the_worst_of_three_waits_for_the_three(partial: tuple[Path, Plan, UnitStore]) -> None:
+def test_the_worst_of_three_waits_for_the_three(partial: tuple[Path, Plan, JobStore]) -> None:
     root, plan, store = partial
     found = {(r["rank_or_level"], r["attack"]): r for r in report_of(root).table_1 if r["compressor"] == OPEN[0]}
     assert [found[OPEN[1], kind]["status"] for kind in (NAIVE, AWARE)] == ["not finished", "finished"]
@@ -60,7 +60,7 @@ def test_the_worst_of_three_waits_for_the_three(partial: tuple[Path, Plan, UnitS
     assert row["ours"] == pytest.approx(0.7)  # the naive one is the greatest
 
 
-def test_only_whole_cells_are_logged(partial: tuple[Path, Plan, UnitStore]) -> None:
+def test_only_whole_cells_are_logged(partial: tuple[Path, Plan, JobStore]) -> None:
     from raytrust.cli.paper import _log
 
     logged: dict[str, dict[str, float]] = {}
@@ -86,51 +86,41 @@ def test_only_whole_cells_are_logged(partial: tuple[Path, Plan, UnitStore]) -> N
     assert logged == {}
 
 
-def test_what_failed_is_not_left_to_do(partial: tuple[Path, Plan, UnitStore]) -> None:
-    from raytrust.cli.paper import PaperConfig, _Run
-
+def test_what_failed_is_not_left_to_do(partial: tuple[Path, Plan, JobStore]) -> None:
     root, plan, store = partial
     settings = chosen(store, plan)
     assert not isinstance(settings, str)
-    run = _Run(PaperConfig(MICRO, datasets=("mnist",)), {"mnist": digits()}, root, Progress(1), spread=False)
+    study = PaperStudy(PaperConfig(MICRO, datasets=("mnist",)), {"mnist": digits()}, root, print)
     naive = store.missing(plan.table(settings[0])[OPEN, NAIVE])
-    assert set(run._left("mnist")) == {*naive, *plan.theory().values()}
-    models = run._models_left("mnist")
-    for units in plan.portfolio(settings[1], OPEN).values():
-        for unit in units:
-            store.path(unit).unlink(missing_ok=True)
-            store.fail(unit, "it diverged")
-    kind, arm, model = models[0]
-    run._shadows("mnist").fail(run._audits["mnist"], arm, model, kind, "it diverged")
-    assert set(run._left("mnist")) == {*store.missing(naive), *plan.theory().values()}
-    assert run._models_left("mnist") == models[1:]
+    models = [job for job in study.left() if job.kind == "models"]
+    assert set(study.left()) == {*naive, *plan.theory().values(), *models}
+    for attacks in plan.portfolio(settings[1], OPEN).values():
+        for attack in attacks:
+            store.folder(attack).with_suffix(".json").unlink(missing_ok=True)
+            store.fail(attack, "it diverged")
+    store.fail(models[0], "it diverged")
+    assert set(study.left()) == {*store.missing(naive), *plan.theory().values(), *models[1:]}
 
 
-def test_failures_are_forgotten_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of models, too, before any unit is done: what is left is known at once."""
-    from raytrust.cli.paper import PaperConfig, _Run
-
-    run = _Run(PaperConfig(MICRO, datasets=("mnist",)), {"mnist": digits()}, tmp_path, Progress(1), spread=False)
-    kind, arm, model = run._models_left("mnist")[0]
-    config, models = run._audits["mnist"], run._shadows("mnist")
-    models.fail(config, arm, model, kind, "it diverged")
-    reasons: list[str | None] = []
-    monkeypatch.setattr(_Run, "_phases", lambda self, name: [("a", [])])
-    monkeypatch.setattr(_Run, "_do", lambda self, name, what, units: reasons.append(models.failure(config, arm)))
-    monkeypatch.setattr(_Run, "_audit", lambda self, name: None)
-    run.all()
-    assert reasons == [None]
+def test_failures_are_forgotten_together(tmp_path: Path) -> None:
+    """Those of models, too, before any job is done: what is left is known at once."""
+    study = PaperStudy(PaperConfig(MICRO, datasets=("mnist",)), {"mnist": digits()}, tmp_path, print)
+    (store,) = study.stores
+    left = study.left()
+    for job in (left[0], left[-1]):
+        store.fail(job, "it diverged")
+    assert len(study.left()) == len(left) - 2
+    store.clear_failures()
+    assert study.left() == left
 
 
 def test_table_1_alone_needs_no_images_for_an_audit(tmp_path: Path) -> None:
-    from raytrust.cli.paper import PaperConfig, _Run
-
     few = replace(digits(), train_images=digits().train_images[:3], train_labels=digits().train_labels[:3])
     config = PaperConfig(MICRO, datasets=("mnist",))
     with pytest.raises(ValueError, match="Expected"):
-        _Run(config, {"mnist": few}, tmp_path, Progress(1), spread=False)
-    run = _Run(replace(config, tables=(1,)), {"mnist": few}, tmp_path, Progress(1), spread=False)
-    run._expect()
+        PaperStudy(config, {"mnist": few}, tmp_path, print)
+    run = PaperStudy(replace(config, tables=(1,)), {"mnist": few}, tmp_path, print)
+    assert run.left()
     assert not (tmp_path / "membership-mnist").exists()
 
 

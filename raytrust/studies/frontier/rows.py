@@ -48,7 +48,7 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     if isinstance(defence.compressor, DenseConfig):  # without a compressor the two objectives are one
         by_objective["aware"] = by_objective["naive"]
     worst = best(figures)
-    reason = store.failure(train)
+    reason = store.failure_of_run(train)
     if reason is None and (training is None or worst is None):
         failures = [*store.attack_failures(train, "evaluation"), *store.attack_failures(train, "tuning")]
         reason = f"no attack has a result: {failures[0]}" if failures else "not finished"
@@ -178,7 +178,7 @@ def audited_defences(sweep: SweepConfig, store: Store) -> list[Defence]:
 
 def trained_defences(sweep: SweepConfig, store: Store, defences: Sequence[Defence]) -> list[Defence]:
     configs = ((d, replace(sweep.train, defence=d)) for d in defences)
-    return [d for d, train in configs if store.training(train) is not None and store.failure(train) is None]
+    return [d for d, train in configs if store.training(train) is not None and store.failure_of_run(train) is None]
 
 
 def train_of(store: Store, sweep: SweepConfig, finished: Row) -> TrainConfig:

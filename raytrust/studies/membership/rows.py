@@ -18,21 +18,20 @@ from raytrust.attacks.membership.likelihood import LIRA_ONLINE, RULES, leave_one
 from raytrust.attacks.membership.scores import AttackModel
 from raytrust.attacks.membership.signals import SIGNALS, signals
 from raytrust.config import Arm, Defence, DPSGDConfig, MembershipConfig, to_dict
+from raytrust.jobs.store import JobStore
 from raytrust.metrics import Roc, auc, balanced_accuracy, best_thresholds, decide, pooled_audit, roc, yeom_thresholds
 from raytrust.metrics.membership import mean_estimate
 from raytrust.metrics.thresholds import ORIGINS, Origin
-from raytrust.studies.membership.shadows import (
-    DUPLICATE,
-    HELD_OUT,
-    MEMBER,
-    MISLABELLED,
-    OTHER,
-    PLAIN,
-    Pool,
-    Shadow,
-    ShadowStore,
-    stack,
+from raytrust.studies.membership.jobs import (
+    arm_key,
+    load_properties,
+    load_shadows,
+    property_models,
+    reason_for_failure,
+    shadow_models,
 )
+from raytrust.studies.membership.pool import DUPLICATE, MISLABELLED, PLAIN, Pool
+from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, OTHER, Shadow, stack
 from raytrust.train.dp_sgd import epsilon
 
 Row = dict[str, Any]
@@ -46,11 +45,11 @@ DELTA = 1e-5  # of DP-SGD's own account
 _ATTACK_MODEL_POINTS = 4000  # shadow outputs that an attack model is fitted on
 
 
-def row(store: ShadowStore, config: MembershipConfig, arm: Arm, pool: Pool, test_labels: NDArray[np.int64]) -> Row:
+def row(store: JobStore, config: MembershipConfig, arm: Arm, pool: Pool, test_labels: NDArray[np.int64]) -> Row:
     """The figures of one arm; one that failed or isn't finished has a reason and no figures."""
-    base = {"name": arm.name, "arm": to_dict(arm), "run": store.arm_id(config, arm)}
-    shadows = store.shadows(config, arm)
-    reason = store.failure(config, arm) or (None if shadows else "not finished")
+    base = {"name": arm.name, "arm": to_dict(arm), "run": arm_key(store, config, arm)}
+    shadows = load_shadows(store, config, arm)
+    reason = reason_for_failure(store, shadow_models(config, arm)) or (None if shadows else "not finished")
     if reason or shadows is None:
         return {**base, "status": "failed", "reason": reason}
     scores = final_scores(shadows, pool, test_labels)
@@ -249,15 +248,14 @@ def matched_fit(uncompressed: Sequence[Shadow], shadows: Sequence[Shadow], pool:
     }
 
 
-def property_figures(store: ShadowStore, config: MembershipConfig, arm: Arm) -> Row | None:
+def property_figures(store: JobStore, config: MembershipConfig, arm: Arm) -> Row | None:
     """AUC of property inference by attacker ("aware", "naive"), and the "label" of the class that was looked for;
     {"reason"} if a model of it failed; None where it was not measured."""
     if not isinstance(arm, Defence) or config.property_models == 0:
         return None
-    if (reason := store.failure(config, arm, "property")) is not None:
+    if (reason := reason_for_failure(store, property_models(config, arm))) is not None:
         return {"reason": reason}
-    models = [store.load(config, arm, model, "property") for model in range(config.property_models)]
-    finished = [m for m in models if m is not None]
+    finished = load_properties(store, config, arm)
     if not finished:
         return {"reason": "not finished"}
     told = [m for m in finished if m["holds"].any() and not m["holds"].all()]

@@ -1,4 +1,4 @@
-"""From the files of finished units and models to everything that the report says. Computes nothing anew.
+"""From the results of finished jobs to everything that the report says. Computes nothing anew.
 
 The worst case of a cell is the greatest mean SSIM of three attacks on the evaluation images: the naive and the aware
 one at the nearest setting, and the one that was the strongest on tuning images. The last choice among the three is made
@@ -16,9 +16,11 @@ import numpy as np
 
 from raytrust.config import MembershipConfig
 from raytrust.data import Dataset
+from raytrust.jobs.store import JobStore
+from raytrust.studies.membership.pool import draw_pool
 from raytrust.studies.membership.rows import row as membership_row
-from raytrust.studies.membership.shadows import ShadowStore, draw_pool
 from raytrust.studies.paper.claims import inversion_claims, theory_claims
+from raytrust.studies.paper.jobs import Attack
 from raytrust.studies.paper.membership_claims import membership_claims
 from raytrust.studies.paper.plan import Budget, Setting
 from raytrust.studies.paper.rows import membership_rows, similarity_row, with_percent
@@ -34,9 +36,8 @@ from raytrust.studies.paper.selection import (
     join,
     plan_for,
     tried,
-    worst_units,
+    worst_attacks,
 )
-from raytrust.studies.paper.units import Attack, UnitStore
 from raytrust.studies.paper.verdicts import Claim, Table, protection
 from raytrust.studies.published import CELLS, TABLE_1, Cell
 
@@ -135,10 +136,10 @@ def assemble(
     report = Report(budget, seed, tuple(data), tables)
     for name, dataset in data.items():
         if 1 in tables:
-            store = UnitStore(root, dataset.fingerprint())
+            store = JobStore(root, dataset.fingerprint())
             _inversion(report, plan_for(name, dataset, budget, images, seed), store)
         if 2 in tables:
-            _membership(report, name, dataset, root / f"membership-{name}")
+            _membership(report, name, dataset, root)
     report.table_1[:] = with_percent(report.table_1)
     common = common_nearest(report.search) if report.search else None
     claims = [
@@ -149,7 +150,7 @@ def assemble(
     return replace(report, common=common, claims=claims)
 
 
-def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
+def _inversion(report: Report, plan: Plan, store: JobStore) -> None:
     name = plan.dataset
     report.search[name], images = tried(store, plan.search()), report.images.setdefault(name, {})
     settings = chosen(store, plan)
@@ -170,11 +171,11 @@ def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
             setting = None if isinstance(units, str) else Setting(units[0].victim, units[0].attack)
             report.table_1.append(similarity_row(name, cell, kind, setting, found))
             if found.ssim is not None:
-                parts = [store.images(u) for u in units if isinstance(u, Attack)]
+                parts = [store.arrays(u) for u in units if isinstance(u, Attack)]
                 images[cell, kind] = np.concatenate([p["reconstructions"] for p in parts]), found.ssim
                 report.originals[name] = np.concatenate([p["originals"] for p in parts])
     for (step, cell), unit in plan.theory().items():
-        figures = store.figures(unit)
+        figures = store.result(unit)
         if figures is None:
             report.theory_left.setdefault(name, []).append(store.failure(unit) or NOT_FINISHED)
         else:
@@ -182,18 +183,18 @@ def _inversion(report: Report, plan: Plan, store: UnitStore) -> None:
 
 
 def _attacks(
-    plan: Plan, store: UnitStore, settings: tuple[Setting, Setting] | str, cell: Cell
+    plan: Plan, store: JobStore, settings: tuple[Setting, Setting] | str, cell: Cell
 ) -> dict[str, list[Attack] | str]:
     """The units behind each figure of a cell, or why there are none."""
     if isinstance(settings, str):
         return dict.fromkeys((NAIVE, AWARE, WORST), settings)
     table = plan.table(settings[0])
-    return {kind: table[cell, kind] for kind in (NAIVE, AWARE)} | {WORST: worst_units(store, plan, settings, cell)}
+    return {kind: table[cell, kind] for kind in (NAIVE, AWARE)} | {WORST: worst_attacks(store, plan, settings, cell)}
 
 
 def _membership(report: Report, name: str, data: Dataset, root: Path) -> None:
     config = audit_config(report.budget, report.seed, data)
-    store = ShadowStore(root, data.fingerprint())
+    store = JobStore(root, data.fingerprint())
     pool = draw_pool(config, data)
     labels = data.test_labels.numpy()
     audit = report.audits[name] = [membership_row(store, config, arm, pool, labels) for arm in config.arms]

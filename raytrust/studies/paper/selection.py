@@ -1,4 +1,4 @@
-"""Which units a report is made of, and what the finished ones say: the nearest setting, the strongest attack.
+"""Which jobs a report is made of, and what the finished ones say: the nearest setting, the strongest attack.
 
 Settings are chosen on tuning images, the last ones of the test set; figures are of the first ones. The two never meet.
 """
@@ -13,9 +13,10 @@ import numpy as np
 
 from raytrust.config import Defence, DenseConfig
 from raytrust.data import Dataset
+from raytrust.jobs.store import JobStore
 from raytrust.metrics.verdict import floor_of_images
+from raytrust.studies.paper.jobs import Attack, Theory, Training
 from raytrust.studies.paper.plan import Budget, Setting, Victim
-from raytrust.studies.paper.units import Attack, Theory, Training, Unit, UnitStore
 from raytrust.studies.published import CELLS, TABLE_1, Cell, defence_of
 
 NAIVE, AWARE, WORST = "as in the paper", "compression-aware", "worst case"
@@ -24,7 +25,7 @@ NOT_FINISHED = "not finished"
 
 @dataclass(frozen=True)
 class Plan:
-    """The units over one data set. `images` of the test set are evaluated."""
+    """The jobs over one data set. `images` of the test set are evaluated."""
 
     dataset: str
     budget: Budget
@@ -46,10 +47,11 @@ class Plan:
         return tuple(range(self.images))
 
     def attacks(self, setting: Setting, defence: Defence, images: Sequence[int]) -> list[Attack]:
-        """One unit for each chunk of images. What the two objectives have in common is one unit."""
+        """One job for each chunk of images. What the two objectives have in common is one job."""
         attack, size = setting.attack.against(defence), self.budget.chunk
         chunks = [tuple(images[i : i + size]) for i in range(0, len(images), size)]
-        return [Attack(setting.victim, defence, attack, chunk) for chunk in chunks]
+        training = self.training(setting.victim)
+        return [Attack(setting.victim, defence, attack, chunk, training) for chunk in chunks]
 
     @property
     def theory_victims(self) -> list[Victim]:
@@ -57,10 +59,17 @@ class Plan:
         of = max(steps) + 1
         return [Victim("cifar", "eval", s, of if s else 0, b.theory_width, self.seed) for s in steps]
 
-    def trainings(self) -> list[Unit]:
+    def training(self, victim: Victim) -> Training | None:
+        """That which a victim's state is taken from, None if it is untrained."""
+        if victim.steps == 0:
+            return None
+        whole = replace(victim, batch_norm="eval", steps=victim.of)
+        return next(t for t in self.trainings() if t.victim == whole and victim.steps in (*t.keep, victim.of))
+
+    def trainings(self) -> list[Training]:
         """The models that trained victims are taken from."""
         b = self.budget
-        found: list[Unit] = []
+        found: list[Training] = []
         if kept := tuple(s for s in b.states if s):
             victims = [Victim(stem, "eval", b.training, b.training, b.width, self.seed) for stem in b.stems]
             found += [Training(v, kept, b.batch_size) for v in victims]
@@ -79,7 +88,9 @@ class Plan:
         attack = replace(b.attack(1e-2, b.theory_iterations, 1, self.seed), precision="float32")
         images = self.evaluation[: b.theory_images]
         return {
-            (v.steps, cell): Theory(v, defence_of(cell), attack, images) for v in self.theory_victims for cell in CELLS
+            (v.steps, cell): Theory(v, defence_of(cell), attack, images, self.training(v))
+            for v in self.theory_victims
+            for cell in CELLS
         }
 
     def table(self, nearest: Setting) -> dict[tuple[Cell, str], list[Attack]]:
@@ -117,8 +128,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """What several units over different images found, joined. ssim is None where one failed, and `reason` says why, or
-    is not finished. floor: by image, that of `raytrust.metrics.verdict`."""
+    """What several attacks over different images found, joined. ssim is None where one failed, and `reason` says why,
+    or is not finished. floor: by image, that of `raytrust.metrics.verdict`."""
 
     ssim: list[float] | None
     reason: str = ""
@@ -142,12 +153,12 @@ class Found:
         return None if self.ssim is None else float(np.mean(self.ssim))
 
 
-def join(store: UnitStore, units: Sequence[Attack]) -> Found:
-    """The figures of all units in their order."""
-    for unit in units:
-        if (reason := store.failure(unit)) is not None:
+def join(store: JobStore, attacks: Sequence[Attack]) -> Found:
+    """The figures of all attacks in their order."""
+    for attack in attacks:
+        if (reason := store.failure(attack)) is not None:
             return Found(None, reason)
-    parts = [store.figures(unit) for unit in units]
+    parts = [store.result(attack) for attack in attacks]
     done = [p for p in parts if p is not None]
     if len(done) < len(parts):
         return Found(None, NOT_FINISHED)
@@ -167,11 +178,11 @@ def join(store: UnitStore, units: Sequence[Attack]) -> Found:
     )
 
 
-def tried(store: UnitStore, units: Mapping[Setting, Sequence[Attack]]) -> dict[Setting, Found]:
-    return {setting: join(store, some) for setting, some in units.items()}
+def tried(store: JobStore, attacks: Mapping[Setting, Sequence[Attack]]) -> dict[Setting, Found]:
+    return {setting: join(store, some) for setting, some in attacks.items()}
 
 
-def chosen(store: UnitStore, plan: Plan) -> tuple[Setting, Setting] | str:
+def chosen(store: JobStore, plan: Plan) -> tuple[Setting, Setting] | str:
     """The nearest setting and the strongest one; or why there are none: the search failed, or is not finished, and they
     might be others then."""
     found = tried(store, plan.search())
@@ -182,7 +193,7 @@ def chosen(store: UnitStore, plan: Plan) -> tuple[Setting, Setting] | str:
     return nearest(found, plan.dataset), strongest(found)
 
 
-def worst_units(store: UnitStore, plan: Plan, settings: tuple[Setting, Setting], cell: Cell) -> list[Attack] | str:
+def worst_attacks(store: JobStore, plan: Plan, settings: tuple[Setting, Setting], cell: Cell) -> list[Attack] | str:
     """The attacks of a cell's worst case; or why there are none: its search failed, or is not finished."""
     found = tried(store, plan.portfolio(settings[1], cell))
     if any(f.status == NOT_FINISHED for f in found.values()):

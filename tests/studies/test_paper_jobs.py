@@ -1,10 +1,9 @@
-"""Units of work: what they keep, that they are done once, and that doing them again gives the same."""
+"""The jobs behind the tables: what they keep, that they are done once, and that doing them again gives the same."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,13 @@ from paper_fixtures import MICRO, digits
 from raytrust.compress import build
 from raytrust.config import CaptureConfig, Defence, InversionConfig, PowerSGDConfig, TopKConfig
 from raytrust.data import Dataset
-from raytrust.jobs.files import read_json
+from raytrust.jobs.job import Job, Place
+from raytrust.jobs.runner import work
+from raytrust.jobs.store import JobStore
+from raytrust.studies.paper.jobs import Attack, Theory, Training
 from raytrust.studies.paper.plan import BUDGETS, STRONG_STEP, Setting, Victim
 from raytrust.studies.paper.selection import AWARE, NAIVE, Found, Plan, common_nearest, join, nearest, strongest
 from raytrust.studies.paper.theory import compare
-from raytrust.studies.paper.units import Attack, Theory, Training, UnitStore
 from raytrust.studies.published import CELLS
 from raytrust.train.loop import capture_images, private_batches, train
 from raytrust.wire.channel import LocalChannel
@@ -44,32 +45,31 @@ def test_chosen_images_are_captured_as_training_would(data: Dataset, defence: De
         assert torch.equal(one.truth.images, other.truth.images)
 
 
-def figures(path: Path) -> dict[str, Any]:
-    return {k: v for k, v in read_json(path).items() if k != "cpu_seconds"}
+def do(store: JobStore, job: Job, data: Dataset) -> None:
+    (outcome,) = work(store, [job], Place(data))
+    assert outcome.reason is None, outcome.reason
 
 
-def test_a_unit_is_done_once_and_the_same_each_time(tmp_path: Path, data: Dataset) -> None:
-    unit = Attack(VICTIM, Defence(PowerSGDConfig(1)), replace(ATTACK, objective="aware"), (0, 3))
-    stores = [UnitStore(tmp_path / name, data.fingerprint()) for name in ("a", "b")]
+def test_a_job_is_done_once_and_the_same_each_time(tmp_path: Path, data: Dataset) -> None:
+    job = Attack(VICTIM, Defence(PowerSGDConfig(1)), replace(ATTACK, objective="aware"), (0, 3))
+    stores = [JobStore(tmp_path / name, data.fingerprint()) for name in ("a", "b")]
     for store in stores:
-        assert store.missing([unit, unit]) == [unit]
-        store.run(unit, data)
-        assert store.missing([unit]) == []
-    one, other = (store.path(unit) for store in stores)
-    assert figures(one) == figures(other)
-    before = one.stat().st_mtime_ns
-    stores[0].run(unit, data)
-    assert one.stat().st_mtime_ns == before
-    found = stores[0].images(unit)
+        assert store.missing([job, job]) == [job]
+        do(store, job, data)
+        assert store.missing([job]) == []
+    one, other = (store.result(job) for store in stores)
+    assert one == other is not None
+    assert work(stores[0], [job], Place(data)) == []
+    found = stores[0].arrays(job)
     assert torch.equal(torch.from_numpy(found["originals"]), data.test_images[[0, 3]].float() / 255)
 
 
 def test_chunks_of_images_join_to_the_whole(tmp_path: Path, data: Dataset) -> None:
-    store = UnitStore(tmp_path, data.fingerprint())
+    store = JobStore(tmp_path, data.fingerprint())
     whole = Attack(VICTIM, Defence(), ATTACK, (0, 1, 2))
     parts = [replace(whole, images=images) for images in ((0, 1), (2,))]
     for unit in (whole, *parts):
-        store.run(unit, data)
+        do(store, unit, data)
     assert join(store, parts).ssim == pytest.approx(join(store, [whole]).ssim, abs=1e-4)
     assert join(store, [*parts, replace(whole, images=(5,))]) == Found(None, "not finished")
     store.fail(replace(whole, images=(5,)), "no reason")
@@ -79,25 +79,27 @@ def test_chunks_of_images_join_to_the_whole(tmp_path: Path, data: Dataset) -> No
 
 
 def test_a_trained_victim_has_other_weights_and_must_be_trained(tmp_path: Path, data: Dataset) -> None:
-    store = UnitStore(tmp_path, data.fingerprint())
+    store = JobStore(tmp_path, data.fingerprint())
     trained = replace(VICTIM, steps=1, of=3)
-    unit = Attack(trained, Defence(), ATTACK, (0, 1))
-    with pytest.raises(ValueError, match="to be trained"):
-        store.run(unit, data)
-    store.run(Training(replace(trained, steps=3), (1, 3), batch_size=8), data)
-    for steps in (1, 3):
-        store.run(replace(unit, victim=replace(trained, steps=steps)), data)
-    plain = replace(unit, victim=VICTIM)
-    store.run(plain, data)
-    matched = [store.figures(replace(unit, victim=v))["matching"] for v in (VICTIM, trained, replace(trained, steps=3))]  # type: ignore[index]
-    assert len({tuple(m) for m in matched}) == 3
+    training = Training(replace(trained, steps=3), (1, 3), batch_size=8)
+    first = Attack(trained, Defence(), ATTACK, (0, 1), training)
+    assert first.after() == (training,)
+    (outcome,) = work(store, [first], Place(data))
+    assert outcome.reason is not None
+    assert "Expected this to be done: cifar stem" in outcome.reason
+    store.clear_failures()
+    do(store, training, data)
+    jobs = [first, replace(first, victim=replace(trained, steps=3)), replace(first, victim=VICTIM, training=None)]
+    for job in jobs:
+        do(store, job, data)
+    assert len({tuple(store.result(job)["matching"]) for job in jobs}) == 3  # type: ignore[index]
 
 
 def test_a_setting_that_has_no_gradient_is_refused(tmp_path: Path, data: Dataset) -> None:
-    store = UnitStore(tmp_path, data.fingerprint())
+    store = JobStore(tmp_path, data.fingerprint())
     victim = replace(VICTIM, stem="imagenet", batch_norm="train")  # of one value a channel at the end
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        store.run(Attack(victim, Defence(), ATTACK, (0, 1)), data)
+        Attack(victim, Defence(), ATTACK, (0, 1)).run(store, Place(data))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
@@ -119,11 +121,11 @@ def test_what_is_discarded_is_what_section_3_says(rank: int) -> None:
 
 
 def test_theory_over_a_defence(tmp_path: Path, data: Dataset) -> None:
-    store = UnitStore(tmp_path, data.fingerprint())
+    store = JobStore(tmp_path, data.fingerprint())
     for defence, limit in ((Defence(), 1.0), (Defence(TopKConfig(level=0.05)), 0.99)):
         unit = Theory(VICTIM, defence, ATTACK, (0, 1))
-        store.run(unit, data)
-        found = store.figures(unit)
+        do(store, unit, data)
+        found = store.result(unit)
         assert found is not None
         assert max(found["aware_at_truth"]) < 1e-4
         for naive, attainable in zip(found["naive_at_truth"], found["attainable"], strict=True):
@@ -186,7 +188,7 @@ def test_every_budget_makes_a_plan() -> None:
         settings = budget.search(0)
         assert len(set(settings)) == len(settings)
         plan = Plan("cifar10", budget, budget.images, 960, 0)
-        trained = {(u.victim.stem, u.victim.width, s) for u in plan.trainings() for s in u.keep}  # type: ignore[union-attr]
+        trained = {(u.victim.stem, u.victim.width, s) for u in plan.trainings() for s in u.keep}
         wanted = {(s.victim.stem, s.victim.width, s.victim.steps) for s in settings if s.victim.steps}
         wanted |= {(v.stem, v.width, v.steps) for v in plan.theory_victims if v.steps}
         assert wanted <= trained

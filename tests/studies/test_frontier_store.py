@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -27,9 +26,13 @@ from raytrust.config import (
 )
 from raytrust.jobs.captures import save_capture
 from raytrust.jobs.files import read_json, write_json
+from raytrust.jobs.job import Place
+from raytrust.jobs.runner import work
+from raytrust.jobs.store import FORMAT
 from raytrust.leak.observation import Capture
 from raytrust.studies.evaluate import InversionFailure, InversionResult, Request, evaluate_inversion, evaluate_together
-from raytrust.studies.frontier import store as module
+from raytrust.studies.frontier import jobs as module
+from raytrust.studies.frontier.jobs import AttackRun, references
 from raytrust.studies.frontier.store import Store, open_store
 from raytrust.train.loop import train
 from raytrust.wire.channel import LocalChannel
@@ -63,6 +66,10 @@ def trained(store: Store, config: TrainConfig = TRAIN) -> list[Capture]:
     return found
 
 
+def figures(store: Store) -> dict[str, Any]:
+    return {k: v for k, v in (store.training(TRAIN) or {}).items() if k != "job"}
+
+
 def test_a_run_s_id_is_of_the_config_and_the_data(store: Store) -> None:
     changes = [
         with_defence(Defence(error_feedback=True)),
@@ -85,7 +92,7 @@ def test_a_run_from_beginning_to_end(store: Store) -> None:
     assert directory == store.root / "captures" / store.run_id(TRAIN)
     assert store.training(TRAIN) is None  # begun, and not finished
     found = trained(store)
-    assert store.training(TRAIN) == {"correct": 3}
+    assert figures(store) == {"correct": 3}
     assert store.training(replace(TRAIN, seed=1)) is None
     for step in (0, 1):
         of_step = [c for c in found if c.seen.step == step]
@@ -178,16 +185,14 @@ def test_runs_of_equal_models_are_one_batch(store: Store, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "evaluate_together", counted)
     requests = [(TRAIN, [ATTACK, later]), (sparse, [ATTACK, aware, later, IMPOSSIBLE])]
-    found = store.run_together(requests, "tuning", "cpu")
+    jobs = [AttackRun(config, attack, "tuning") for config, attacks in requests for attack in attacks]
+    outcomes = work(store, jobs, Place())
     assert batches == [2, 1, 1]
-    assert [[f["attack"] for f in of_run] for of_run in found] == [
-        [to_dict(ATTACK), to_dict(later)],
-        [to_dict(ATTACK), to_dict(aware), to_dict(later)],
-    ]
+    assert [o.job for o in outcomes if o.reason is None] == jobs[:-1]
     assert store.attack_failure(sparse, IMPOSSIBLE, "tuning") is not None
     alone = evaluate_inversion(store.captures(sparse, 0, "tuning"), aware)
-    assert found[1][1]["ssim"] == pytest.approx(alone.ssim, abs=1e-3)
-    assert store.run_together(requests, "tuning", "cpu") == found
+    assert store.attack(sparse, aware, "tuning")["ssim"] == pytest.approx(alone.ssim, abs=1e-3)  # type: ignore[index]
+    assert work(store, jobs, Place()) == []
     assert batches == [2, 1, 1]  # from the store
 
 
@@ -206,11 +211,11 @@ def test_attacks_on_a_run(store: Store) -> None:
 def test_an_attack_that_was_cut_off_is_run_again(store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(store)
 
-    def interrupt(path: Path, content: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
-        context.setattr(module, "write_json", interrupt)
+        context.setattr("raytrust.jobs.store.write_json", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")
     assert store.attack(TRAIN, ATTACK, "tuning") is None
@@ -265,12 +270,12 @@ def test_an_attack_that_is_listed_twice_runs_once(store: Store, calls: Calls) ->
 def test_references_reach_the_evaluation(store: Store) -> None:
     trained(store)
     (without,) = store.run_attacks(TRAIN, [ATTACK], "tuning", "cpu")
-    assert store.references() is None
+    assert references(store) is None
     assert without["mean_image_ssim"] is without["identified_ssim"] is None
     images = synthetic(vivid=True).test_images
     store.keep_references(images)
     store.keep_references(images[:3])  # those already kept stay
-    kept = store.references()
+    kept = references(store)
     assert kept is not None
     assert torch.equal(kept, images.float() / 255)
     (figures,) = store.run_attacks(TRAIN, [replace(ATTACK, seed=1)], "tuning", "cpu")
@@ -303,16 +308,16 @@ def test_defences_are_those_of_this_sweep(store: Store) -> None:
 
 
 def test_failures(store: Store) -> None:
-    assert store.failure(TRAIN) is None
-    store.fail(TRAIN, "The training loss became nan at step 3.")
-    store.fail(with_defence(DEFENCES[1]), "out of memory")
-    assert store.failure(TRAIN) == "The training loss became nan at step 3."
+    assert store.failure_of_run(TRAIN) is None
+    store.fail_run(TRAIN, "The training loss became nan at step 3.")
+    store.fail_run(with_defence(DEFENCES[1]), "out of memory")
+    assert store.failure_of_run(TRAIN) == "The training loss became nan at step 3."
     store.finish_training(TRAIN, {"correct": 1})  # tried again, with success
-    assert store.failure(TRAIN) is None
-    assert store.failure(with_defence(DEFENCES[1])) == "out of memory"
+    assert store.failure_of_run(TRAIN) is None
+    assert store.failure_of_run(with_defence(DEFENCES[1])) == "out of memory"
     store.clear_failures()
-    assert store.failure(with_defence(DEFENCES[1])) is None
-    assert store.training(TRAIN) == {"correct": 1}  # what is finished stays
+    assert store.failure_of_run(with_defence(DEFENCES[1])) is None
+    assert figures(store) == {"correct": 1}  # what is finished stays
     store.clear_failures()
 
 
@@ -320,7 +325,7 @@ def test_a_run_s_id_leads_to_its_defence(store: Store) -> None:
     """As soon as it is begun, or has failed before that."""
     begun, failed = with_defence(DEFENCES[1]), with_defence(DEFENCES[2])
     store.begin(begun)
-    store.fail(failed, "its machine was lost")
+    store.fail_run(failed, "its machine was lost")
     assert [store.defence(store.run_id(train)) for train in (begun, failed)] == [DEFENCES[1], DEFENCES[2]]
     with pytest.raises(ValueError, match="there is no trace of it"):
         store.defence(store.run_id(with_defence(DEFENCES[3])))
@@ -345,7 +350,12 @@ def test_a_directory_holds_one_sweep(tmp_path: Path) -> None:
         assert str(error.value) == (
             f"Expected output={str(root)!r} to be empty or to hold this sweep, but it holds another one."
         )
-        assert read_json(root / "sweep.json") == {"sweep": to_dict(sweep), "data": "data", "options": {}}
+        assert read_json(root / "sweep.json") == {
+            "format": FORMAT,
+            "sweep": to_dict(sweep),
+            "data": "data",
+            "options": {},
+        }
     assert open_store(root, sweep, "data") == store
 
 
@@ -360,28 +370,15 @@ def test_a_sweep_may_go_on_with_other_trials_and_attacks(tmp_path: Path, change:
     other = replace(sweep, **change)
     store = open_store(tmp_path, sweep, "data", {"iterations": 100})
     assert open_store(tmp_path, other, "data", {"iterations": 400}) == store
-    expected = {"sweep": to_dict(other), "data": "data", "options": {"iterations": 400}}
+    expected = {"format": FORMAT, "sweep": to_dict(other), "data": "data", "options": {"iterations": 400}}
     assert read_json(tmp_path / "sweep.json") == expected
     with pytest.raises(ValueError, match="it holds another one"):  # still the sweep of this training
         open_store(tmp_path, replace(other, train=replace(TRAIN, seed=1)), "data")
     assert read_json(tmp_path / "sweep.json") == expected
 
 
-def test_a_file_where_a_folder_would_be_holds_nothing(tmp_path: Path) -> None:
-    (tmp_path / "stray").touch()
-    assert read_json(tmp_path / "stray" / "config.json") is None
-
-
-def test_json_files(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "file.json"
-    assert read_json(path) is None
-    content = {"a": [1, 2.5, None, "ü"], "b": {"c": True}}
-    write_json(path, content)
-    assert read_json(path) == content == json.loads(path.read_bytes())
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"loss": float("nan")})
-    assert read_json(path) == content  # what was there is still there
-    path.write_text(path.read_text()[:-5])
-    with pytest.raises(ValueError, match=r"^Expected .*file\.json to be JSON, but it can't be read: .*\.$"):
-        read_json(path)
-    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+def test_another_layout_is_refused(tmp_path: Path) -> None:
+    sweep = SweepConfig(train=TRAIN)
+    write_json(tmp_path / "sweep.json", {"sweep": to_dict(sweep), "data": "data", "options": {}})
+    with pytest.raises(ValueError, match=r"to be empty, but another version of raytrust made it\.$"):
+        open_store(tmp_path, sweep, "data")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from raytrust.cluster import phases
-from raytrust.cluster.phases import TOGETHER, _places, _tasks
+from raytrust.attacks.inversion.stacks import LARGEST
+from raytrust.cluster import searches
 from raytrust.cluster.placement import Placement
 from raytrust.config import CaptureConfig, Defence, InversionConfig, PowerSGDConfig, TrainConfig
+from raytrust.studies.frontier.plan import TOGETHER, evaluation_bundles
 from raytrust.studies.frontier.store import Store
 
 STEPS = TrainConfig(capture=CaptureConfig((0, 5), 1, 1), steps=6)
@@ -31,24 +32,24 @@ def jobs(store: Store, count: int, entries: int) -> list[tuple[TrainConfig, list
 @pytest.mark.parametrize("count", [0, 1, 3, 10, 50])
 def test_every_run_is_in_one_task_and_the_last_are_small(count: int, places: int, tmp_path: Path) -> None:
     store = Store(tmp_path, "data")
-    tasks = _tasks(jobs(store, count, 1000), places, store)
-    ranks = [train.defence.compressor.rank for task in tasks for train, _ in task]  # type: ignore[union-attr]
+    tasks = evaluation_bundles(jobs(store, count, 1000), places, store)
+    ranks = [job.train.defence.compressor.rank for _, task in tasks for job in task]  # type: ignore[attr-defined]
     assert sorted(ranks) == list(range(1, count + 1))
-    sizes = [len(task) for task in tasks]
+    sizes = [len(task) for _, task in tasks]
     assert sizes == sorted(sizes, reverse=True)
     assert all(1 <= size <= TOGETHER for size in sizes)
     assert sizes[-2 * places + 1 :].count(1) == len(sizes[-2 * places + 1 :])
-    steps = [attacks[0].capture_step for task in tasks for _, attacks in task]
+    steps = [job.attack.capture_step for _, task in tasks for job in task]  # type: ignore[attr-defined]
     assert steps == sorted(steps)
 
 
 def test_large_models_gain_nothing_from_each_other(tmp_path: Path) -> None:
     store = Store(tmp_path, "data")
-    tasks = _tasks(jobs(store, 20, phases.LARGEST + 1), 1, store)
-    assert [len(task) for task in tasks] == [1] * 20
+    tasks = evaluation_bundles(jobs(store, 20, LARGEST + 1), 1, store)
+    assert [len(task) for _, task in tasks] == [1] * 20
 
 
 def test_a_gpu_has_room_for_as_many_attacks_as_have_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phases, "capacity", {"GPU": 2, "CPU": 16}.__getitem__)
-    assert _places(Placement("cuda", 1, worker_gpu=0.3, attack_gpu=0.25)) == 8
-    assert _places(Placement("cpu", 1)) == 16
+    monkeypatch.setattr(searches, "capacity", {"GPU": 2, "CPU": 16}.__getitem__)
+    assert searches.places(Placement("cuda", 1, worker_gpu=0.3, attack_gpu=0.25)) == 8
+    assert searches.places(Placement("cpu", 1)) == 16

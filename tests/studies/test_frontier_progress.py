@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from raytrust.jobs import progress as module
-from raytrust.jobs.progress import Progress
+from raytrust.studies.frontier.progress import FrontierProgress
 
 TOTALS = {"defences": 3, "attacks": 6, "evaluation": 3}
 
@@ -18,7 +18,7 @@ class Terminal:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, totals: dict[str, int] = TOTALS, parallel: int = 2):
         self._stream, self._now = io.StringIO(), 1000.0
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self._now))
-        self.progress = Progress(totals, parallel=parallel, evaluation_cost=4.0, stream=self._stream)
+        self.progress = FrontierProgress(totals, parallel=parallel, evaluation_cost=4.0, stream=self._stream)
 
     def wait(self, seconds: float) -> None:
         self._now += seconds
@@ -148,5 +148,5 @@ def test_a_sign_of_life_every_ten_seconds(terminal: Terminal) -> None:
 
 
 def test_lines_go_to_the_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
-    Progress(TOTALS, parallel=1, evaluation_cost=1.0).say("hello")
+    FrontierProgress(TOTALS, parallel=1, evaluation_cost=1.0).say("hello")
     assert capsys.readouterr().out == "[0:00] hello\n"

@@ -1,0 +1,204 @@
+"""The two levels of a sweep's search on Ray Tune: over defences, and over attacks on each defence's captures.
+
+Each reads from the store what is finished, does the rest, and tells a listener. A trial that fails is recorded with its
+reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+
+from raytrust.cluster.failures import report
+from raytrust.cluster.groups import TrainingGroups
+from raytrust.cluster.placement import Placement
+from raytrust.cluster.runner import do, remote_work
+from raytrust.cluster.runtime import SLOT, capacity, cluster_device
+from raytrust.cluster.searchers import AttackSearch, DefenceSearch
+from raytrust.cluster.training import train_on_cluster
+from raytrust.cluster.tuning import Parameters, Relay, run_trials
+from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
+from raytrust.jobs.files import read_json
+from raytrust.jobs.listener import Listener
+from raytrust.metrics.verdict import floor_of_images
+from raytrust.studies.frontier.jobs import AttackRun
+from raytrust.studies.frontier.plan import TOGETHER, defence_objectives
+from raytrust.studies.frontier.store import Store
+
+OBJECTIVES = ("leakage", "accuracy", "bytes_per_step")
+
+
+def search_defences(
+    sweep: SweepConfig,
+    space: dict[str, Any],
+    store: Store,
+    listener: Listener,
+    groups: TrainingGroups,
+    parallel: int | None = None,
+    until: float | None = None,
+) -> None:
+    """Outer search: train defences with Ray Train, capture, attack with the portfolio. Objectives: leakage down,
+    accuracy up and, if the sweep asks for it, bytes down. Ends when `sweep.trials` defences are finished or failed.
+
+    groups: train the defences, and are closed at the end. parallel: trials at once, for which a cluster may start
+    nodes; what the cluster has room for, if not given. until: by `time.time`, when the last trial may be begun.
+    """
+    known, pending = [], []
+    for defence in dict.fromkeys([*sweep.defences, *store.defences(sweep.train)]):
+        if (results := defence_objectives(store, sweep, defence)) is not None:
+            known.append((defence, results))
+        else:
+            pending.append(defence)
+    remaining = max(sweep.trials - len(known), len(pending))
+    if remaining == 0:
+        groups.close()
+        return
+    objectives = {"leakage": "min", "accuracy": "max"} | ({"bytes_per_step": "min"} if sweep.bytes_objective else {})
+    search = DefenceSearch(space, objectives, pending, known, sweep.train.seed, until)
+    groups.expect(remaining)
+    shared = {"sweep": to_dict(sweep), "queue": groups.queue, "placement": groups.placement, "store": store}
+    trainable = tune.with_resources(tune.with_parameters(_defence_trial, **shared), {SLOT: 1})
+
+    def train_of(parameters: Parameters) -> TrainConfig:
+        return replace(sweep.train, defence=from_dict(Defence, parameters["defence"]))
+
+    relay = Relay(
+        "defences",
+        listener,
+        lambda parameters: (store.run_id(train_of(parameters)), train_of(parameters).defence.name),
+        fail=lambda parameters, reason: store.fail_run(train_of(parameters), reason),
+        check=groups.check,
+    )
+    run_trials("defences", trainable, search, remaining, parallel or capacity(SLOT), store, relay)
+    groups.close()
+
+
+def search_attacks(
+    sweep: SweepConfig,
+    space: dict[str, Any],
+    defences: Sequence[Defence],
+    store: Store,
+    listener: Listener,
+    placement: Placement,
+    parallel: int | None = None,
+    until: float | None = None,
+) -> None:
+    """Inner search: for each defence, `sweep.attack_trials` attacks that maximise SSIM on the tuning images.
+
+    Runs in warm actors without Ray Train; the portfolio's results are where each study starts from. A trial is up to
+    `TOGETHER` attacks on one run, which are one batch where they take as many iterations of the same step.
+    """
+    runs = {store.run_id(train): train for train in (replace(sweep.train, defence=d) for d in defences)}
+    known, budget = {}, {}
+    for run, train in runs.items():
+        figures = store.attacks(train, "tuning")
+        known[run] = [({k: f["attack"][k] for k in space}, float(np.mean(f["ssim"]))) for f in figures]
+        portfolio = sweep.portfolio_against(train.defence)
+        attacks = [from_dict(InversionConfig, f["attack"]) for f in figures]
+        tried = sum(a not in portfolio and a.iterations == sweep.portfolio[0].iterations for a in attacks)
+        budget[run] = max(0, sweep.attack_trials - tried)
+    search = AttackSearch(space, budget, known, sweep.train.seed, TOGETHER, until)
+    if search.trials == 0:
+        return
+    trainable = tune.with_resources(
+        tune.with_parameters(_attack_trial, base=to_dict(sweep.portfolio[0]), store=store), placement.attack
+    )
+    relay = Relay(
+        "attacks",
+        listener,
+        lambda parameters: (parameters["run"], runs[parameters["run"]].defence.name),
+        finish=partial(tell_of_attacks, listener),
+    )
+    run_trials("attacks", trainable, search, search.trials, max(parallel or 0, places(placement)), store, relay)
+
+
+def tell_of_attacks(listener: Listener, key: str, result: Parameters) -> None:
+    """Tell a listener of each attack of a trial."""
+    attacks = json.loads(result["figures"])  # those that have a result
+    for figures in attacks:
+        each = {"figures": figures, "ssim": float(np.mean(figures["ssim"])), "attack_seconds": figures["seconds"]}
+        listener.finished("attacks", key, result | each)
+    for _ in range(len(result["settings"]) - len(attacks)):
+        listener.failed("attacks", key, "an attack has no result; its reason is stored beside the others")
+
+
+def places(placement: Placement) -> int:
+    """How many attacks have room at once in the cluster as it is."""
+    if placement.attack_gpu:
+        return max(1, int(capacity("GPU") / placement.attack_gpu))
+    return max(1, capacity("CPU"))
+
+
+def _defence_trial(
+    parameters: Parameters, sweep: dict[str, Any], queue: Any, placement: Placement, store: Store
+) -> None:
+    """Tune trial of the outer search. Takes no CPU: training has a group's, and the slot counts for the attack's."""
+    config = from_dict(SweepConfig, sweep)
+    defence = from_dict(Defence, parameters["defence"])
+    report(lambda: _audit(config, defence, queue, placement, store), OBJECTIVES)
+
+
+def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placement, store: Store) -> dict[str, Any]:
+    """Train with the defence, let it meet the portfolio, and return what the outer search learns from."""
+    train = replace(config.train, defence=defence)
+    jobs = [AttackRun(train, attack, "tuning") for attack in config.portfolio_against(defence)]
+    trained, missing = store.training(train) is not None, store.missing(jobs)
+    started = time.perf_counter()
+    training = train_on_cluster(train, store, queue)
+    if placement.attack_gpu:  # its CPU is that of the trial which waits for it
+        ray.get(remote_work(0.0, placement.attack_gpu).remote(store, jobs, [], placement.device))
+    else:
+        # In this process: a task would wait for one of the CPUs that a warm group holds.
+        do(store, jobs, [], placement.device)
+    objectives = defence_objectives(store, config, defence)
+    if objectives is None:
+        raise FloatingPointError(f"No attack has a result: {store.failure(jobs[0])}")
+    figures = [f for job in jobs if (f := store.result(job)) is not None]
+    floor = floor_of_images(figures[0]["mean_image_ssim"], figures[0]["other_image_ssim"])
+    spent = sum(f["cpu_seconds"] for job in missing if (f := store.result(job)) is not None)
+    return {
+        **objectives,
+        "floor": None if floor is None else float(np.mean(floor)),
+        "attacks": len(figures),
+        "attack_seconds": sum(f["seconds"] for f in figures),
+        "train_seconds": training["seconds"],
+        "cpu_seconds": spent + (0.0 if trained else training["cpu_seconds"]),  # of this run of the program alone
+        "waited_seconds": 0.0 if trained else training.get("waited_seconds", 0.0),
+        "wall_seconds": time.perf_counter() - started,
+    }
+
+
+def _attack_trial(parameters: Parameters, base: dict[str, Any], store: Store) -> None:
+    """Tune trial of the inner search. Nothing that it is given grows with the number of runs."""
+    begun = read_json(store.root / "captures" / parameters["run"] / "config.json")
+    train = from_dict(TrainConfig, begun["train"])
+    settings = [{**base, **chosen} for chosen in parameters["settings"]]
+    report(lambda: _try_attacks(train, settings, store), ["ssim"])
+
+
+def _try_attacks(train: TrainConfig, settings: Sequence[dict[str, Any]], store: Store) -> dict[str, Any]:
+    """Run attacks on the tuning images, and return what the inner search learns from."""
+    started = time.perf_counter()
+    attacks = [from_dict(InversionConfig, s).against(train.defence) for s in settings]
+    jobs = [AttackRun(train, attack, "tuning") for attack in attacks]
+    do(store, jobs, [], cluster_device())
+    values = [None if (f := store.result(job)) is None else float(np.mean(f["ssim"])) for job in jobs]
+    reached = [value for value in values if value is not None]
+    if not reached:
+        raise FloatingPointError(store.failure(jobs[0]))
+    figures = [f for job in dict.fromkeys(jobs) if (f := store.result(job)) is not None]
+    return {
+        "ssim": max(reached),
+        "values": json.dumps(values),  # None of one that failed
+        "figures": json.dumps(figures),  # Tune keeps a history of every number that it sees
+        "attack_seconds": sum(f["seconds"] for f in figures),
+        "wall_seconds": time.perf_counter() - started,
+    }

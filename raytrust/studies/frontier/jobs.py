@@ -1,0 +1,159 @@
+"""The jobs of a sweep: train a defence and capture private batches, then attack what was captured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias, cast
+
+import torch
+
+from raytrust.attacks.inversion.engine import same_model
+from raytrust.config import InversionConfig, TrainConfig, to_dict
+from raytrust.data import Dataset
+from raytrust.jobs.captures import load_captures, save_capture
+from raytrust.jobs.job import Figures, Job, Place, Result
+from raytrust.jobs.store import JobStore
+from raytrust.leak.observation import Capture
+from raytrust.studies.evaluate import InversionFailure, InversionResult, evaluate_together
+from raytrust.train.loop import Evaluation, Step, train
+from raytrust.wire.channel import Channel, LocalChannel
+
+Split: TypeAlias = Literal["tuning", "evaluation"]
+
+
+@dataclass(frozen=True)
+class TrainingRun(Job):
+    """Train with a defence, and capture private batches into the job's folder."""
+
+    kind: ClassVar[str] = "captures"
+    train: TrainConfig
+
+    @property
+    def name(self) -> str:
+        return self.train.defence.name
+
+    def run(self, store: JobStore, place: Place) -> Result:
+        """Train with a single worker in this process; a group of workers is `raytrust.cluster.groups`' affair."""
+        if self.train.workers != 1:
+            raise ValueError(f"Expected workers={self.train.workers} to be 1 where there is no group of workers.")
+        return Result(train_and_capture(self.train, place.images, LocalChannel(), store.folder(self), place.device))
+
+
+@dataclass(frozen=True)
+class AttackRun(Job):
+    """Attack the captures of a training run. Tuning images choose attacks, evaluation images report them."""
+
+    kind: ClassVar[str] = "attacks"
+    train: TrainConfig
+    attack: InversionConfig
+    split: Split
+
+    @property
+    def name(self) -> str:
+        return self.train.defence.name
+
+    @property
+    def cost(self) -> float:
+        return float(self.attack.iterations * self.attack.restarts)
+
+    @property
+    def parent(self) -> TrainingRun:
+        return TrainingRun(self.train)
+
+    def after(self) -> tuple[Job, ...]:
+        return (self.parent,)
+
+    def captures(self, store: JobStore) -> list[Capture]:
+        n, m = self.train.capture.tuning, self.train.capture.evaluation
+        indices = range(n) if self.split == "tuning" else range(n, n + m)
+        return load_captures(store.folder(self.parent), self.attack.capture_step, indices)
+
+    def run(self, store: JobStore, place: Place) -> Result:
+        (result,) = self.run_together([self], store, place)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    @classmethod
+    def run_together(cls, jobs: Sequence[Job], store: JobStore, place: Place) -> list[Result | Exception]:
+        """Attacks with equal iterations on equal models are one batch, as the untrained models of all runs are."""
+        attacks = cast("Sequence[AttackRun]", jobs)
+        results: dict[Job, Result | Exception] = {}
+        for step, iterations in dict.fromkeys((j.attack.capture_step, j.attack.iterations) for j in attacks):
+            alike = [j for j in attacks if (j.attack.capture_step, j.attack.iterations) == (step, iterations)]
+            for batch in _of_equal_models(alike, store):
+                requests = [(captures, [j.attack for j in of_run]) for of_run, captures in batch]
+                outcomes = evaluate_together(requests, place.device, references(store))
+                for (of_run, _), of_requests in zip(batch, outcomes, strict=True):
+                    results |= {j: _result(j, o) for j, o in zip(of_run, of_requests, strict=True)}
+        return [results[job] for job in jobs]
+
+
+def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, folder: Path, device: str) -> Figures:
+    """Train as one of the workers, write the captures into `folder`, and return the figures of the run.
+
+    Keys: "correct", "n_test", "test_loss" (nats), "losses" (of this worker, nats, one a step), "bytes_per_step" (mean
+    payload bytes that a worker handed to collectives), "dense_bytes" (of the gradient), "seconds" (in the training
+    loop) and "cpu_seconds" (of all workers meanwhile).
+    """
+    steps: list[Step] = []
+    started, cpu = time.perf_counter(), time.process_time()
+    for record in train(config, data, channel, device):
+        match record:
+            case Step():
+                steps.append(record)
+            case Capture():
+                save_capture(folder, record)
+            case Evaluation(correct=correct, n=n, loss=loss):
+                evaluation = {"correct": correct, "n_test": n, "test_loss": loss}
+    return {
+        **evaluation,
+        "losses": [s.loss for s in steps],
+        "bytes_per_step": sum(s.sent_bytes for s in steps) / len(steps),
+        "dense_bytes": steps[0].gradient_bytes,
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": config.workers * (time.process_time() - cpu),  # all workers do the same
+    }
+
+
+def references(store: JobStore) -> torch.Tensor | None:
+    """Other images than the private ones, (n, channels, height, width) in [0, 1], if `keep_references` kept any."""
+    path = references_path(store)
+    return torch.load(path, weights_only=True).float() / 255 if path.exists() else None
+
+
+def references_path(store: JobStore) -> Path:
+    return store.root / "references.pt"
+
+
+_Batch: TypeAlias = list[tuple[list[AttackRun], list[Capture]]]
+
+
+def _of_equal_models(jobs: Sequence[AttackRun], store: JobStore) -> list[_Batch]:
+    """The jobs by run and split, with its captures, those of equal models together."""
+    batches: list[_Batch] = []
+    for config, split in dict.fromkeys((j.train, j.split) for j in jobs):
+        of_run = [j for j in jobs if (j.train, j.split) == (config, split)]
+        captures = of_run[0].captures(store)
+        alike = (batch for batch in batches if same_model(batch[0][1][0].seen, captures[0].seen))
+        if (batch := next(alike, None)) is None:
+            batches.append(batch := [])
+        batch.append((of_run, captures))
+    return batches
+
+
+def _result(job: AttackRun, outcome: InversionResult | InversionFailure) -> Result | Exception:
+    if isinstance(outcome, InversionFailure):
+        return outcome.error
+    names = [f.name for f in fields(outcome) if f.name not in ("attack", "reconstructions", "originals")]
+    figures: dict[str, Any] = {
+        "attack": to_dict(outcome.attack),
+        "split": job.split,
+        **{name: getattr(outcome, name) for name in names},
+        "psnr": [min(p, 100.0) for p in outcome.psnr],  # dB; a perfect copy has no finite value
+    }
+    arrays = {name: getattr(outcome, name).numpy() for name in ("reconstructions", "originals")}
+    return Result(figures, arrays)
