@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,14 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 CORE = [name for name in MODULES if not is_within(name, EDGES) and not name.endswith("__main__")]
 
 
+@cache
 def imports(path: Path) -> set[str]:
-    """Everything that a file imports, also inside functions; of `from a import b` both a and a.b."""
+    """Everything that a file imports, also inside functions, but for types; of `from a import b` both a and a.b."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    skipped = {id(node) for block in for_types for node in ast.walk(block)}
+    for node in (n for n in ast.walk(tree) if id(n) not in skipped):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -54,7 +54,8 @@ class JobStore:
         """
         path = self._path(job, ".npz")
         if not self.finished(job):
-            raise ValueError(f"Expected this to be done: {job.name}, but {self.failure(job) or 'it is not finished'}.")
+            reason = (self.failure(job) or "it is not finished").removesuffix(".")
+            raise ValueError(f"Expected this to be done: {job.name}, but {reason}.")
         if not path.exists():
             return {}
         try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raytrust.reports.mlflow import Tracker
 from raytrust.reports.outbox import Outbox
+
+if TYPE_CHECKING:
+    from raytrust.reports.mlflow import Tracker
 
 
 @contextmanager
