@@ -31,8 +31,8 @@ from ray import tune
 from ray.cluster_utils import Cluster
 
 from raytrust.cluster.groups import training_groups
-from raytrust.cluster.searches import search_attacks, search_defences
 from raytrust.cluster.placement import Placement
+from raytrust.cluster.searches import search_attacks, search_defences
 from raytrust.config import (
     CaptureConfig,
     Defence,

@@ -14,6 +14,8 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 
+from raytrust.jobs import errors
+
 RETRIES = 3  # of a trial whose machine was lost, as spot machines are
 LOST = (
     ray.exceptions.LocalRayletDiedError,
@@ -28,7 +30,7 @@ LOST = (
 SEVERED = ("connection closed by peer", "connection reset by peer", "remote process exited")  # a worker lost its peer
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(ValueError):
     """A training run failed in its workers. The message is the reason, in one line."""
 
 
@@ -46,13 +48,9 @@ def late(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, without the way there: the last line of the innermost error, with its type unless it is ours."""
-    *_, error = _first_causes(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kind = type(error).__name__
-    if not lines:
-        return kind
-    return lines[-1] if isinstance(error, (ValueError, FloatingPointError, TrainingFailed)) else f"{kind}: {lines[-1]}"
+    """What went wrong, without the way there: `raytrust.jobs.errors.one_line` of the innermost error."""
+    *_, innermost = _first_causes(error)
+    return errors.one_line(innermost)
 
 
 def report(work: Callable[[], dict[str, Any]], metrics: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias, cast
 
 import ray
 
-from raytrust.cluster import runtime
 from raytrust.cluster.failures import one_line
 
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
@@ -73,7 +72,7 @@ def place(
 def decide(workers: int, device: Device, say: Callable[[str], None], growing: bool = False) -> Placement:
     """`place` on the cluster that Ray is connected to; `say` is told where "auto" leaves GPUs unused.
 
-    From now on `raytrust.cluster.runtime.cluster_device` says the same. Raises ValueError where `place` does.
+    Raises ValueError where `place` does.
     """
     present = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     refusal = None
@@ -84,7 +83,6 @@ def decide(workers: int, device: Device, say: Callable[[str], None], growing: bo
     placement = place(workers, present, device, sees_cuda=refusal is None, growing=growing)
     if refusal:
         say(f"training and attacks run on the CPU: {refusal}")
-    runtime.settle_device(placement.device)
     return placement
 
 

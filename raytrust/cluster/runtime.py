@@ -39,7 +39,6 @@ SLOT = "trial_slot"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
 GROWTH = 900.0  # seconds that an autoscaler may take to start a first node
 _most: dict[str, int] = {}
-_device: list[str] = []  # what was settled for this cluster
 
 
 @contextmanager
@@ -57,7 +56,6 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
     _most.clear()
-    _device.clear()
     with raising(once=True) as take_signals:
         try:
             with _no_exit_on_sigterm():
@@ -77,25 +75,6 @@ def capacity(resource: str) -> int:
     """The most of a resource that this process has seen in the cluster: one that scales may have none at present."""
     _most[resource] = max(_most.get(resource, 0), int(ray.cluster_resources().get(resource, 0)))
     return _most[resource]
-
-
-def settle_device(device: str) -> None:
-    """Let `cluster_device` say this in the driver."""
-    _device[:] = [device]
-
-
-def cluster_device() -> str:
-    """ "cuda" or "cpu": in a task or an actor, whether it has a share of a GPU that torch can use; in the driver what
-    was settled, or whether torch on a node with a GPU can use that."""
-    if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
-        import torch
-
-        return "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-    if not _device:
-        from raytrust.cluster.placement import cuda_refusal
-
-        settle_device("cuda" if capacity("GPU") >= 1 and cuda_refusal() is None else "cpu")
-    return _device[0]
 
 
 def _start(cpus: int, slots: int) -> None:

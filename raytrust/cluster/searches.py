@@ -21,7 +21,7 @@ from raytrust.cluster.failures import report
 from raytrust.cluster.groups import TrainingGroups
 from raytrust.cluster.placement import Placement
 from raytrust.cluster.runner import do, remote_work
-from raytrust.cluster.runtime import SLOT, capacity, cluster_device
+from raytrust.cluster.runtime import SLOT, capacity
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch
 from raytrust.cluster.training import train_on_cluster
 from raytrust.cluster.tuning import Parameters, Relay, run_trials
@@ -109,7 +109,8 @@ def search_attacks(
     if search.trials == 0:
         return
     trainable = tune.with_resources(
-        tune.with_parameters(_attack_trial, base=to_dict(sweep.portfolio[0]), store=store), placement.attack
+        tune.with_parameters(_attack_trial, base=to_dict(sweep.portfolio[0]), store=store, device=placement.device),
+        placement.attack,
     )
     relay = Relay(
         "attacks",
@@ -176,20 +177,20 @@ def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placeme
     }
 
 
-def _attack_trial(parameters: Parameters, base: dict[str, Any], store: Store) -> None:
+def _attack_trial(parameters: Parameters, base: dict[str, Any], store: Store, device: str) -> None:
     """Tune trial of the inner search. Nothing that it is given grows with the number of runs."""
     begun = read_json(store.root / "captures" / parameters["run"] / "config.json")
     train = from_dict(TrainConfig, begun["train"])
     settings = [{**base, **chosen} for chosen in parameters["settings"]]
-    report(lambda: _try_attacks(train, settings, store), ["ssim"])
+    report(lambda: _try_attacks(train, settings, store, device), ["ssim"])
 
 
-def _try_attacks(train: TrainConfig, settings: Sequence[dict[str, Any]], store: Store) -> dict[str, Any]:
+def _try_attacks(train: TrainConfig, settings: Sequence[dict[str, Any]], store: Store, device: str) -> dict[str, Any]:
     """Run attacks on the tuning images, and return what the inner search learns from."""
     started = time.perf_counter()
     attacks = [from_dict(InversionConfig, s).against(train.defence) for s in settings]
     jobs = [AttackRun(train, attack, "tuning") for attack in attacks]
-    do(store, jobs, [], cluster_device())
+    do(store, jobs, [], device)
     values = [None if (f := store.result(job)) is None else float(np.mean(f["ssim"])) for job in jobs]
     reached = [value for value in values if value is not None]
     if not reached:

@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from raytrust.data import Dataset
+from raytrust.jobs.errors import one_line
 from raytrust.jobs.job import Job, Place, Result
 from raytrust.jobs.listener import Listener
 from raytrust.jobs.store import JobStore
@@ -97,15 +98,6 @@ def _results(store: JobStore, jobs: list[Job], place: Place) -> list[Result | Ex
             return [error]
         # Which of them it was, shows when each is done on its own.
         return [result for job in jobs for result in _results(store, [job], place)]
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong: the last line of the error, with its type unless it is ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    kind = type(error).__name__
-    if not lines:
-        return kind
-    return lines[-1] if isinstance(error, (ValueError, FloatingPointError)) else f"{kind}: {lines[-1]}"
 
 
 def tell(listener: Listener, store: JobStore, outcome: Outcome) -> None:

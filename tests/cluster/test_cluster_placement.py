@@ -84,7 +84,6 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}
     monkeypatch.setattr("ray.nodes", lambda: [node, {"Alive": False, "Resources": {"CPU": 99.0}}])
     monkeypatch.setattr(placement, "cuda_refusal", lambda: refusals.pop())
-    monkeypatch.setattr("raytrust.cluster.runtime._device", [])
     return refusals
 
 
