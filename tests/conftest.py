@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from toys import synthetic
 
 from raytrust.data import Dataset
+from raytrust.wire.processes import in_processes
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("raytrust", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -51,9 +52,9 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def group(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def group() -> list[dict[str, Any]]:
     """What each of two gloo processes found, by rank: see `two_workers.everything`. Run once, as it takes seconds."""
-    return two_workers.run_workers(two_workers.everything, 2, tmp_path_factory.mktemp("group"), 240)
+    return in_processes(two_workers.everything, 2, 240.0)
 
 
 @pytest.fixture

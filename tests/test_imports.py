@@ -15,7 +15,7 @@ HOMES = {  # the only place that may import it
     "ray": "raytrust.cluster",
     "optuna": "raytrust.cluster",
     "mlflow": "raytrust.reports.mlflow",
-    "torch.distributed": "raytrust.wire.channel",
+    "torch.distributed": "raytrust.wire",
 }
 # The rooms of the house, from the ground up: a room imports rooms of lower floors alone.
 FLOORS: tuple[tuple[str, ...], ...] = (

@@ -1,22 +1,18 @@
-"""What is checked between processes: `run_workers` starts them, `everything` runs in each."""
+"""What is checked between processes: `everything` runs in each."""
 
 from __future__ import annotations
 
 import copy
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from toys import COMPRESSORS, DEFENCES, SHAPES, gradients, synthetic
 
@@ -37,31 +33,6 @@ from raytrust.train.loop import train
 from raytrust.wire.channel import Channel, GroupChannel, LocalChannel, Message, Tap
 
 STEPS = 3
-
-
-def run_workers(function: Callable[[Channel], Any], workers: int, directory: Path, timeout: float = 120.0) -> list[Any]:
-    """Run a module's function in new processes of one gloo group, and return what each returned, by rank.
-
-    A failure of one ends all, and is raised here; so does `timeout` (seconds).
-    """
-    context = mp.spawn(_worker, (function, workers, str(directory), timeout), workers, join=False)
-    deadline = time.monotonic() + timeout
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            raise TimeoutError(f"{workers} workers took more than {timeout} s.")
-    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(workers)]
-
-
-def _worker(rank: int, function: Callable[[Channel], Any], workers: int, directory: str, timeout: float) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{directory}/rendezvous", workers)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=timedelta(seconds=timeout))
-    try:
-        torch.save(function(GroupChannel()), f"{directory}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def everything(channel: Channel) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from toys import synthetic
 import raytrust.cluster.groups
 from raytrust.cluster.failures import TrainingFailed
 from raytrust.cluster.groups import TrainingGroups, training_groups
-from raytrust.cluster.placement import Placement, place, remote_attack
+from raytrust.cluster.placement import Placement, place
+from raytrust.cluster.runner import remote
 from raytrust.cluster.training import train_on_cluster
 from raytrust.config import CaptureConfig, Defence, ModelConfig, PowerSGDConfig, TrainConfig
 from raytrust.data import Dataset
@@ -100,7 +101,7 @@ def outcome(
     finally:
         marker.unlink(missing_ok=True)
         if mode == "shared":  # while the warm group holds both CPUs and most of the GPU
-            said.append(ray.get(remote_attack(shares, groups.placement).remote(), timeout=120))
+            said.append(ray.get(remote(shares, 0.0, groups.placement.attack_gpu).remote(), timeout=120))
 
 
 def main(root: Path, mode: str) -> None:

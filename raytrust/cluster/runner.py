@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -28,7 +28,7 @@ class OnRay:
 
     def __init__(self, data: Mapping[str, Dataset], parallel: int, device: str = "cpu", gpu: float = 0.0):
         self.parallel = parallel
-        self._data, self._device, self._task = data, device, remote_work(1.0, gpu)
+        self._data, self._device, self._task = data, device, remote(do, 1.0, gpu)
         self._references: dict[str, ray.ObjectRef] = {}
 
     def run(self, bundles: Sequence[Bundle], listener: Listener, until: float | None = None) -> None:
@@ -71,15 +71,15 @@ class OnRay:
         return self._task.remote(store, jobs, references, self._device, until)
 
 
-def remote_work(cpus: float, gpu: float) -> Any:
-    """`do` as a Ray task that takes so much."""
+def remote(function: Callable[..., Any], cpus: float, gpu: float) -> Any:
+    """A function as a Ray task that takes so much."""
     return ray.remote(
         num_cpus=cpus,
         num_gpus=gpu,
         max_retries=RETRIES,
         max_calls=100 if gpu else 0,  # on a GPU Ray would start a new process for each call
         scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # not inside the slot of a trial that asks for it
-    )(do)
+    )(function)
 
 
 def do(

@@ -20,15 +20,16 @@ from ray import tune
 from raytrust.cluster.failures import report
 from raytrust.cluster.groups import TrainingGroups
 from raytrust.cluster.placement import Placement
-from raytrust.cluster.runner import do, remote_work
+from raytrust.cluster.runner import do, remote
 from raytrust.cluster.runtime import SLOT, capacity
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch
 from raytrust.cluster.training import train_on_cluster
 from raytrust.cluster.tuning import Parameters, Relay, run_trials
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
 from raytrust.jobs.files import read_json
+from raytrust.jobs.job import Figures, Job
 from raytrust.jobs.listener import Listener
-from raytrust.metrics.verdict import floor_of_images
+from raytrust.studies.frontier.audit import audit
 from raytrust.studies.frontier.jobs import AttackRun
 from raytrust.studies.frontier.plan import TOGETHER, defence_objectives
 from raytrust.studies.frontier.store import Store
@@ -144,37 +145,18 @@ def _defence_trial(
     """Tune trial of the outer search. Takes no CPU: training has a group's, and the slot counts for the attack's."""
     config = from_dict(SweepConfig, sweep)
     defence = from_dict(Defence, parameters["defence"])
-    report(lambda: _audit(config, defence, queue, placement, store), OBJECTIVES)
 
+    def attack(jobs: Sequence[Job]) -> None:
+        if placement.attack_gpu:  # its CPU is that of the trial which waits for it
+            ray.get(remote(do, 0.0, placement.attack_gpu).remote(store, jobs, [], placement.device))
+        else:
+            # In this process: a task would wait for one of the CPUs that a warm group holds.
+            do(store, jobs, [], placement.device)
 
-def _audit(config: SweepConfig, defence: Defence, queue: Any, placement: Placement, store: Store) -> dict[str, Any]:
-    """Train with the defence, let it meet the portfolio, and return what the outer search learns from."""
-    train = replace(config.train, defence=defence)
-    jobs = [AttackRun(train, attack, "tuning") for attack in config.portfolio_against(defence)]
-    trained, missing = store.training(train) is not None, store.missing(jobs)
-    started = time.perf_counter()
-    training = train_on_cluster(train, store, queue)
-    if placement.attack_gpu:  # its CPU is that of the trial which waits for it
-        ray.get(remote_work(0.0, placement.attack_gpu).remote(store, jobs, [], placement.device))
-    else:
-        # In this process: a task would wait for one of the CPUs that a warm group holds.
-        do(store, jobs, [], placement.device)
-    objectives = defence_objectives(store, config, defence)
-    if objectives is None:
-        raise FloatingPointError(f"No attack has a result: {store.failure(jobs[0])}")
-    figures = [f for job in jobs if (f := store.result(job)) is not None]
-    floor = floor_of_images(figures[0]["mean_image_ssim"], figures[0]["other_image_ssim"])
-    spent = sum(f["cpu_seconds"] for job in missing if (f := store.result(job)) is not None)
-    return {
-        **objectives,
-        "floor": None if floor is None else float(np.mean(floor)),
-        "attacks": len(figures),
-        "attack_seconds": sum(f["seconds"] for f in figures),
-        "train_seconds": training["seconds"],
-        "cpu_seconds": spent + (0.0 if trained else training["cpu_seconds"]),  # of this run of the program alone
-        "waited_seconds": 0.0 if trained else training.get("waited_seconds", 0.0),
-        "wall_seconds": time.perf_counter() - started,
-    }
+    def train(config: TrainConfig) -> Figures:
+        return train_on_cluster(config, store, queue)
+
+    report(lambda: audit(config, defence, store, train, attack), OBJECTIVES)
 
 
 def _attack_trial(parameters: Parameters, base: dict[str, Any], store: Store, device: str) -> None:

@@ -44,7 +44,7 @@ class Job(ABC):
     """A piece of work for one process and one thread. Subclasses are frozen dataclasses of configs and builtins."""
 
     kind: ClassVar[str]
-    """The folder of its results, and what progress calls it."""
+    """What progress calls it."""
 
     @property
     @abstractmethod
@@ -59,6 +59,11 @@ class Job(ABC):
     def after(self) -> tuple[Job, ...]:
         """The jobs whose results it reads. It is begun once they are finished or have failed."""
         return ()
+
+    @property
+    def shelf(self) -> str:
+        """The name of the folder where results like its own lie."""
+        return self.kind
 
     @property
     def parent(self) -> Job | None:

@@ -1,9 +1,9 @@
 """The results of jobs on disk. Resuming a run is reading this store.
 
-    DIR/<kind>/<key>.json            figures of a finished job; the key is the hash of the job and of the data
-    DIR/<kind>/<key>.npz             its arrays, if it has any
-    DIR/<kind>/<key>.failed.json     why it has none, until it is tried again
-    DIR/<kind>/<key>/                what else it leaves behind, and the results of the jobs that are its children
+    DIR/<shelf>/<key>.json           figures of a finished job; the key is the hash of the job and of the data
+    DIR/<shelf>/<key>.npz            its arrays, if it has any
+    DIR/<shelf>/<key>.failed.json    why it has none, until it is tried again
+    DIR/<shelf>/<key>/               what else it leaves behind, and the results of the jobs that are its children
 
 Every file is written whole or not at all, so whatever is there is finished. Files can be read by their owner alone
 (mode 0600), as captures and reconstructions hold private data.
@@ -40,7 +40,7 @@ class JobStore:
     def folder(self, job: Job) -> Path:
         """For what a job leaves behind besides its figures and arrays."""
         parent = self.root if job.parent is None else self.folder(job.parent)
-        return parent / job.kind / self.key(job)
+        return parent / job.shelf / self.key(job)
 
     def result(self, job: Job) -> Figures | None:
         """The figures of a finished job, else None."""
@@ -93,13 +93,13 @@ class JobStore:
         """Those that are neither finished nor failed, each once, in their order."""
         return [job for job in dict.fromkeys(jobs) if not self.knows(job)]
 
-    def results(self, kind: str, parent: Job | None = None) -> list[Figures]:
-        """The figures of all finished jobs of a kind, or of those with this parent, in the order of their keys."""
-        return [content for path in self._listed(kind, parent) if (content := read_json(path)) is not None]
+    def results(self, shelf: str, parent: Job | None = None) -> list[Figures]:
+        """The figures of all finished jobs of a shelf, or of those with this parent, in the order of their keys."""
+        return [content for path in self._listed(shelf, parent) if (content := read_json(path)) is not None]
 
-    def failures(self, kind: str, parent: Job | None = None) -> list[Figures]:
-        """The jobs of a kind that failed, as "job" and "reason", in the order of their keys."""
-        contents = map(read_json, self._listed(kind, parent, failed=True))
+    def failures(self, shelf: str, parent: Job | None = None) -> list[Figures]:
+        """The jobs of a shelf that failed, as "job" and "reason", in the order of their keys."""
+        contents = map(read_json, self._listed(shelf, parent, failed=True))
         return [content for content in contents if content is not None]
 
     def clear_failures(self) -> None:
@@ -107,8 +107,8 @@ class JobStore:
         for path in list(self.root.rglob("*.failed.json")):
             path.unlink()
 
-    def _listed(self, kind: str, parent: Job | None, failed: bool = False) -> Iterator[Path]:
-        folder = (self.root if parent is None else self.folder(parent)) / kind
+    def _listed(self, shelf: str, parent: Job | None, failed: bool = False) -> Iterator[Path]:
+        folder = (self.root if parent is None else self.folder(parent)) / shelf
         for path in sorted(folder.glob("*.json")):
             if path.name.endswith(".failed.json") == failed:
                 yield path

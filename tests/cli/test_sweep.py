@@ -102,7 +102,7 @@ def results(root: Path) -> dict[str, dict[str, Any]]:
 
 def trainings(root: Path) -> dict[str, float]:
     """When each finished training run was written, by id."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob("captures/*/training.json")}
+    return {path.stem: path.stat().st_mtime_ns for path in root.glob("captures/*.json")}
 
 
 def begun(root: Path) -> tuple[SweepConfig, Store]:
@@ -350,7 +350,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, sweeps: list[Sweep]
     for name, row in results(root).items():
         assert logged.defences[name].data.metrics["accuracy"] == row["accuracy"]
         assert len(logged.history(name, "train_loss")) == 2
-        tuned = list((root / "captures" / row["run"] / "attacks").glob("*-tuning.json"))
+        tuned = list((root / "captures" / row["run"] / "tuning").glob("*.json"))
         assert len(logged.attacks(name)) == len(tuned) > 0
     assert list((tmp_path / "elsewhere").glob("*/")) == []
 

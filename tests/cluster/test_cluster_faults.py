@@ -76,13 +76,13 @@ def test_a_node_that_vanishes_with_its_trial(cluster: Cluster, tmp_path: Path, s
     holders = {parent for parent in pids("ray::RayTrainWorker").values() if parent in raylets}
     (holder,) = holders
     cluster.remove_node(raylets[holder], allow_graceful=False)
-    assert not list(root.glob("captures/*/training.json"))
+    assert not list(root.glob("captures/*.json"))
     add_node(cluster)
     assert sweep.wait() == 0, sweep.output + sweep.errors
     (row,) = load_rows(root / "frontier.json")
     assert row["status"] == "finished", row["reason"]
     assert "FAILED" not in sweep.output
-    training = read_json(root / "captures" / row["run"] / "training.json")
+    training = read_json(root / "captures" / f"{row['run']}.json")
     assert len(training["losses"]) == 300
     assert Logged(default_uri(root), root).statuses() == {"FINISHED"}
 

@@ -77,8 +77,8 @@ def resumed(sweep: Callable[..., Sweep], root: Path, *arguments: str) -> Sweep:
 
 MOMENTS = {
     "the first training begins": "captures/*/config.json",
-    "a defence is trained": "captures/*/training.json",
-    "a defence is evaluated": "captures/*/attacks/*-evaluation.json",
+    "a defence is trained": "captures/*.json",
+    "a defence is evaluated": "captures/*/evaluation/*.json",
 }
 
 
@@ -107,7 +107,7 @@ def test_a_train_worker_killed_mid_step_and_another_sweep_in_its_directory(
     run.wait_for(lambda: list(root.glob("captures/*/step-000020/seen-*.pt")))
     (worker,) = run.named("ray::RayTrainWorker")
     os.kill(worker, signal.SIGKILL)
-    assert not list(root.glob("captures/*/training.json"))
+    assert not list(root.glob("captures/*.json"))
     second = sweep("--resume", str(root))
     assert second.wait() == 2
     assert f"process {run.process.pid} on" in second.errors
@@ -115,7 +115,7 @@ def test_a_train_worker_killed_mid_step_and_another_sweep_in_its_directory(
     assert run.wait() == 0, run.output + run.errors
     assert "FAILED" not in run.output
     (row,) = finished(root)
-    training = read_json(root / "captures" / row["run"] / "training.json")
+    training = read_json(root / "captures" / f"{row['run']}.json")
     assert len(training["losses"]) == 300
 
 
@@ -181,7 +181,7 @@ def test_a_directory_that_was_carried_elsewhere(
     """Everything that the resumed sweep writes is in the new place, also what MLflow keeps."""
     old, new = tmp_path / "results", tmp_path / "new place"
     run = sweep("--trials", "2", "--defence", "powersgd:1", "--iterations", "300")
-    run.wait_for(lambda: list(old.glob("captures/*/training.json")))
+    run.wait_for(lambda: list(old.glob("captures/*.json")))
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.wait() == 143, run.output + run.errors
     carry(old, new)
@@ -255,7 +255,7 @@ def test_a_tracking_server_away_for_a_minute(sweep: Callable[..., Sweep], tmp_pa
         assert logged.statuses() == {"FINISHED"}
         assert len(logged.parents) == 1
         assert logged.defences["none"].data.metrics["accuracy"] == row["accuracy"]
-        assert len(logged.attacks("none")) == len(list(root.glob("captures/*/attacks/*-tuning.json")))
+        assert len(logged.attacks("none")) == len(list(root.glob("captures/*/tuning/*.json")))
         assert "reconstructions.png" in logged.artifacts(logged.defences["none"])
     finally:
         server.kill()
@@ -338,7 +338,7 @@ def test_a_full_disk(sweep: Callable[..., Sweep], small_disk: Callable[[str], Pa
     assert run.wait() in (1, 2), run.output + run.errors
     assert "No space left on device" in run.output + run.errors
     assert "Traceback" not in run.errors
-    assert not list(root.glob("captures/*/training.json"))
+    assert not list(root.glob("captures/*.json"))
     assert not [path for path in root.rglob(".*.pt*") if path.is_file()]
     for path in root.rglob("*.pt"):
         torch.load(path, weights_only=True)  # what is there is whole
@@ -356,14 +356,14 @@ def test_damaged_captures_fail_their_defence_alone(sweep: Callable[..., Sweep], 
     root = tmp_path / "results"
     three = ("--trials", "3", "--defence", "powersgd:1", "--defence", "fp16")
     run = sweep(*three)
-    run.wait_for(lambda: len(list(root.glob("captures/*/training.json"))) == 3)
+    run.wait_for(lambda: len(list(root.glob("captures/*.json"))) == 3)
     os.kill(run.process.pid, signal.SIGKILL)
     run.end()
     content = read_json(root / "sweep.json")
     store = Store(root, content["data"])
     config = from_dict(SweepConfig, content["sweep"])
     trains = [replace(config.train, defence=defence) for defence in config.defences]
-    for attacks in root.glob("captures/*/attacks"):
+    for attacks in [*root.glob("captures/*/tuning"), *root.glob("captures/*/evaluation")]:
         shutil.rmtree(attacks)
     flipped = store.run_directory(trains[1]) / "step-000000" / "seen-000.pt"
     data = bytearray(flipped.read_bytes())
@@ -424,4 +424,4 @@ def test_an_attack_that_diverges_fails_alone(tmp_path: Path) -> None:
     assert row["status"] == "finished"
     assert row["attack"]["tv"] == GOOD.tv
     assert row["attacks_tried"] == 1
-    assert len(list(tmp_path.glob("captures/*/attacks/*-tuning.failed.json"))) == 1
+    assert len(list(tmp_path.glob("captures/*/tuning/*.failed.json"))) == 1

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import warm_group
-from two_workers import run_workers
 
 from raytrust.config import TrainConfig
 from raytrust.jobs.captures import load_capture, save_capture
@@ -20,6 +19,7 @@ from raytrust.leak.observation import Capture
 from raytrust.studies.frontier.store import Store
 from raytrust.train.loop import Evaluation, Step, train
 from raytrust.wire.channel import Channel
+from raytrust.wire.processes import in_processes
 
 pytestmark = [
     pytest.mark.timeout(900),  # of a busy machine; a quiet one needs half a minute
@@ -82,7 +82,7 @@ def test_a_defence_is_trained_as_if_it_were_the_only_one(tmp_path: Path) -> None
     assert told.startswith("training and attacks run on the CPU: Ray counts a GPU, but torch")
     assert not any("\n" in text for text in found["said"])
 
-    references = run_workers(alone, 2, tmp_path)
+    references = in_processes(alone, 2)
     assert third["losses"] == references[0]["losses"]
     assert third["correct"] == references[0]["evaluation"].correct
     assert third["test_loss"] == references[0]["evaluation"].loss

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from two_workers import run_workers
 
 from raytrust.compress import Compressor, build, ddp_comm_hook
 from raytrust.config import (
@@ -36,6 +35,7 @@ from raytrust.config import (
     VqSGDConfig,
 )
 from raytrust.wire.channel import Channel, LocalChannel, Tap
+from raytrust.wire.processes import in_processes
 
 STEPS = 4
 BUCKET_MB = 0.0005  # 524 bytes: several buckets
@@ -282,8 +282,8 @@ def everything(channel: Channel) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_workers(everything, 2, tmp_path_factory.mktemp("ddp"))
+def workers() -> list[dict[str, Any]]:
+    return in_processes(everything, 2)
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as oracle
 from torch.nn.parallel import DistributedDataParallel
 from toys import distance
-from two_workers import run_workers
 
 from raytrust.compress import ErrorFeedback, build
 from raytrust.config import Defence, PowerSGDConfig
 from raytrust.wire.channel import Channel
+from raytrust.wire.processes import in_processes
 
 STEPS = 7
 START = 2  # DDP has its final buckets from the second pass on; PyTorch starts no earlier with a memory
@@ -155,8 +155,8 @@ def everything(channel: Channel) -> dict[Any, list[Step]]:
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, list[Step]]]:
-    return run_workers(everything, 2, tmp_path_factory.mktemp("oracle"))
+def workers() -> list[dict[Any, list[Step]]]:
+    return in_processes(everything, 2)
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=label)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
@@ -14,12 +16,14 @@ from raytrust.attacks.inversion.engine import same_model
 from raytrust.config import InversionConfig, TrainConfig, to_dict
 from raytrust.data import Dataset
 from raytrust.jobs.captures import load_captures, save_capture
+from raytrust.jobs.files import write_json
 from raytrust.jobs.job import Figures, Job, Place, Result
 from raytrust.jobs.store import JobStore
 from raytrust.leak.observation import Capture
 from raytrust.studies.evaluate import InversionFailure, InversionResult, evaluate_together
 from raytrust.train.loop import Evaluation, Step, train
 from raytrust.wire.channel import Channel, LocalChannel
+from raytrust.wire.processes import in_processes
 
 Split: TypeAlias = Literal["tuning", "evaluation"]
 
@@ -36,10 +40,12 @@ class TrainingRun(Job):
         return self.train.defence.name
 
     def run(self, store: JobStore, place: Place) -> Result:
-        """Train with a single worker in this process; a group of workers is `raytrust.cluster.groups`' affair."""
-        if self.train.workers != 1:
-            raise ValueError(f"Expected workers={self.train.workers} to be 1 where there is no group of workers.")
-        return Result(train_and_capture(self.train, place.images, LocalChannel(), store.folder(self), place.device))
+        """Train in this process, or several workers in processes of their own. On Ray, warm groups do this instead."""
+        folder = begin(store, self.train)
+        work = partial(train_and_capture, self.train, place.images, folder=folder, device=place.device)
+        if self.train.workers == 1:
+            return Result(work(LocalChannel()))
+        return Result(in_processes(work, self.train.workers)[0])
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,10 @@ class AttackRun(Job):
     @property
     def cost(self) -> float:
         return float(self.attack.iterations * self.attack.restarts)
+
+    @property
+    def shelf(self) -> str:
+        return self.split
 
     @property
     def parent(self) -> TrainingRun:
@@ -90,6 +100,17 @@ class AttackRun(Job):
                 for (of_run, _), of_requests in zip(batch, outcomes, strict=True):
                     results |= {j: _result(j, o) for j, o in zip(of_run, of_requests, strict=True)}
         return [results[job] for job in jobs]
+
+
+def begin(store: JobStore, train: TrainConfig) -> Path:
+    """The folder for the captures of a training run, made ready."""
+    folder = store.folder(TrainingRun(train))
+    path = folder / "config.json"
+    if not path.exists():  # a run that goes on keeps its place in the order
+        write_json(path, {"train": to_dict(train), "data": store.fingerprint, "begun": time.time_ns()})
+    for stale in folder.glob("step-*"):  # of an interrupted run: its weights may differ from the new ones
+        shutil.rmtree(stale)
+    return folder
 
 
 def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, folder: Path, device: str) -> Figures:

@@ -10,8 +10,6 @@ DIR/references.pt                      other images of the data set, for floors 
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +19,12 @@ import torch
 from torch import Tensor
 
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
-from raytrust.jobs.files import atomic_write, read_json, write_json
+from raytrust.jobs.files import atomic_write, read_json
 from raytrust.jobs.job import Figures, Place, Result
 from raytrust.jobs.runner import work
 from raytrust.jobs.store import JobStore, claim
 from raytrust.leak.observation import Capture
-from raytrust.studies.frontier.jobs import AttackRun, Split, TrainingRun, references_path
+from raytrust.studies.frontier.jobs import AttackRun, Split, TrainingRun, begin, references_path
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,7 @@ class Store(JobStore):
 
     def begin(self, train: TrainConfig) -> Path:
         """The directory for the captures of this run, made ready."""
-        directory = self.run_directory(train)
-        path = directory / "config.json"
-        if not path.exists():  # a run that goes on keeps its place in the order
-            write_json(path, {"train": to_dict(train), "data": self.fingerprint, "begun": time.time_ns()})
-        for stale in directory.glob("step-*"):  # of an interrupted run: its weights may differ from the new ones
-            shutil.rmtree(stale)
-        return directory
+        return begin(self, train)
 
     def training(self, train: TrainConfig) -> Figures | None:
         """The figures of the finished training run, else None: see `jobs.train_and_capture` for their keys."""
@@ -69,7 +61,7 @@ class Store(JobStore):
 
     def attacks(self, train: TrainConfig, split: Split) -> list[Figures]:
         """The figures of all finished attacks on this run, in the order of their keys."""
-        return [f for f in self.results(AttackRun.kind, TrainingRun(train)) if f["split"] == split]
+        return self.results(split, TrainingRun(train))
 
     def attack_failure(self, train: TrainConfig, attack: InversionConfig, split: Split) -> str | None:
         """Why this attack has no figures, if it was tried in vain."""
@@ -77,8 +69,7 @@ class Store(JobStore):
 
     def attack_failures(self, train: TrainConfig, split: Split) -> list[str]:
         """Why attacks on this run have no figures, in the order of their keys."""
-        failed = self.failures(AttackRun.kind, TrainingRun(train))
-        return [str(f["reason"]) for f in failed if f["job"]["split"] == split]
+        return [str(f["reason"]) for f in self.failures(split, TrainingRun(train))]
 
     def run_attacks(
         self, train: TrainConfig, attacks: Sequence[InversionConfig], split: Split, device: str
