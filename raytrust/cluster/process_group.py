@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import ray
@@ -85,7 +86,7 @@ class _OnLoopbackBackend(_TorchBackend):
         group = {
             "backend": backend_config.backend,
             "world_size": len(worker_group),
-            "init_method": f"file://{backend_config.meeting}/{uuid.uuid4().hex}",
+            "init_method": "file://" + quote(f"{backend_config.meeting}/{uuid.uuid4().hex}"),
             "timeout_s": backend_config.timeout_s,
         }
         worker_group.execute(_set_torch_distributed_env_vars)

@@ -124,11 +124,10 @@ def search_attacks(
 
 def tell_of_attacks(listener: Listener, key: str, result: Parameters) -> None:
     """Tell a listener of each attack of a trial."""
-    attacks = json.loads(result["figures"])  # those that have a result
-    for figures in attacks:
+    for figures in json.loads(result["figures"]):  # of those that have a result, each once
         each = {"figures": figures, "ssim": float(np.mean(figures["ssim"])), "attack_seconds": figures["seconds"]}
         listener.finished("attacks", key, result | each)
-    for _ in range(len(result["settings"]) - len(attacks)):
+    for _ in range(json.loads(result["values"]).count(None)):
         listener.failed("attacks", key, "an attack has no result; its reason is stored beside the others")
 
 

@@ -175,11 +175,10 @@ def test_a_failure_in_the_result_is_a_failure() -> None:
 
 
 def test_figures_pass_as_text_by_tune_which_keeps_every_number() -> None:
-    """A trial of three attacks is three items; the third has no result."""
+    """A trial of three attacks is three items; the third has no result. One that was suggested twice is one."""
     listener = Listener()
     figures = [{"ssim": [0.25, 0.75], "seconds": 2.0}, {"ssim": [0.5], "seconds": 1.0}]
-    batch = trial(ssim=0.5, figures=json.dumps(figures))
-    batch.config["settings"] = [{}, {}, {}]
+    batch = trial(ssim=0.5, figures=json.dumps(figures), values=json.dumps([0.5, 0.5, None, 0.5]))
     relay(listener, finish=partial(tell_of_attacks, listener)).on_trial_complete(batch)
     *finished, failed = listener.told
     assert [(key, result["figures"], result["ssim"], result["attack_seconds"]) for _, _, key, result in finished] == [
