@@ -58,11 +58,13 @@ def report(work: Callable[[], dict[str, Any]], metrics: Sequence[str]) -> None:
 
     Where a machine was lost the error passes through, so that Tune tries the trial again, elsewhere if need be.
     """
-    from ray import tune  # a training worker imports this module, but not Tune
+    # Imported here, because a training worker imports this module, and Tune takes seconds.
+    from ray import tune
 
     try:
         result = work()
-    except Exception as error:  # whatever it is, it fails this trial alone and stands in its row
+    except Exception as error:
+        # Whatever it is, it fails this trial alone and stands in its row.
         if lost(error):
             raise
         result = {**dict.fromkeys(metrics, math.nan), "failure": one_line(error)}

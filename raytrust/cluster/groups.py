@@ -68,12 +68,14 @@ class TrainingGroups:
         self.placement = placement
         self.broken: str | None = None
         self._workers, self._store, self._growing, self._say = workers, store, growing, say
-        self._alone = ip_address(ray.util.get_node_ip_address()).is_loopback  # nobody else wants what idle groups hold
+        # On a machine of our own nobody else wants what an idle group holds, so that it need not end to make room.
+        self._alone = ip_address(ray.util.get_node_ip_address()).is_loopback
         self._data = ray.put(data)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.queue = (
             ray.remote(JobQueue)
-            .options(num_cpus=0, max_concurrency=100_000, scheduling_strategy=here)  # no node that comes and goes
+            # The queue lives on the driver's node: one that comes and goes would take the queue with it.
+            .options(num_cpus=0, max_concurrency=100_000, scheduling_strategy=here)
             .remote(workers, most, RETRIES, None if self._alone else IDLE)
         )
         self._closed = self._abandoned = False
@@ -86,7 +88,8 @@ class TrainingGroups:
         enrolled = self.queue.enrol.remote("first")
         offering = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(SLOT, 0) >= 1]
         self._begin("first", next(iter(offering), ""))
-        ray.get(enrolled)  # calls of an async actor run in any order: a job before this one would want another group
+        # Calls of an async actor run in any order: a job that came before this one would ask for another group.
+        ray.get(enrolled)
 
     def expect(self, jobs: int) -> None:
         """After so many jobs, groups end at once: attacks want their CPUs."""
@@ -120,7 +123,8 @@ class TrainingGroups:
         try:
             if error is None:
                 self.close()
-        finally:  # the cluster may end now, and with it all of this
+        finally:
+            # After this the cluster may end, and with it all that these threads use.
             self._abandon()
 
     def _abandon(self) -> None:
@@ -156,7 +160,8 @@ class TrainingGroups:
                     if answer is not None:  # it is closed
                         self._begin(*answer)
                         wanted = [self.queue.wanted.remote()]
-        except Exception as error:  # in a thread nobody else would hear of it
+        except Exception as error:
+            # This is a thread: nobody else would hear of the error.
             self.broken = self.broken or one_line(error)
 
     def _end(self, group: _Group) -> None:
@@ -194,7 +199,8 @@ def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool)
             run_config=RunConfig(
                 name=f"group-{crew.name}-{time.time_ns()}",
                 storage_path=str(Path(crew.store.root) / "ray" / "train"),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # the queue retries
+                # Ray's own retries would start the group anew without its job; the queue hands jobs out again.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         ).fit()
@@ -203,7 +209,8 @@ def run_group(crew: Crew, workers: int, placement: Placement, on_loopback: bool)
 class _Trainer(TorchTrainer):
     """Without processes of Train's that we don't need, as each imports all of Ray Train."""
 
-    needless = frozenset({"DatasetsCallback"})  # a manager of Ray's own data sets, of which we have none
+    # Ray would start a manager of its own data sets, of which we have none.
+    needless = frozenset({"DatasetsCallback"})
 
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if type(c).__name__ not in self.needless]

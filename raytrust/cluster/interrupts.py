@@ -50,7 +50,8 @@ def raising(once: bool = False) -> Iterator[Callable[[], None]]:
     except KeyboardInterrupt as error:
         if handler.raised in (None, signal.SIGINT) or isinstance(error, Terminated):
             raise
-        raise Terminated(handler.raised) from None  # Ray's core passes on that there was a signal, and not which
+        # Ray's core passes on that there was a signal, but not which.
+        raise Terminated(handler.raised) from None
     finally:
         for number, previous in before.items():
             if not (handler.raised and once and isinstance(previous, _Handler)):

@@ -74,7 +74,8 @@ class JobQueue:
             self._waiting.append(self._jobs[key])
             self._notify()
         self._jobs[key].node = node
-        return await asyncio.shield(self._jobs[key].outcome)  # who goes away takes it from nobody else
+        # A trial that goes away must not take the outcome from others who wait for the same run.
+        return await asyncio.shield(self._jobs[key].outcome)
 
     async def settle(self, key: str) -> None:
         """This job needs nothing more: its outcome is kept elsewhere, or has been all along."""
@@ -120,7 +121,8 @@ class JobQueue:
                     self._waiting.appendleft(job)
         self._bad_starts = 0 if group.jobs else self._bad_starts + 1
         if late:
-            self._most = max(1, len(self._groups))  # the cluster does not grow any further
+            # A group that can't start shows that the cluster does not grow any further.
+            self._most = max(1, len(self._groups))
         if not self._groups and not self._closed and (late or self._bad_starts >= BAD_STARTS):
             self._break(reason)
         self._notify()
@@ -142,7 +144,8 @@ class JobQueue:
         if rank == 0 and number == len(group.jobs):
             await self._until(lambda: self._closed or self._waiting or self._complete(), self._idle)
             group.jobs.append(self._take() if self._waiting and not self._closed else None)
-            if number >= 2:  # no rank is more than one job behind: forget the others, with their results
+            # No rank is more than one job behind, so that older results can be forgotten: a queue may live for days.
+            if number >= 2:
                 group.jobs[number - 2] = None
             group.ready += group.jobs[-1] is None
             self._notify()
@@ -227,4 +230,5 @@ class JobQueue:
 
     def _notify(self) -> None:
         self._changed.set()
-        self._changed = asyncio.Event()  # whoever waits from now on waits for the next change
+        # An event stays set; whoever waits from now on must wait for the next change.
+        self._changed = asyncio.Event()

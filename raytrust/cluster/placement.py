@@ -58,7 +58,8 @@ def place(
     if device == "cuda" or (device == "auto" and gpu_nodes and sees_cuda):
         for sharing in range(1, workers + 1):
             room = sum(int(min(n.get("CPU", 0), int(n["GPU"]) * sharing)) for n in gpu_nodes)
-            if room >= workers or growing:  # who brings more nodes brings more GPUs
+            # A cluster that can start further nodes gets further GPUs with them.
+            if room >= workers or growing:
                 return Placement("cuda", room // workers, _share((1 - ATTACK_GPU) / sharing), ATTACK_GPU)
         if device == "cuda":
             cpus = int(sum(n.get("CPU", 0) for n in gpu_nodes))
@@ -105,7 +106,8 @@ def _refusal() -> str | None:
         return f"Ray counts a GPU, but torch {torch.__version__} is built without CUDA"
     try:
         torch.zeros(1, device="cuda")
-    except (RuntimeError, AssertionError) as error:  # an old driver, no driver, no such card
+    except (RuntimeError, AssertionError) as error:
+        # An old driver, no driver or a card that torch was not built for: each raises its own type.
         return f"Ray counts a GPU, but torch can't use it: {_first_sentence(str(error))}"
     return None
 

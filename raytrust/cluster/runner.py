@@ -40,7 +40,8 @@ class OnRay:
             if not ready and not waiting:
                 if until is not None and time.time() >= until:
                     return
-                ready = pending  # what they wait for is no part of this run: they say so when they fail
+                # What these jobs wait for is no part of this run; they say so when they fail.
+                ready = pending
             pending = [bundle for bundle in pending if bundle not in ready]
             for store, jobs in ready:
                 if jobs:
@@ -57,7 +58,8 @@ class OnRay:
                     for outcome in ray.get(reference):
                         tell(listener, store, outcome)
                 except (ray.exceptions.RayError, *LOST) as error:
-                    if len(jobs) > 1:  # which of them it was, shows when each has a process of its own
+                    # Which of the jobs ended the process, shows when each has a process of its own.
+                    if len(jobs) > 1:
                         pending += [(store, (job,)) for job in jobs]
                     else:
                         store.fail(jobs[0], one_line(error))
@@ -92,7 +94,8 @@ def do(
     if until is not None and time.time() >= until:
         return []
     torch.set_num_threads(1)
-    keep_freed_memory()  # the process is a Ray worker's: its memory is ours to manage
+    # The process is a Ray worker's, so that tuning its allocator surprises nobody.
+    keep_freed_memory()
     return work(store, jobs, Place(ray.get(data[0]) if data else None, device))
 
 

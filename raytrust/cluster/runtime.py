@@ -63,7 +63,8 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
                     _start(cpus, slots)
                 else:
                     _connect(address)
-            take_signals()  # Ray's core has taken SIGTERM, for a crash dump
+            # Starting Ray, its core has taken SIGTERM for a crash dump: take it back.
+            take_signals()
             if address is not None:
                 _expect_slot(address, GROWTH if parallel else 0.0)
             yield
@@ -78,10 +79,12 @@ def capacity(resource: str) -> int:
 
 
 def _start(cpus: int, slots: int) -> None:
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would make one and write it to a file
+    # Without one Ray makes a token and writes it to a file in the home directory.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     with _loopback():
         ray.init(
-            address="local",  # not one that happens to run on this machine
+            # Ray's default would join a cluster that happens to run on this machine.
+            address="local",
             num_cpus=cpus,
             resources={SLOT: slots},
             include_dashboard=False,
@@ -98,12 +101,14 @@ def _loopback() -> Iterator[None]:
     It replaces a 127.0.0.1 that it is given, and with any other address its servers listen on all interfaces.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
-    if ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ:  # else the user decides
+    # Whoever set the variable has decided.
+    if ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ:
         ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before  # this process may connect to a cluster later
+        # This process may connect to a cluster later, for which the value matters again.
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -144,26 +149,30 @@ def _expect_slot(address: str, patience: float) -> None:
             while capacity(SLOT) < 1 and time.monotonic() < until:
                 time.sleep(0.5)
         finally:
-            request_resources(bundles=[])  # the trials themselves are what keeps nodes
+            # From now on the trials themselves are what keeps nodes.
+            request_resources(bundles=[])
     if capacity(SLOT) < 1:
         raise ValueError(
             f"Expected the cluster at address={address!r} to offer the resource {SLOT!r}; "
             f"start its nodes with --resources='{{\"{SLOT}\": 1}}', or give --parallel if it starts nodes itself."
         )
-    capacity("GPU")  # seen while there is a node
+    # A cluster that scales may have no node when this is asked the next time.
+    capacity("GPU")
 
 
 def _expect_listener(address: str) -> None:
     """Raises OSError if nothing listens at HOST:PORT; Ray would go on trying for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():  # "auto" and the like
+    # "auto" and the like name no place where something could listen.
+    if not host or not port.isdigit():
         return
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError:
         if host not in ("localhost", "127.0.0.1"):
             raise
-        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=10).close()  # as Ray reads it
+        # Ray takes localhost for this machine's own address.
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=10).close()
 
 
 def _short_temporary_directory() -> str | None:

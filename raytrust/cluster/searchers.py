@@ -72,7 +72,8 @@ class DefenceSearch(OptunaSearch):
             self._given[trial_id] = self._pending.pop(0)
             return {"defence": to_dict(self._given[trial_id])}
         for attempt in range(1000):
-            if attempt >= 20:  # the sampler dwells on what it knows: draw from the whole space
+            # TPE suggests again and again what it knows to be good: then draw from the whole space.
+            if attempt >= 20:
                 self._ot_study.enqueue_trial(self._uniform.ask(self._domains).params)
             defence = sampled_defence(super().suggest(trial_id) or {})
             if defence not in self._seen:
@@ -88,7 +89,8 @@ class DefenceSearch(OptunaSearch):
         if trial_id in self._given:
             if values is not None and not error:
                 self._learn(self._given[trial_id], values)
-        else:  # Optuna would leave a trial with a NaN objective running for ever
+        else:
+            # Optuna would leave a trial with a NaN objective running for ever.
             super().on_trial_complete(trial_id, values, error=error or values is None)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -209,7 +211,8 @@ def _inside(parameters: dict[str, Any], domains: dict[str, Any]) -> bool:
     """Whether this is a point of the space, so that a study can learn from it."""
     try:
         return all(domain._contains(domain.to_internal_repr(parameters[name])) for name, domain in domains.items())
-    except ValueError:  # a choice that the space doesn't offer has no representation
+    except ValueError:
+        # A choice that the space doesn't offer has no internal representation.
         return False
 
 

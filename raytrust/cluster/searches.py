@@ -146,7 +146,8 @@ def _defence_trial(
     defence = from_dict(Defence, parameters["defence"])
 
     def attack(jobs: Sequence[Job]) -> None:
-        if placement.attack_gpu:  # its CPU is that of the trial which waits for it
+        # The task takes no CPU of its own: the trial that waits for it holds one.
+        if placement.attack_gpu:
             ray.get(remote(do, 0.0, placement.attack_gpu).remote(store, jobs, [], placement.device))
         else:
             # In this process: a task would wait for one of the CPUs that a warm group holds.
@@ -180,7 +181,8 @@ def _try_attacks(train: TrainConfig, settings: Sequence[dict[str, Any]], store: 
     return {
         "ssim": max(reached),
         "values": json.dumps(values),  # None of one that failed
-        "figures": json.dumps(figures),  # Tune keeps a history of every number that it sees
+        # As text: Tune keeps a history of every number that it sees.
+        "figures": json.dumps(figures),
         "attack_seconds": sum(f["seconds"] for f in figures),
         "wall_seconds": time.perf_counter() - started,
     }

@@ -62,13 +62,16 @@ def work(arguments: dict[str, Any]) -> None:
     worker in a collective: it is reported, then raised, which ends the group.
     """
     crew: Crew = arguments["crew"]
-    torch.set_num_threads(1)  # workers times threads stay within the cores
+    # More threads than cores slow each other down: workers times threads must not exceed them.
+    torch.set_num_threads(1)
     device = ray.train.torch.get_device() if crew.on_cuda else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # else each process would make a context on GPU 0 too
+        # Else each process would make a context, of hundreds of MB, on GPU 0 too.
+        torch.cuda.set_device(device)
     rank, queue = ray.train.get_context().get_world_rank(), crew.queue
     data = ray.get(crew.data[0])
-    importlib.import_module("torch._dynamo")  # takes a second or two, which the first optimiser would else spend on it
+    # This import takes a second or two, which the first optimiser would else spend inside the measured training.
+    importlib.import_module("torch._dynamo")
     state = ProcessState()
     for number in itertools.count():
         job = ray.get(queue.job.remote(crew.name, number, rank))
@@ -80,14 +83,16 @@ def work(arguments: dict[str, Any]) -> None:
         except FloatingPointError as error:
             if not ray.get(queue.failed.remote(crew.name, number, rank, one_line(error))):
                 raise
-        except Exception as error:  # whatever it is, it fails this job alone
+        except Exception as error:
+            # Whatever it is, it fails this job alone.
             if not lost(error):
                 ray.get(queue.spoiled.remote(crew.name, number, one_line(error)))
             raise
         else:
             ray.get(queue.done.remote(crew.name, number, rank, report))
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # attacks share this GPU
+            # Attacks share this GPU, and can't use what the allocator keeps for us.
+            torch.cuda.empty_cache()
 
 
 def _train(config: TrainConfig, data: Dataset, crew: Crew, rank: int, device: str) -> dict[str, Any]:

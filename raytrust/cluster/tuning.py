@@ -42,9 +42,11 @@ def run_trials(
         )
         try:
             trials = len(tuner.fit())
-        except ray.exceptions.RayError as error:  # of Tune's own actors: no trial's, but the cluster's
+        except ray.exceptions.RayError as error:
+            # An error of Tune's own actors is no trial's failure, but the cluster's.
             raise ConnectionError(f"The cluster failed, --resume goes on: {one_line(error)}") from error
-        if trials < size or relay.broken is not None:  # the search space is used up, or the driver is
+        # Fewer trials than asked for: the search space is used up, or the time is.
+        if trials < size or relay.broken is not None:
             break
     if relay.broken is not None:
         raise relay.broken
@@ -109,5 +111,6 @@ class Relay(tune.Callback, tune.Stopper):
             return
         try:
             action()
-        except Exception as error:  # a disk that is full, say: it ends the phase, in the driver
+        except Exception as error:
+            # A disk that is full, say, ends the phase, in the driver.
             self.broken = error

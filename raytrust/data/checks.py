@@ -84,6 +84,7 @@ def _resize(images: Tensor, size: int) -> Tensor:
         return images
     resized = [
         torch.nn.functional.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-        for part in images.split(256)  # bounds the memory that the floats take
+        # In parts: as floats all images at once would take four times their memory.
+        for part in images.split(256)
     ]
     return torch.cat(resized)

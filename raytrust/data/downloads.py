@@ -30,17 +30,20 @@ def read_torchvision(name: str, root: Path) -> Source:
     kind: Any = getattr(datasets, TORCHVISION[name])
 
     def read(download: bool) -> tuple[list[np.ndarray], list[str]]:
-        with contextlib.redirect_stdout(sys.stderr):  # some releases report their progress by print
+        # Some releases of torchvision print their progress; standard output is the program's own.
+        with contextlib.redirect_stdout(sys.stderr):
             parts = [kind(root, train=train, download=download) for train in (True, False)]
         return [np.asarray(array) for part in parts for array in (part.data, part.targets)], parts[0].classes
 
     try:
         try:
             arrays, classes = read(download=False)
-        except RuntimeError:  # torchvision's word for absent
+        except RuntimeError:
+            # RuntimeError is torchvision's word for a data set that is not there.
             with _impatient(kind.url if hasattr(kind, "url") else kind.mirrors[0]):
                 arrays, classes = read(download=True)
-    except Exception as error:  # from the network, the disk, or files that an interrupted download left behind
+    except Exception as error:
+        # The network, the disk and files of an interrupted download each raise their own types.
         raise ValueError(
             f"Expected {name} under {root} or a network to fetch it from, but the download failed ({reason(error)}); "
             f"give --data FILE.npz or put the intact files under {root}."

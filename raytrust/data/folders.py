@@ -102,7 +102,8 @@ def _list_images(folder: Path) -> list[str]:
     """The image files in and below a folder, in the order of their names; none that is hidden."""
     files = []
     for place, below, names in os.walk(folder, followlinks=True):
-        below[:] = sorted(name for name in below if not is_hidden(name))  # where os.walk goes next
+        # os.walk reads this list to know where to go next: what is hidden is left out, and the order is fixed.
+        below[:] = sorted(name for name in below if not is_hidden(name))
         files += [os.path.join(place, name) for name in sorted(names) if _is_image(name)]
     return files
 
@@ -128,12 +129,14 @@ def _read_image(path: str, size: int) -> tuple[np.ndarray, bool]:
 
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):  # converting these would clip them at 255
+            # Converting 16-bit and float images would clip them at 255.
+            if image.mode.startswith(("I", "F")):
                 raise ValueError(f"mode {image.mode} has more than 8 bits a pixel and channel; save it with 8")
             # Cameras store pixels as the sensor has them, and beside them how the camera was held.
             upright = ImageOps.exif_transpose(image)
             pixels = upright.convert("L" if upright.mode in ("1", "L") else "RGB")
-    except Exception as error:  # a damaged file can make Pillow raise nearly anything
+    except Exception as error:
+        # A damaged file can make Pillow raise nearly anything.
         raise ValueError(
             f"Expected {path} to be a readable 8-bit image ({reason(error)}); convert it, or take it out of the folder."
         ) from error

@@ -85,7 +85,8 @@ def _split_folders(folders: Sequence[Path]) -> dict[Role, list[Path]]:
             stems.setdefault(stem, {}).setdefault(role, []).append(path)
     named: dict[Role, list[Path]] = {}
     for stem, roles in stems.items():
-        if not stem or ("train" in roles and len(roles) > 1):  # else it is a class: test pattern, train station
+        # A folder named "test pattern" or "train station" is a class, not a split.
+        if not stem or ("train" in roles and len(roles) > 1):
             for role, paths in roles.items():
                 named.setdefault(role, []).extend(paths)
     return named

@@ -52,7 +52,8 @@ def load(source: str, *, image_size: int | None = None, root: Path | None = None
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"Expected seed={seed!r} to be an integer in [0, 2**63).")
 
-    path = Path(os.path.expanduser(source))  # leaves an unknown ~user as it is
+    # Path.expanduser raises for an unknown ~user; this leaves it, to be refused as a missing file.
+    path = Path(os.path.expanduser(source))
     if source == "digits":
         return checked_dataset(source, source, digits(seed), image_size or _DIGITS_SIDE)
     if source == "faces":

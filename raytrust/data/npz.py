@@ -24,7 +24,8 @@ def read_npz(path: Path) -> Source:
             held = archive.files
             for reading in (key for key in KEYS if key in held):
                 arrays[reading] = archive[reading]
-    except Exception as error:  # a damaged file can make zipfile, zlib and numpy raise nearly anything
+    except Exception as error:
+        # A damaged file can make zipfile, zlib and numpy raise nearly anything.
         hint = "; save images and labels as plain arrays, np.stack(list(images))" if "pickle" in str(error) else ""
         raise ValueError(f"Expected {reading} in {path} to be readable ({reason(error)}){hint}.") from error
     missing = [key for key in KEYS if key not in held]
@@ -33,6 +34,7 @@ def read_npz(path: Path) -> Source:
             f"Expected {path} to hold {' and '.join(missing)}, got only {', '.join(held) or 'an empty archive'}."
         )
     for key, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # numpy's answer for a member that is no .npy
+        # For a member that is no .npy, numpy returns its bytes.
+        if not isinstance(array, np.ndarray):
             raise ValueError(f"Expected {key} in {path} to be an array, got {type(array).__name__}.")
     return Source(arrays, notes=("Test images: as stored in the file.",))

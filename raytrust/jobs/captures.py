@@ -112,13 +112,15 @@ def _save(path: Path, content: dict[str, Any]) -> None:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        # torch.load does not look at the archive's checksums: a flipped bit would pass as a gradient.
+        with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"Expected a capture at {path}, but there is no such file.") from None
-    except Exception as error:  # torch.load raises many types for a damaged file; all of them mean the same here
+    except Exception as error:
+        # torch.load raises many types for a damaged file; all of them mean the same here.
         raise ValueError(f"Expected {path} to be a capture, but it can't be read: {type(error).__name__}.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"Expected {path} to be a capture of format {FORMAT}.")

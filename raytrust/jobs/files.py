@@ -50,7 +50,8 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file, None if there is no such file; ValueError if it is damaged."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):  # a stray file may lie where a folder would be
+    except (FileNotFoundError, NotADirectoryError):
+        # A stray file may lie where a folder would be, which holds as little as no file.
         return None
     except ValueError as error:
         raise ValueError(f"Expected {path} to be JSON, but it can't be read: {error}.") from error

@@ -48,7 +48,9 @@ def exclusive(directory: Path) -> Iterator[None]:
         stop.set()
         beat.join()
         holder = _read(path)
-        if holder is not None and holder["identity"] == identity:  # nobody took it over meanwhile
+        # Another run may have taken the lock over, because this machine seemed dead: it is then no longer ours to
+        # remove.
+        if holder is not None and holder["identity"] == identity:
             path.unlink(missing_ok=True)
 
 
@@ -72,11 +74,13 @@ def _acquire(path: Path, identity: str) -> None:
 def _claim(path: Path, mine: Path) -> None:
     """Make the lock with the content of `mine`. Raises FileExistsError if there is one."""
     try:
-        os.link(mine, path)  # atomic with its content, over NFS too
+        # A link appears whole, with its content, over NFS too; a file that is opened and then written does not.
+        os.link(mine, path)
     except OSError as error:
         if isinstance(error, FileExistsError) or error.errno not in LINKLESS:
             raise
-        _create(path, mine.read_bytes())  # a file system without links, as object stores and memory cards have
+        # Object stores and memory cards have file systems without links.
+        _create(path, mine.read_bytes())
 
 
 def _create(path: Path, content: bytes) -> None:
@@ -93,7 +97,8 @@ def _create(path: Path, content: bytes) -> None:
     except BaseException as error:
         if isinstance(error, OSError) and error.errno == errno.ESTALE:
             raise FileExistsError(errno.EEXIST, "made by another machine meanwhile", str(path)) from error
-        path.unlink(missing_ok=True)  # such as where the disk is full
+        # Where the disk is full, say, no half-made file may stay behind.
+        path.unlink(missing_ok=True)
         raise
     if path.read_bytes() != content:
         raise FileExistsError(errno.EEXIST, "made by another machine meanwhile", str(path))
@@ -103,7 +108,8 @@ def _take_over(path: Path, mine: Path) -> None:
     """Remove the lock if it is stale; raises ValueError if it is not."""
     with suppress(FileNotFoundError):
         if path.stat().st_size == 0:
-            time.sleep(BIRTH)  # it is being made, without links
+            # Without links a lock is there for a moment before its content is.
+            time.sleep(BIRTH)
     holder = _read(path)
     if holder is None:  # released just now
         return
@@ -114,7 +120,8 @@ def _take_over(path: Path, mine: Path) -> None:
         os.rename(path, aside)
     except FileNotFoundError:  # somebody else was faster
         return
-    if _read(aside) != holder:  # it was a new one already: give it back
+    # Somebody else took the stale lock over in between, and this is theirs: give it back.
+    if _read(aside) != holder:
         os.rename(aside, path)
         raise _refusal(path)
     aside.unlink()
@@ -123,7 +130,8 @@ def _take_over(path: Path, mine: Path) -> None:
 def _stale(path: Path, holder: dict[str, Any], mine: Path) -> bool:
     if holder["host"] == socket.gethostname():
         return _started(holder["pid"]) != holder["started"]
-    os.utime(mine)  # the clock that counts is the file system's
+    # Machines disagree about the time; the file system's clock is the one that all of them read.
+    os.utime(mine)
     return mine.stat().st_mtime - path.stat().st_mtime > SILENCE
 
 
@@ -157,7 +165,8 @@ def _started(pid: int) -> str | None:
     if Path("/proc/self/stat").exists():
         return None
     try:
-        os.kill(pid, 0)  # a system without /proc
+        # Signal 0 asks whether a process lives, on systems that have no /proc to look at.
+        os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
@@ -167,5 +176,6 @@ def _started(pid: int) -> str | None:
 
 def _keep(path: Path, stop: threading.Event) -> None:
     while not stop.wait(BEAT):
-        with suppress(OSError):  # a storage that is away for a while: the next beat may reach it
+        # A storage may be away for a while; the next beat may reach it.
+        with suppress(OSError):
             os.utime(path)

@@ -93,7 +93,8 @@ def _work(store: JobStore, jobs: list[Job], place: Place) -> Iterator[Outcome]:
 def _results(store: JobStore, jobs: list[Job], place: Place) -> list[Result | Exception]:
     try:
         return type(jobs[0]).run_together(jobs, store, place)
-    except Exception as error:  # whatever it is, it fails one job alone
+    except Exception as error:
+        # Whatever it is, it fails one job alone: a sweep of days does not end for one attack that runs out of memory.
         if len(jobs) == 1:
             return [error]
         # Which of them it was, shows when each is done on its own.

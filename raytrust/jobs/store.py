@@ -62,7 +62,8 @@ class JobStore:
             with np.load(path, allow_pickle=False) as archive:
                 names = [name for name in archive.files if name.startswith(prefix)]
                 return {name.removeprefix(prefix): archive[name] for name in names}
-        except Exception as error:  # a damaged file can make zipfile, zlib and numpy raise nearly anything
+        except Exception as error:
+            # A damaged file can make zipfile, zlib and numpy raise nearly anything.
             raise ValueError(f"Expected {path} to be a job's arrays, but it can't be read: {error}.") from error
 
     def put(self, job: Job, result: Result) -> None:

@@ -32,7 +32,8 @@ def train_privately(config: TrainConfig, private: DPSGDConfig, data: Dataset) ->
     Raises FloatingPointError when the loss stops being finite.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Opacus: noise from a seed, hooks that torch deprecates
+        # Opacus warns of noise from a seed, which we want, and of hooks that torch deprecates.
+        warnings.simplefilter("ignore")
         from opacus import PrivacyEngine
 
         model = build_model(config.model, data.channels, data.classes, config.seed).train()
@@ -81,7 +82,8 @@ def epsilon(config: TrainConfig, private: DPSGDConfig, points: int, delta: float
     An upper bound for add/remove neighbours of the images; an image that comes several times has several times as much.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the order at which the bound is best lies at an end of the list
+        # Opacus warns where the best order lies at an end of its list; the bound holds all the same.
+        warnings.simplefilter("ignore")
         from opacus.accountants import RDPAccountant
 
         accountant = RDPAccountant()

@@ -221,7 +221,8 @@ def _captures(
     state = _public_state(compressor)
     for first in range(0, len(indices), channel.world_size):
         index = first + channel.rank
-        mine = indices[index % len(indices)]  # in a last, short round some workers only keep the others company
+        # In a last, short round some workers have no batch left, but must take part in the collective.
+        mine = indices[index % len(indices)]
         x, y = _fetch(images, labels, mine, data, device)
         tap = Tap(channel, keep=True)
         gradient, after = _private_gradient(model, x, y, config)

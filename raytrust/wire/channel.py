@@ -166,6 +166,7 @@ class Tap:
     ) -> None:
         message = Message(op, sent, received)
         self.sent_bytes += message.sent_bytes
-        if self._keep:  # clone: a compressor may use its buffers again
+        # A compressor may use its buffers again in the next step; what crossed the wire must stay as it was.
+        if self._keep:
             copies = [tuple(x.detach().clone() for x in xs) for xs in (sent, received)]
             self._messages.append(Message(op, copies[0], copies[1]))

@@ -35,7 +35,8 @@ def in_processes(function: Callable[[Channel], Any], workers: int, timeout: floa
 
 
 def _work(rank: int, function: Callable[[Channel], Any], workers: int, directory: str, timeout: float) -> None:
-    torch.set_num_threads(1)  # workers times threads stay within the cores
+    # More threads than cores slow each other down: workers times threads must not exceed them.
+    torch.set_num_threads(1)
     # Nothing of the group listens on another interface, and the workers meet in a file: a TCPStore listens on all.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     store = dist.FileStore(f"{directory}/meeting", workers)

@@ -106,9 +106,11 @@ def begin(store: JobStore, train: TrainConfig) -> Path:
     """The folder for the captures of a training run, made ready."""
     folder = store.folder(TrainingRun(train))
     path = folder / "config.json"
-    if not path.exists():  # a run that goes on keeps its place in the order
+    # A run that goes on keeps its place in the order of the report.
+    if not path.exists():
         write_json(path, {"train": to_dict(train), "data": store.fingerprint, "begun": time.time_ns()})
-    for stale in folder.glob("step-*"):  # of an interrupted run: its weights may differ from the new ones
+    # Captures of an interrupted run may belong to other weights than the new ones.
+    for stale in folder.glob("step-*"):
         shutil.rmtree(stale)
     return folder
 

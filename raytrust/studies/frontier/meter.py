@@ -22,7 +22,8 @@ class Meter(Silent):
             self._ready = time.monotonic()
 
     def finished(self, phase: str, key: str, result: dict[str, Any]) -> None:
-        if not self._runs:  # the first run waited for the workers to start, too
+        # The first run's wait is the start of the workers, which belongs to the program's start.
+        if not self._runs:
             self._ready += result.get("waited_seconds", 0.0)
         self._note(key)
         figures = result.get("figures") or []

@@ -52,7 +52,8 @@ def evaluation_bundles(finalists: Sequence[Finalists], places: int, store: Store
     left.sort(key=lambda run: max(job.attack.capture_step for job in run[1]))
     bundles: list[Bundle] = []
     while left:
-        small = all(_entries(store, train) <= LARGEST for train, _ in left[:TOGETHER])  # else it saves nothing
+        # Large models gain nothing from being attacked together, and wait for each other.
+        small = all(_entries(store, train) <= LARGEST for train, _ in left[:TOGETHER])
         size = max(1, min(TOGETHER, len(left) // (2 * places))) if small else 1
         bundles.append((store, tuple(job for _, jobs in left[:size] for job in jobs)))
         left = left[size:]

@@ -45,7 +45,8 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     training = store.training(train)
     figures = store.attacks(train, "evaluation")
     by_objective = {o: best(figures, o) for o in ("naive", "aware")}
-    if isinstance(defence.compressor, DenseConfig):  # without a compressor the two objectives are one
+    # Without a compressor there is nothing to know: the two objectives are one.
+    if isinstance(defence.compressor, DenseConfig):
         by_objective["aware"] = by_objective["naive"]
     worst = best(figures)
     reason = store.failure_of_run(train)

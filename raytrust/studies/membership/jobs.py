@@ -61,7 +61,8 @@ def shadow_models(config: MembershipConfig, arm: Arm) -> list[ShadowModel]:
 
 
 def property_models(config: MembershipConfig, arm: Arm) -> list[PropertyModel]:
-    if not isinstance(arm, Defence):  # messages of DP-SGD are not recorded
+    # Opacus trains DP-SGD without our channel, so that none of its messages is recorded.
+    if not isinstance(arm, Defence):
         return []
     return [PropertyModel(_deciding(config), arm, model) for model in range(config.property_models)]
 

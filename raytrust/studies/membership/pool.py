@@ -43,7 +43,8 @@ def draw_pool(config: MembershipConfig, data: Dataset) -> Pool:
         )
     batches = (config.train.capture.tuning + config.train.capture.evaluation) * config.train.threat.batch_size
     least = max(batches, config.train.batch_size)
-    if config.points * 2 // 5 < least:  # a model has half of the points, give or take
+    # Fair coins give a model half of the points, give or take.
+    if config.points * 2 // 5 < least:
         raise ValueError(
             f"Expected points={config.points} to be at least {least * 5 // 2}, for {least} images a model."
         )

@@ -51,7 +51,8 @@ def open_run(root: Path, config: PaperConfig, data: dict[str, Dataset], options:
         if 2 in config.tables:
             draw_pool(audit_config(config.budget, config.seed, dataset), dataset)
     identity: dict[str, Any] = {"config": asdict(config), "data": {name: d.fingerprint() for name, d in data.items()}}
-    identity["id"] = digest(str(identity))  # compares what JSON would change, such as tuples
+    # Compares the text, as JSON would turn tuples into lists and equal configs into different ones.
+    identity["id"] = digest(str(identity))
     claim(root / "paper.json", {**identity, "options": options}, lambda kept: kept.get("id"), "run")
 
 
@@ -100,7 +101,8 @@ class PaperStudy:
         yield "searching the paper's setting", each(store, dear_first(search))
         settings = chosen(store, plan)
         if settings == NOT_FINISHED:
-            return  # it is too late
+            # The time was up before the search had ended.
+            return
         if isinstance(settings, str):
             self._say(f"{TITLES[name]}: no setting of the search gave a figure: {settings}")
             yield "section 3", each(store, theory)
@@ -123,7 +125,8 @@ class PaperStudy:
             every = plan.budget.search(plan.seed)
             settings = every[0], every[-1]
         jobs += _table_1(plan, settings)
-        other = replace(settings[1], attack=replace(settings[1].attack, tv=0.5))  # no attack of the portfolio's
+        # An attack that is not in the portfolio: what is chosen there need not be done again, a guess must count it.
+        other = replace(settings[1], attack=replace(settings[1].attack, tv=0.5))
         for cell in CELLS:
             worst = worst_attacks(store, plan, settings, cell) if known else NOT_FINISHED
             if worst == NOT_FINISHED:
