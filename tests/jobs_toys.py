@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from raytrust.jobs.job import Job, Place, Result
-from raytrust.jobs.store import JobStore
+from raytrust.jobs.job import Job, Place, Result, Results
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Square(Job):
     def cost(self) -> float:
         return float(abs(self.number))
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         if self.number < 0:
             raise ValueError(f"Expected number={self.number} to be at least 0.")
         if self.number == 13 and (not self.mark or not Path(self.mark).exists()):
@@ -57,7 +56,7 @@ class Root(Job):
     def after(self) -> tuple[Job, ...]:
         return (self.square,)
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         return Result({"root": len(store.arrays(self.square)["row"])})
 
 
@@ -68,7 +67,7 @@ class Batch(Square):
     kind: ClassVar[str] = "batches"
 
     @classmethod
-    def run_together(cls, jobs: Sequence[Job], store: JobStore, place: Place) -> list[Result | Exception]:
+    def run_together(cls, jobs: Sequence[Job], store: Results, place: Place) -> list[Result | Exception]:
         if 99 in (numbers := [job.number for job in jobs if isinstance(job, Batch)]):
             raise MemoryError("no room")
         return [Result({"together": numbers}) for _ in jobs]

@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 
 from raytrust.data import Dataset
-
-if TYPE_CHECKING:
-    from raytrust.jobs.store import JobStore
 
 Figures: TypeAlias = dict[str, Any]
 
@@ -38,6 +36,22 @@ class Place:
         if self.data is None:
             raise ValueError("Expected data for this job, got data=None.")
         return self.data
+
+
+class Results(Protocol):
+    """What a job reads: a `raytrust.jobs.store.JobStore`, of which it needs no more than this."""
+
+    @property
+    def root(self) -> Path: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def folder(self, job: Job) -> Path: ...
+
+    def result(self, job: Job) -> Figures | None: ...
+
+    def arrays(self, job: Job, prefix: str = "") -> dict[str, np.ndarray]: ...
 
 
 class Job(ABC):
@@ -71,11 +85,11 @@ class Job(ABC):
         return None
 
     @abstractmethod
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         """Do it, reading what it needs from `store`. Raises ValueError or FloatingPointError where it can't be done."""
 
     @classmethod
-    def run_together(cls, jobs: Sequence[Job], store: JobStore, place: Place) -> list[Result | Exception]:
+    def run_together(cls, jobs: Sequence[Job], store: Results, place: Place) -> list[Result | Exception]:
         """Do several jobs of this class; override it where they are faster together than one by one."""
         results: list[Result | Exception] = []
         for job in jobs:

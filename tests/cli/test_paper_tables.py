@@ -150,7 +150,7 @@ def test_another_run_is_refused_the_directory(finished: Path) -> None:
 def test_a_job_that_fails_is_a_row_without_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_attack = Attack.run
 
-    def breaks(self: Attack, store: JobStore, place: Place) -> Result:
+    def breaks(self: Attack, store: Any, place: Place) -> Result:
         if self.defence.name == "PowerSGD rank 4" and self.attack.objective == "aware":
             raise FloatingPointError("All 1 restarts of the attack diverged.")
         return run_attack(self, store, place)
@@ -172,7 +172,7 @@ def test_a_data_set_whose_search_fails_does_not_end_the_run(
     data = {"cifar10": other, "mnist": digits()}
     run_attack, bad = Attack.run, data["cifar10"].fingerprint()
 
-    def breaks(self: Attack, store: JobStore, place: Place) -> Result:
+    def breaks(self: Attack, store: Any, place: Place) -> Result:
         if store.fingerprint == bad:
             raise FloatingPointError("All 1 restarts of the attack diverged.")
         return run_attack(self, store, place)

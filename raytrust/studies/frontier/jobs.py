@@ -17,8 +17,7 @@ from raytrust.config import InversionConfig, TrainConfig, to_dict
 from raytrust.data import Dataset
 from raytrust.jobs.captures import load_captures, save_capture
 from raytrust.jobs.files import write_json
-from raytrust.jobs.job import Figures, Job, Place, Result
-from raytrust.jobs.store import JobStore
+from raytrust.jobs.job import Figures, Job, Place, Result, Results
 from raytrust.leak.observation import Capture
 from raytrust.studies.evaluate import InversionFailure, InversionResult, evaluate_together
 from raytrust.train.loop import Evaluation, Step, train
@@ -39,7 +38,7 @@ class TrainingRun(Job):
     def name(self) -> str:
         return self.train.defence.name
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         """Train in this process, or several workers in processes of their own. On Ray, warm groups do this instead."""
         folder = begin(store, self.train)
         work = partial(train_and_capture, self.train, place.images, folder=folder, device=place.device)
@@ -76,19 +75,19 @@ class AttackRun(Job):
     def after(self) -> tuple[Job, ...]:
         return (self.parent,)
 
-    def captures(self, store: JobStore) -> list[Capture]:
+    def captures(self, store: Results) -> list[Capture]:
         n, m = self.train.capture.tuning, self.train.capture.evaluation
         indices = range(n) if self.split == "tuning" else range(n, n + m)
         return load_captures(store.folder(self.parent), self.attack.capture_step, indices)
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         (result,) = self.run_together([self], store, place)
         if isinstance(result, Exception):
             raise result
         return result
 
     @classmethod
-    def run_together(cls, jobs: Sequence[Job], store: JobStore, place: Place) -> list[Result | Exception]:
+    def run_together(cls, jobs: Sequence[Job], store: Results, place: Place) -> list[Result | Exception]:
         """Attacks with equal iterations on equal models are one batch, as the untrained models of all runs are."""
         attacks = cast("Sequence[AttackRun]", jobs)
         results: dict[Job, Result | Exception] = {}
@@ -102,7 +101,7 @@ class AttackRun(Job):
         return [results[job] for job in jobs]
 
 
-def begin(store: JobStore, train: TrainConfig) -> Path:
+def begin(store: Results, train: TrainConfig) -> Path:
     """The folder for the captures of a training run, made ready."""
     folder = store.folder(TrainingRun(train))
     path = folder / "config.json"
@@ -142,20 +141,20 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
     }
 
 
-def references(store: JobStore) -> torch.Tensor | None:
+def references(store: Results) -> torch.Tensor | None:
     """Other images than the private ones, (n, channels, height, width) in [0, 1], if `keep_references` kept any."""
     path = references_path(store)
     return torch.load(path, weights_only=True).float() / 255 if path.exists() else None
 
 
-def references_path(store: JobStore) -> Path:
+def references_path(store: Results) -> Path:
     return store.root / "references.pt"
 
 
 _Batch: TypeAlias = list[tuple[list[AttackRun], list[Capture]]]
 
 
-def _of_equal_models(jobs: Sequence[AttackRun], store: JobStore) -> list[_Batch]:
+def _of_equal_models(jobs: Sequence[AttackRun], store: Results) -> list[_Batch]:
     """The jobs by run and split, with its captures, those of equal models together."""
     batches: list[_Batch] = []
     for config, split in dict.fromkeys((j.train, j.split) for j in jobs):

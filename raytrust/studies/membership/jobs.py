@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from raytrust.config import Arm, Defence, MembershipConfig, digest, to_dict
-from raytrust.jobs.job import Job, Place, Result
+from raytrust.jobs.job import Job, Place, Result, Results
 from raytrust.jobs.store import JobStore, claim
 from raytrust.studies.membership.properties import train_property
 from raytrust.studies.membership.shadows import Shadow, model_config, train_shadow
@@ -28,7 +28,7 @@ class ShadowModel(Job):
     def name(self) -> str:
         return f"{self.arm.name}, model {self.model + 1}"
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         shadow = train_shadow(self.audit, self.arm, self.model, place.images)
         return Result({"arm": self.arm.name}, {f.name: np.asarray(getattr(shadow, f.name)) for f in fields(shadow)})
 
@@ -46,7 +46,7 @@ class PropertyModel(Job):
     def name(self) -> str:
         return f"{self.arm.name}, property model {self.model + 1}"
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         run = model_config(self.audit, self.arm, self.model)
         scores = train_property(self.audit, run, self.model, place.images)
         return Result({"arm": self.arm.name}, {name: np.asarray(value) for name, value in scores.items()})

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from raytrust.config import CaptureConfig, Defence, InversionConfig
-from raytrust.jobs.job import Job, Place, Result
-from raytrust.jobs.store import JobStore
+from raytrust.jobs.job import Job, Place, Result, Results
 from raytrust.leak.observation import Capture
 from raytrust.studies.evaluate import evaluate_inversion
 from raytrust.studies.paper.plan import Victim
@@ -39,7 +38,7 @@ class Training(Job):
     def cost(self) -> float:
         return _START + self.victim.of * self.batch_size * 0.3 * (self.victim.width / 64) ** 2
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         kept = tuple(step for step in self.keep if step < self.victim.of)
         config = replace(
             self.victim.train_config(),
@@ -80,7 +79,7 @@ class OnVictim(Job):
     def after(self) -> tuple[Job, ...]:
         return () if self.training is None else (self.training,)
 
-    def state(self, store: JobStore) -> dict[str, Tensor] | None:
+    def state(self, store: Results) -> dict[str, Tensor] | None:
         """Weights and buffers of a trained victim, None for the untrained one; ValueError if it was not trained."""
         if self.training is None:
             return None
@@ -99,7 +98,7 @@ class Attack(OnVictim):
         per_image = self.attack.iterations * self.attack.restarts
         return _START + len(self.images) * per_image * (self.victim.width / 64) ** 2
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         data, chosen = place.images, torch.tensor(self.images)
         captures = capture_images(
             self.victim.train_config(self.defence),
@@ -137,7 +136,7 @@ class Theory(OnVictim):
     def cost(self) -> float:
         return _START + 2 * len(self.images) * self.attack.iterations * (self.victim.width / 64) ** 2
 
-    def run(self, store: JobStore, place: Place) -> Result:
+    def run(self, store: Results, place: Place) -> Result:
         state = self.state(store)
         return Result(examine(self.victim, self.defence, self.attack, place.images, list(self.images), state))
 
