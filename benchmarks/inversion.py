@@ -31,8 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrust.attacks.inversion import GradientMatcher, invert
-from raytrust.compress import View, build
-from raytrust.compress.views import identity_view
+from raytrust.compress import build
 from raytrust.config import (
     CompressorConfig,
     Defence,
@@ -44,6 +43,7 @@ from raytrust.config import (
     TrainConfig,
 )
 from raytrust.data import Dataset
+from raytrust.leak import View, identity_view, view_of
 from raytrust.networks.build import build_model
 from raytrust.persample.memory import keep_freed_memory
 from raytrust.train.loop import capture_images
@@ -68,7 +68,7 @@ def views(model: nn.Module, device: str, size: int) -> dict[str, View]:
         tap = Tap(LocalChannel(), keep=True)
         shapes = [g.shape for g in grads]
         build(Defence(config), shapes).reduce([g.cpu() for g in grads], tap)
-        found[name] = build(Defence(config), shapes).view([m.to(device) for m in tap.messages], "link")
+        found[name] = view_of(build(Defence(config), shapes), [m.to(device) for m in tap.messages], "link")
     return found
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raytrust.attacks.inversion.objectives import target_view
-from raytrust.compress import LinearView, build
+from raytrust.compress import build
 from raytrust.config import (
     CaptureConfig,
     Defence,
@@ -36,6 +36,7 @@ from raytrust.config import (
 )
 from raytrust.config.attacks import GEIPING
 from raytrust.data import load
+from raytrust.leak import LinearView
 from raytrust.leak.observation import Capture, seen_messages
 from raytrust.metrics.statistics import mean_interval
 from raytrust.studies.evaluate import evaluate_inversion

@@ -84,6 +84,11 @@ def is_linear(config: CompressorConfig) -> bool:
     return not is_gathered(config) or isinstance(config, (TopKConfig, ThresholdConfig, DGCConfig))
 
 
+def is_estimate(config: CompressorConfig) -> bool:
+    """Whether the messages are taken for an unbiased estimate of the gradient, and tell no more."""
+    return isinstance(config, (QSGDConfig, VqSGDConfig, AtomoConfig))
+
+
 def bytes_by_formula(
     config: CompressorConfig, shapes: Sequence[torch.Size], step: int, messages: Sequence[Message]
 ) -> int:
@@ -176,7 +181,7 @@ def batch(*candidates: Sequence[Tensor]) -> list[Tensor]:
 def draws(config: CompressorConfig, grads: Sequence[Tensor], count: int, seed: int = 0) -> Tensor:
     """What the messages of `count` steps decode to, of the same gradients each time: float64 (count, entries)."""
     compressor = build(Defence(config), [g.shape for g in grads], seed)
-    own = (compressor.reduce(grads, LocalChannel()).own for _ in range(count))
+    own = (compressor.reduce(grads, LocalChannel()).decoded_own for _ in range(count))
     return torch.stack([torch.cat([o.flatten() for o in parts]).double() for parts in own])
 
 

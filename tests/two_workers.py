@@ -155,7 +155,7 @@ def reductions(channel: Channel, defence: Defence, scribble: bool = False) -> li
         tap = Tap(channel, keep=True)
         with intercepted() as payloads:
             reduced = compressor.reduce(grads, tap)
-        mean, own = [m.clone() for m in reduced.mean], [o.clone() for o in reduced.own]
+        mean, own = [m.clone() for m in reduced.mean], [o.clone() for o in reduced.decoded_own]
         assert all(map(torch.equal, reduced.mean, mean)), "reading own changed the mean"
         assert all(map(torch.equal, grads, before)), "the gradients were changed"
         assert global_rng() == rng, "the global RNG was used"
@@ -168,7 +168,7 @@ def reductions(channel: Channel, defence: Defence, scribble: bool = False) -> li
         if scribble:
             for tensor in (*reduced.mean, *grads):
                 tensor.fill_(torch.nan)
-            assert all(map(torch.equal, reduced.own, own)), "own depends on what the caller may write to"
+            assert all(map(torch.equal, reduced.decoded_own, own)), "own depends on what the caller may write to"
             assert all(m.isnan().all() for m in reduced.mean), "reading own wrote to the mean"
     return found
 

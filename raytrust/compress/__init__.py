@@ -26,7 +26,6 @@ from raytrust.compress.signsgd import SignSGD
 from raytrust.compress.state import redistribute
 from raytrust.compress.threshold import Threshold
 from raytrust.compress.topk import TopK
-from raytrust.compress.views import LinearView, SparseView, View, identity_view
 from raytrust.compress.vqsgd import VqSGD
 from raytrust.config import (
     AtomoConfig,
@@ -48,15 +47,11 @@ __all__ = [
     "Compressor",
     "ErrorFeedback",
     "Layout",
-    "LinearView",
     "Reduced",
-    "SparseView",
     "Vantage",
-    "View",
     "build",
     "ddp_comm_hook",
     "expansion_remark",
-    "identity_view",
     "redistribute",
 ]
 

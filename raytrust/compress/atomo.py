@@ -8,30 +8,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytrust.compress.base import Counting
-from raytrust.compress.interface import Layout, Reduced, Vantage, senders, sent_by
-from raytrust.compress.views import SpectralView
+from raytrust.compress.base import Payload, Stochastic
+from raytrust.compress.interface import Layout, Reduced, Vantage, payloads_by_worker
 from raytrust.config import AtomoConfig
 from raytrust.wire.channel import Channel, Message
 
 Triples = list[tuple[Tensor, Tensor, Tensor]]  # of each matrix: (r,), (r, n), (r, m)
 
 
-class Atomo(Counting):
+class Atomo(Stochastic):
     """Each gradient, as the n x m matrix view(shape[0], -1), is sent as singular triples (s_i / p_i, u_i, v_i), each
     kept by a coin of its own with probability p_i, on average `rank` of them; tensors of one dimension are sent whole.
 
     The p_i are min(1, c s_i) with c such that they sum to `rank` (Wang et al. 2018, Algorithm 1: the least variance of
-    all unbiased choices), so E[own] = x and E||own - x||^2 = sum s_i^2 (1 / p_i - 1). The number of triples differs
-    between steps and workers: a first all-gather tells it for each matrix (int32), a second one carries the floats,
-    4 sum r (n + m + 1). The coins are each worker's own, and private: a function of the seed, the step and the rank.
+    all unbiased choices), so E[decoded_own] = x and E||decoded_own - x||^2 = sum s_i^2 (1 / p_i - 1). The number of
+    triples differs between steps and workers: a first all-gather tells it for each matrix (int32), a second one carries
+    the floats, 4 sum r (n + m + 1). The coins are each worker's own, and private: a function of seed, step and rank.
     """
 
     def __init__(self, config: AtomoConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout, seed)
         self._rank = config.rank
         self._matrices = [i for i, s in enumerate(layout.shapes) if len(s) >= 2 and s.numel()]
-        self._vectors = [i for i in range(len(layout.shapes)) if i not in self._matrices]
+        self.vectors = [i for i in range(len(layout.shapes)) if i not in self._matrices]
         self._sizes = [(layout.shapes[i][0], layout.shapes[i][1:].numel()) for i in self._matrices]
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
@@ -42,36 +41,18 @@ class Atomo(Counting):
         triples = [
             self._sample(tensors[i].reshape(size), coins) for i, size in zip(self._matrices, self._sizes, strict=True)
         ]
-        counts = torch.tensor([len(s) for s, _, _ in triples], dtype=torch.int32, device=flat.device)
-        parts = [x.reshape(-1) for triple in triples for x in triple] + [tensors[i].reshape(-1) for i in self._vectors]
-        payload = torch.cat(parts) if parts else flat.new_empty(0)
-        ranks = [theirs.tolist() for (theirs,) in channel.all_gather((counts,))]
-        gathered = channel.all_gather((payload,), [self._length(r) for r in ranks])
-        mean = self._scratch("mean", len(flat), flat).zero_()
-        for (theirs,), r in zip(gathered, ranks, strict=True):
-            self._add(mean, theirs, r, share=1 / channel.world_size)
-        mine, r = gathered[channel.rank][0], ranks[channel.rank]
-        own = self._scratch("own", len(flat), flat)
-        return Reduced(
-            self.layout.unflatten(mean),
-            lambda: self.layout.unflatten(self._add(own.zero_(), mine, r)),
-            lambda x: self._add(x, mine, r, share=-1.0),
-        )
+        count = torch.tensor([len(s) for s, _, _ in triples], dtype=torch.int32, device=flat.device)
+        parts = [x.reshape(-1) for triple in triples for x in triple] + [tensors[i].reshape(-1) for i in self.vectors]
+        floats = torch.cat(parts) if parts else flat.new_empty(0)
+        counts = channel.all_gather((count,))
+        gathered = channel.all_gather((floats,), [self._length(theirs.tolist()) for (theirs,) in counts])
+        payloads = [(*theirs, *count) for theirs, count in zip(gathered, counts, strict=True)]
+        return self._reduced(self._sum(payloads, share=1 / channel.world_size), payloads[channel.rank])
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
-        counts = senders(messages[:1], vantage)
-        return [
-            self.layout.unflatten(self._add(payload.new_zeros(self.layout.entries), payload, ranks.tolist()))
-            for (ranks,), (payload,) in zip(counts, senders(messages, vantage), strict=True)
-        ]
-
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> SpectralView:
-        """The sent u_i and v_i are singular vectors: M v_i points along u_i, and M^T u_i along v_i. What s_i is, the
-        message does not tell: all triples with p_i < 1 carry the same s_i / p_i = 1 / c."""
-        (ranks,), (payload,) = sent_by(messages[:1], vantage, victim), sent_by(messages, vantage, victim)
-        triples, vectors = self._split(payload, ranks.tolist())
-        by_matrix = dict(zip(self._matrices, triples, strict=True))
-        return SpectralView(by_matrix, dict(zip(self._vectors, vectors, strict=True)))
+        first, second = messages
+        counts, floats = payloads_by_worker([first], vantage), payloads_by_worker([second], vantage)
+        return [self._decoded((*theirs, *count)) for theirs, count in zip(floats, counts, strict=True)]
 
     def _sample(self, matrix: Tensor, coins: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         u, s, v = _svd(matrix)
@@ -82,35 +63,38 @@ class Atomo(Counting):
 
     def _length(self, ranks: Sequence[int]) -> int:
         floats = sum(r * (n + m + 1) for r, (n, m) in zip(ranks, self._sizes, strict=True))
-        return floats + sum(self.layout.sizes[i] for i in self._vectors)
+        return floats + sum(self.layout.sizes[i] for i in self.vectors)
 
-    def _split(self, payload: Tensor, ranks: Sequence[int]) -> tuple[Triples, list[Tensor]]:
+    def _split(self, payload: Payload) -> tuple[Triples, list[Tensor]]:
+        """payload: the floats, and how many triples of each matrix they hold."""
+        floats, count = payload
+        ranks = count.tolist()
         lengths = [k for r, (n, m) in zip(ranks, self._sizes, strict=True) for k in (r, r * n, r * m)]
-        parts = payload.split([*lengths, *(self.layout.sizes[i] for i in self._vectors)])
+        parts = floats.split([*lengths, *(self.layout.sizes[i] for i in self.vectors)])
         triples = [
             (parts[3 * j], parts[3 * j + 1].view(r, n), parts[3 * j + 2].view(r, m))
             for j, (r, (n, m)) in enumerate(zip(ranks, self._sizes, strict=True))
         ]
-        vectors = [x.view(self.layout.shapes[i]) for i, x in zip(self._vectors, parts[len(lengths) :], strict=True)]
+        vectors = [x.view(self.layout.shapes[i]) for i, x in zip(self.vectors, parts[len(lengths) :], strict=True)]
         return triples, vectors
 
-    def _add(self, x: Tensor, payload: Tensor, ranks: Sequence[int], share: float = 1.0) -> Tensor:
-        """x += share x what was sent."""
+    def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
         targets = self.layout.unflatten(x)
-        triples, vectors = self._split(payload, ranks)
+        triples, vectors = self._split(payload)
         for i, size, (s, u, v) in zip(self._matrices, self._sizes, triples, strict=True):
             targets[i].view(size).addmm_((s[:, None] * u).T, v, alpha=share)
-        for i, vector in zip(self._vectors, vectors, strict=True):
+        for i, vector in zip(self.vectors, vectors, strict=True):
             targets[i].add_(vector, alpha=share)
         return x
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, m) -> u (k, n), s (k,), v (k, m) with k = min(n, m): by the eigenvectors of the smaller Gram matrix, in
-    float64, which spares the larger side."""
+    """(n, m) -> u (k, n), s (k,), v (k, m) with k = min(n, m), the largest first."""
+    # By the eigenvectors of the smaller Gram matrix, a convolution's 512 x 512 instead of 512 x 4608. In float64, as it
+    # squares the condition number: in float32 all but the largest values would be noise.
     wide = matrix.shape[0] <= matrix.shape[1]
     a = matrix.double() if wide else matrix.double().T
-    left = torch.linalg.eigh(a @ a.T).eigenvectors.T.flip(0)  # (k, smaller side), largest first
+    left = torch.linalg.eigh(a @ a.T).eigenvectors.T.flip(0)  # (k, smaller side)
     product = left @ a
     s = product.norm(dim=1)
     right = product / s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
@@ -126,9 +110,11 @@ def _probabilities(s: Tensor, rank: int) -> np.ndarray:
     if positive <= rank:
         p[:positive] = 1.0
         return p
-    rest = np.cumsum(values[::-1])[::-1]  # sums of what follows, the smallest first
+    # Sums of each value and all that follow, added from the smallest on, so that none is lost beside a larger one.
+    rest = np.cumsum(values[::-1])[::-1]
     certain = 0
-    while (rank - certain) * values[certain] >= rest[certain]:  # c s_i would exceed 1
+    # Where c s_i would reach 1 the triple is certain, and c grows for the others: at most `rank` rounds.
+    while (rank - certain) * values[certain] >= rest[certain]:
         certain += 1
     p[:certain] = 1.0
     p[certain:positive] = (rank - certain) * values[certain:positive] / rest[certain]

@@ -7,27 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.compress.base import Base
-from raytrust.compress.interface import FlatGradients, Layout, Reduced, Vantage, chunks
-from raytrust.compress.views import LinearView, identity_view
+from raytrust.compress.base import Base, Payload
+from raytrust.compress.interface import FlatGradients, Layout, Reduced, chunks
 from raytrust.config import DenseConfig, HalfConfig
-from raytrust.wire.channel import Channel, Message
+from raytrust.wire.channel import Channel
 
 
 class _Whole(Base):
     """One all-reduce of all entries."""
 
-    def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
-        (message,) = messages
-        (flat,) = message.sent if vantage == "link" else message.received
-        return [self.layout.unflatten(flat.float())]
-
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> LinearView:
-        return identity_view(self.decode(messages, vantage)[0])
+    def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
+        (flat,) = payload
+        return x.add_(flat, alpha=share)
 
 
 class Dense(_Whole):
-    """Sends 4 bytes an entry; own == grads."""
+    """Sends 4 bytes an entry; decoded_own == grads."""
 
     def __init__(self, layout: Layout):
         super().__init__(DenseConfig(), layout)
@@ -35,17 +30,18 @@ class Dense(_Whole):
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
         mean = channel.all_mean(flat, out=self._scratch("mean", len(flat), flat))
-        if isinstance(grads, FlatGradients):  # whoever made them may write to them
-            flat = self._scratch("own", len(flat), flat).copy_(flat)
-        return Reduced(self.layout.unflatten(mean), lambda: self.layout.unflatten(flat))
+        # Error feedback writes over the vector that it handed in, and what was sent has to outlast that.
+        if isinstance(grads, FlatGradients):
+            flat = self._scratch("sent", len(flat), flat).copy_(flat)
+        return self._reduced(mean, (flat,))
 
 
 class Half(_Whole):
     """Sends 2 bytes an entry, rounded to nearest: fp16 (5 bits of exponent) or bf16 (8), as DDP's own hooks do.
 
     An entry beyond the format's largest number / workers (fp16: 65,504 / workers, and slightly less for each worker
-    after the first) is clipped to it, so that the sum cannot overflow. The mean is summed in 16 bits: to rounding in
-    the format it is the mean of `own`, and what the view measures of the true gradient is what was observed.
+    after the first) is clipped to it, so that the sum cannot overflow. The mean is summed in 16 bits, so it is the mean
+    of `decoded_own` to rounding in the format.
     """
 
     def __init__(self, config: HalfConfig, layout: Layout):
@@ -55,16 +51,12 @@ class Half(_Whole):
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
         n = len(flat)
-        # The power makes up for each addition's rounding, upwards in the worst case.
+        # Each addition of the sum may round upwards; the power leaves room for all of them.
         info, workers = torch.finfo(self._dtype), channel.world_size
         limit = info.max / workers * (1 - info.eps) ** (workers - 1)
         sent = self._scratch("sent", n, flat, self._dtype)
+        # By chunks, as `clamp` of the whole would allocate a second gradient in float32.
         for part in chunks(n):
             sent[part] = flat[part].clamp(-limit, limit)
         received = channel.all_mean(sent, out=self._scratch("received", n, flat, self._dtype))
-        mean = self._scratch("mean", n, flat).copy_(received)
-        return Reduced(
-            self.layout.unflatten(mean),
-            lambda: self.layout.unflatten(self._scratch("own", n, flat).copy_(sent)),
-            lambda x: x.sub_(sent),
-        )
+        return self._reduced(self._scratch("mean", n, flat).copy_(received), (sent,))

@@ -17,15 +17,13 @@ from raytrust.compress.state import (
     metadata_of,
     parameters,
 )
-from raytrust.compress.views import View
 from raytrust.wire.channel import Channel, Message
 
 
 class ErrorFeedback:
-    """What a step does not send is added to the gradient of the next: residual = input - own, input = grads + residual.
+    """Adds what a step does not send to the gradient of the next: residual = input - decoded_own, input = grads + it.
 
-    The residual subtracts what *this* worker's messages decode to, not the mean. Messages then reveal gradient +
-    residual, and the view is that of the inner compressor on this sum. The residual is private, hence not part of the
+    The residual subtracts what *this* worker's messages decode to, not the mean. It is private, hence not part of the
     public state.
     """
 
@@ -47,16 +45,14 @@ class ErrorFeedback:
         self.layout.check(grads)
         inputs = self._view(*self._memory.vectors(channel, grads[0].device if grads else torch.device("cpu")))
         if grads:
-            torch._foreach_add_(list(inputs), [g.detach() for g in grads])  # the sum is made in place
+            # The residual's own memory becomes the input, and then the next residual: one vector, no copy.
+            torch._foreach_add_(list(inputs), [g.detach() for g in grads])
         reduced = self.inner.reduce(inputs, channel)
-        reduced.subtract_own(inputs)
+        reduced.subtract_decoded(inputs)
         return reduced
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         return self.inner.decode(messages, vantage)
-
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> View:
-        return self.inner.view(messages, vantage, victim)
 
     def public_state(self) -> dict[str, Tensor]:
         return self.inner.public_state()
@@ -82,11 +78,12 @@ class ErrorFeedback:
         expect_tensors({key: x for key, x in state.items() if key.startswith("residual.")}, residual)
         changed = {"error_feedback": False, "memory": [kind for kind in held["memory"] if kind != "residual"]}
         inner = {key: x for key, x in state.items() if not key.startswith("residual.")}
-        self.inner.load_state_dict(inner | {"metadata": held | changed})  # last of what may refuse
+        # Last of what may refuse, so that a state that is refused changes nothing.
+        self.inner.load_state_dict(inner | {"metadata": held | changed})
         self._memory.load(state)
 
     def _view(self, residual: Tensor) -> FlatGradients:
-        """The same object for the same vector: to cut it up takes longer than to add to it, where layers are many."""
+        # The same object for the same vector: to cut it up takes longer than to add to it, where layers are many.
         if self._parts is None or self._parts.flat is not residual:
             self._parts = FlatGradients(residual, self.layout)
         return self._parts

@@ -1,4 +1,8 @@
-"""The interface that training, attacks and tests share: `Compressor`, what it returns, and the layout of a gradient."""
+"""What training and every method share: the `Compressor` protocol, what a step returns, and how a gradient lies in one
+vector.
+
+Of attackers nothing is known here; what a message reveals is `raytrust.leak`'s.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +12,57 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from raytrust.compress.views import View
 from raytrust.wire.channel import Channel, Message
 
 Vantage: TypeAlias = Literal["link", "peer"]
-CHUNK = 2**18  # entries that are worked on at a time, so that passes over them stay within a cache
+
+# Entries that are worked on at a time: 1 MiB of float32, which the second pass still finds in a core's own cache. Over
+# a whole gradient, each pass of a method would wait for memory.
+CHUNK = 2**18
 
 
 class Reduced:
-    """What one step of compressed averaging returns. Unpacks as `mean, own = ...`.
+    """What one step of compressed averaging returns. Unpacks as `mean, decoded_own = ...`.
 
     mean: like the gradients, bitwise equal on every worker: the step that the optimiser takes. It may be written to.
-    own: like the gradients: what this worker's messages decode to, computed when it is asked for. The mean of `own`
-        over workers is `mean` (but for a majority vote, which says so). Not to be written to.
+    decoded_own: like the gradients: what this worker's messages decode to. The mean of it over workers is `mean` (but
+        for a majority vote, which says so). Not to be written to.
 
-    Both lie in buffers that the compressor's next step uses again: clone what has to last.
+    Valid until the next `reduce`; clone to keep.
     """
 
+    # Functions, because most steps need neither: error feedback only takes what was sent off its input, which most
+    # methods do without laying it out as a whole.
     def __init__(
-        self, mean: list[Tensor], own: Callable[[], list[Tensor]], subtract: Callable[[Tensor], object] | None = None
+        self,
+        mean: list[Tensor],
+        decoded_own: Callable[[], list[Tensor]],
+        subtract: Callable[[Tensor], object] | None = None,
     ):
         self.mean = mean
-        self._own = own
+        self._decoded_own = decoded_own
         self._subtract = subtract
 
     @property
-    def own(self) -> list[Tensor]:
-        return self._own()
+    def decoded_own(self) -> list[Tensor]:
+        return self._decoded_own()
 
-    def subtract_own(self, x: FlatGradients) -> None:
-        """x -= own, in place and without `own` as a whole where the method can. x: the input of the step."""
+    def subtract_decoded(self, x: FlatGradients) -> None:
+        """x -= decoded_own, in place. x: the input of the step."""
         if self._subtract is not None:
             self._subtract(x.flat)
         elif x:
-            torch._foreach_sub_(list(x), self.own)
+            torch._foreach_sub_(list(x), self.decoded_own)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        return iter((self.mean, self.own))
+        return iter((self.mean, self.decoded_own))
 
 
 class Compressor(Protocol):
-    """A method that averages gradients over workers with few bytes. One object a worker; it may hold state."""
+    """A method that averages gradients over workers with few bytes. One object a worker; it may hold state.
+
+    `reduce` is what a worker does, `decode` what a receiver does, and the rest is for whoever keeps a checkpoint.
+    """
 
     @property
     def layout(self) -> Layout: ...
@@ -65,13 +79,6 @@ class Compressor(Protocol):
 
         "link": a list of one, the tapped worker's. "peer": one for each worker after an all-gather; after an all-mean a
         list of one, the mean.
-        """
-        ...
-
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> View:
-        """What one step's messages reveal, to an attacker who holds this compressor with its public state.
-
-        victim: the rank under attack, where the vantage can tell the workers apart.
         """
         ...
 
@@ -106,7 +113,10 @@ class Compressor(Protocol):
 
 
 class FlatGradients(list[Tensor]):
-    """Gradients that are views, in their order and without gaps, of one float32 vector `flat`."""
+    """Gradients that are views, in their order and without gaps, of one float32 vector `flat`.
+
+    Whoever makes them has checked that they are finite, and lets them be written to once they have been reduced.
+    """
 
     def __init__(self, flat: Tensor, layout: Layout):
         super().__init__(layout.unflatten(flat))
@@ -137,7 +147,7 @@ class Layout:
     def flatten(self, grads: Sequence[Tensor], out: Tensor) -> Tensor:
         """All entries in `out`, float32 (entries,); or, of `FlatGradients`, the vector that they already lie in.
 
-        Raises ValueError if a gradient is not finite; `FlatGradients` have been checked by whoever made them.
+        Raises ValueError if a gradient is not finite.
         """
         if isinstance(grads, FlatGradients):
             return grads.flat
@@ -151,7 +161,8 @@ class Layout:
             raise ValueError(f"Expected gradients of shapes {self.shapes}, got {[g.shape for g in grads]}.")
         if not grads:
             return
-        # One pass: a sum is finite only if all its terms are. The converse fails where it overflows.
+        # One pass without a copy: a sum is finite only if all its terms are. The converse fails where it overflows, so
+        # the entries are looked at where a sum is not finite.
         sums = torch.stack([g.detach().sum(dtype=torch.float32) for g in grads])
         for i in (~sums.isfinite()).nonzero().flatten().tolist():
             bad = grads[i].detach()[~grads[i].float().isfinite()]
@@ -163,12 +174,10 @@ class Layout:
 
 
 class Scratch:
-    """Buffers that a compressor uses again in each step: fresh memory costs more than the arithmetic on it.
+    """Buffers that a compressor uses again in each step. They are no state: a copy of a compressor starts with none."""
 
-    They are no state: a copy of a compressor starts with none. They start as zeros, not as what the process last held
-    in that memory: should a method ever send entries that it did not write, nothing of its host goes with them.
-    """
-
+    # Fresh memory of a gradient's size costs more than the arithmetic on it: the kernel hands it out page by page, at
+    # the first touch of each.
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
@@ -176,6 +185,8 @@ class Scratch:
         """A (size,) on the device of `like`, with whatever was last written there; one for each name and size."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() != size or buffer.dtype != dtype or buffer.device != like.device:
+            # Zeros, not whatever the process last held in that memory: should a method ever send entries that it did
+            # not write, nothing of its host goes with them.
             buffer = self._buffers[name] = torch.zeros(size, dtype=dtype, device=like.device)
         return buffer
 
@@ -183,17 +194,15 @@ class Scratch:
         return Scratch()
 
 
-def senders(messages: Sequence[Message], vantage: Vantage) -> list[tuple[Tensor, ...]]:
-    """What each visible worker put into the last all-gather: from the link the tapped one's, from a peer all."""
+def payloads_by_worker(messages: Sequence[Message], vantage: Vantage) -> list[tuple[Tensor, ...]]:
+    """The payloads of the last collective that the vantage shows.
+
+    "link": the tapped worker's. "peer": each worker's, by rank, after an all-gather; after an all-mean their mean.
+    """
     message = messages[-1]
     if vantage == "link":
         return [message.sent]
     return [message.received_from(rank) for rank in range(len(message.received) // len(message.sent))]
-
-
-def sent_by(messages: Sequence[Message], vantage: Vantage, victim: int) -> tuple[Tensor, ...]:
-    """What the victim put into the last all-gather."""
-    return messages[-1].sent if vantage == "link" else messages[-1].received_from(victim)
 
 
 def chunks(size: int, multiple: int = 8) -> Iterator[slice]:

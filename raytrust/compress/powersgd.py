@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from raytrust.compress.base import Base
-from raytrust.compress.interface import Layout, Reduced, Vantage
+from raytrust.compress.base import Base, Payload
+from raytrust.compress.interface import Layout, Reduced, Vantage, payloads_by_worker
 from raytrust.compress.state import State
-from raytrust.compress.views import FactorView, LinearView
 from raytrust.config import PowerSGDConfig
 from raytrust.wire.channel import Channel, Message
+
+
+class Factors(NamedTuple):
+    """What one step's messages hold, one tensor a matrix, and the tensors of one dimension.
+
+    ps: M Q, (r, n) by rows. bases: P^, orthonormal, (r, n). qs: M^T P^, (r, m). vectors: as they are.
+    """
+
+    ps: list[Tensor]
+    bases: list[Tensor]
+    qs: list[Tensor]
+    vectors: list[Tensor]
+
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -26,129 +39,99 @@ class PowerSGD(Base):
     lacks what lies outside the span of the mean. The first Q is drawn from `seed`, which all workers share; with
     `warm_start` the mean Q' is the Q of the next step, but for a matrix of m <= rank and m <= n, whose Q is square and
     stays; else a new one is drawn. Error feedback is not part of this class. Factors are held and sent transposed,
-    (r, n) and (r, m) by rows, which is how the products run fastest.
+    (r, n) and (r, m).
 
-    We deviate from Algorithm 1 in two points. The basis is by Householder QR instead of Gram-Schmidt, which loses
-    orthogonality on gradients whose rank is below `rank` (a classifier's is at most classes - 1). And the warm start is
-    divided by its largest magnitude, which changes nothing but that P is of the scale of M instead of its square.
+    We deviate from Algorithm 1 in two points: the basis is by Householder QR instead of Gram-Schmidt, and the warm
+    start is divided by its largest magnitude.
     """
 
+    # Transposed, as the rank is small: the products then read and write a few long rows instead of many short ones.
     def __init__(self, config: PowerSGDConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout)
         self._config: PowerSGDConfig = config
-        self._matrices = [i for i, s in enumerate(layout.shapes) if _is_matrix(s)]
-        self._vectors = [i for i, s in enumerate(layout.shapes) if not _is_matrix(s)]
-        self._sizes = [_matrix_size(layout.shapes[i]) for i in self._matrices]  # (n, m)
-        self._ranks = [min(n, m, config.rank) for n, m in self._sizes]
-        widths = list(zip(self._ranks, self._sizes, strict=True))
-        self._first = Layout([torch.Size((r, n)) for r, (n, _) in widths] + [layout.shapes[i] for i in self._vectors])
+        self.matrices = [i for i, s in enumerate(layout.shapes) if _is_matrix(s)]
+        self.vectors = [i for i, s in enumerate(layout.shapes) if not _is_matrix(s)]
+        self.sizes = [_matrix_size(layout.shapes[i]) for i in self.matrices]  # (n, m)
+        self._ranks = [min(n, m, config.rank) for n, m in self.sizes]
+        widths = list(zip(self._ranks, self.sizes, strict=True))
+        self._first = Layout([torch.Size((r, n)) for r, (n, _) in widths] + [layout.shapes[i] for i in self.vectors])
         self._second = Layout([torch.Size((r, m)) for r, (_, m) in widths])
         self._generator = torch.Generator().manual_seed(seed)
-        self._q = self._draw()
+        self.q = self._draw()
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
         tensors = self.layout.unflatten(flat)
-        matrices = [tensors[i].view(size) for i, size in zip(self._matrices, self._sizes, strict=True)]
-        ps, vectors, sent_first = self._message(self._first, "p", flat)
-        self._q = [q.to(flat.device) for q in self._q]  # drawn on the CPU, or loaded from wherever
-        for m, q, p in zip(matrices, self._q, ps, strict=True):
+        inputs = [tensors[i].view(size) for i, size in zip(self.matrices, self.sizes, strict=True)]
+        # The products are written where they are sent from: a message is one buffer, and its matrices are views of it.
+        sent_first = self._scratch("first", self._first.entries, flat)
+        ps, vectors = self._split(sent_first)
+        # Drawn on the CPU, or loaded from wherever.
+        self.q = [q.to(flat.device) for q in self.q]
+        for m, q, p in zip(inputs, self.q, ps, strict=True):
             _multiply(q, m.T, p)
-        for i, vector in zip(self._vectors, vectors, strict=True):
+        for i, vector in zip(self.vectors, vectors, strict=True):
             vector.copy_(tensors[i])
-        mean_ps, mean_vectors = self._split_first(channel.all_mean(sent_first))
+        mean_ps, mean_vectors = self._split(channel.all_mean(sent_first))
         bases = [_orthonormal(p) for p in mean_ps]
-        qs, _, sent_second = self._message(self._second, "q", flat)
-        for m, basis, q in zip(matrices, bases, qs, strict=True):
+        sent_second = self._scratch("second", self._second.entries, flat)
+        qs = self._second.unflatten(sent_second)
+        for m, basis, q in zip(inputs, bases, qs, strict=True):
             _multiply(basis, m, q)
         mean_qs = self._second.unflatten(channel.all_mean(sent_second))
-        if self._config.warm_start:
-            # A square Q stays as it was drawn, of full rank: after a gradient of lower rank, M Q would miss directions.
-            self._q = [
-                old if q.shape[0] == q.shape[1] else q / q.abs().max().clamp_min(_TINY)
-                for old, q in zip(self._q, mean_qs, strict=True)
-            ]
-        else:
-            self._q = self._draw()
-
-        def subtract(x: Tensor) -> None:
-            parts = self.layout.unflatten(x)
-            for i, size, basis, q in zip(self._matrices, self._sizes, bases, qs, strict=True):
-                parts[i].view(size).addmm_(basis.T, q, alpha=-1)
-            for i in self._vectors:
-                parts[i].zero_()
-
-        mean = self._assemble(bases, mean_qs, mean_vectors, self._scratch("mean", len(flat), flat))
-        own = self._scratch("own", len(flat), flat)
-        return Reduced(mean, lambda: self._assemble(bases, qs, vectors, own), subtract)
+        self.q = self._next(mean_qs)
+        mean = self._write(self._scratch("mean", len(flat), flat), (*bases, *mean_qs, *mean_vectors))
+        return self._reduced(mean, (*bases, *qs, *vectors))
 
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
-        bases, qs, vectors = self._parse(messages, vantage)
-        out = messages[0].received[0].new_empty(self.layout.entries)
-        return [self._assemble(bases, qs, vectors, out)]
+        factors = self.factors(messages, vantage)
+        out = torch.empty(self.layout.entries, dtype=torch.float32, device=messages[0].received[0].device)
+        return [self.layout.unflatten(self._write(out, (*factors.bases, *factors.qs, *factors.vectors)))]
 
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> LinearView:
-        """Two linear measurements of every matrix: M Q, for the public Q of this step, and M^T P^.
+    def factors(self, messages: Sequence[Message], vantage: Vantage) -> Factors:
+        """What the messages of one step hold, as the vantage has them; the bases are everyone's."""
+        first, second = messages
+        ((sent_first,),) = payloads_by_worker([first], vantage)
+        ((sent_second,),) = payloads_by_worker([second], vantage)
+        ps, vectors = self._split(sent_first)
+        bases = [_orthonormal(p) for p in self._split(first.received[0])[0]]
+        return Factors(ps, bases, self._second.unflatten(sent_second), vectors)
 
-        Q enters as an orthonormal basis of its columns (M Q^ follows from M Q), so that no direction counts for more
-        than it weighs in M; columns on which a degenerate Q sheds no light are left out.
-        """
-        bases, qs, vectors = self._parse(messages, vantage)
-        first, _ = self._split_first(messages[0].sent[0] if vantage == "link" else messages[0].received[0])
-        inputs = [_whiten(q.to(p)) for q, p in zip(self._q, first, strict=True)]
-        ps = [mix @ p for p, (_, mix) in zip(first, inputs, strict=True)]
-        directions = [basis for basis, _ in inputs]
-        matrices = dict(zip(self._matrices, self._sizes, strict=True))
-        return FactorView([*ps, *qs, *vectors], matrices, directions, bases, self._vectors, self.layout.shapes)
+    def _next(self, mean_qs: list[Tensor]) -> list[Tensor]:
+        if not self._config.warm_start:
+            return self._draw()
+        # A square Q stays as it was drawn, of full rank: after a gradient of lower rank, M Q would miss directions.
+        # Without the division, P would be of the scale of M squared, beyond float32 for large or small gradients.
+        return [
+            old if q.shape[0] == q.shape[1] else q / q.abs().max().clamp_min(_TINY)
+            for old, q in zip(self.q, mean_qs, strict=True)
+        ]
 
-    def pure_view(self, messages: Sequence[Message], vantage: Vantage, before: Sequence[Message] | None) -> LinearView:
-        """What the messages measure of the gradient alone, where error feedback added a residual E to it.
+    def _write(self, out: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
+        """payload: all bases, then all Q', then the vectors."""
+        grads, k = self.layout.unflatten(out), len(self.matrices)
+        for i, size, basis, q in zip(self.matrices, self.sizes, payload[:k], payload[k : 2 * k], strict=True):
+            _multiply(basis.T, q, grads[i].view(size))
+        for i, vector in zip(self.vectors, payload[2 * k :], strict=True):
+            grads[i].copy_(vector)
+        return out if share == 1.0 else out.mul_(share)
 
-        before: the messages of the previous step, if the attacker has them. E is what the projection on its P^ left
-        over, so P^^T E = 0, for each worker, as all have the same P^, and for their mean. So the part P^^T M Q of M Q
-        is the gradient's, and so is that of M^T times the new P^ whose directions lie in the span of the former one.
-        Tensors of one dimension have no residual. Raises ValueError if that leaves nothing.
-        """
-        bases, qs, vectors = self._parse(messages, vantage)
-        first, _ = self._split_first(messages[0].sent[0] if vantage == "link" else messages[0].received[0])
-        former = [] if before is None else [_orthonormal(p) for p in self._split_first(before[0].received[0])[0]]
-        pieces: list[tuple[int, Tensor, Tensor | None]] = []  # (matrix, left, right): left M right^T is measured
-        observed: list[Tensor] = []
-        for j, left in enumerate(former):
-            right, mix = _whiten(self._q[j].to(left))
-            inside = _within(bases[j], left)
-            pieces += [(j, left, right), (j, inside @ bases[j], None)]
-            observed += [left @ (mix @ first[j]).T, inside @ qs[j]]
-        kept = [k for k, o in enumerate(observed) if o.numel()]
-        pieces, observed = [pieces[k] for k in kept], [observed[k] for k in kept]
-        if not observed and not vectors:
-            raise ValueError("Expected a history of at least 1 step, to tell the gradient from the residual.")
-
-        def measure(grads: Sequence[Tensor]) -> list[Tensor]:
-            products = [
-                left @ grads[self._matrices[j]].reshape(len(grads[0]), *self._sizes[j]) for j, left, _ in pieces
-            ]
-            measured = [x if right is None else x @ right.T for x, (_, _, right) in zip(products, pieces, strict=True)]
-            return [*measured, *(grads[i] for i in self._vectors)]
-
-        def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
-            grads = [measured[0].new_zeros(len(measured[0]), *shape) for shape in self.layout.shapes]
-            for m, (j, left, right) in zip(measured, pieces, strict=False):
-                matrix = left.T @ (m if right is None else m @ right)
-                grads[self._matrices[j]] += matrix.reshape(grads[self._matrices[j]].shape)
-            for i, vector in zip(self._vectors, measured[len(pieces) :], strict=True):
-                grads[i] = vector
-            return grads
-
-        return LinearView([*observed, *vectors], measure, adjoint)
+    def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
+        grads, k = self.layout.unflatten(x), len(self.matrices)
+        # Product and sum are one call, in place: what was sent is never laid out as a whole.
+        for i, size, basis, q in zip(self.matrices, self.sizes, payload[:k], payload[k : 2 * k], strict=True):
+            grads[i].view(size).addmm_(basis.T, q, alpha=share)
+        for i, vector in zip(self.vectors, payload[2 * k :], strict=True):
+            grads[i].add_(vector, alpha=share)
+        return x
 
     def public_state(self) -> dict[str, Tensor]:
         """The Q of the coming step, (rank, m) by parameter name, which every peer computed in the step before."""
-        names = [self.layout.names[i] for i in self._matrices]
-        return {f"q.{name}": q.clone() for name, q in zip(names, self._q, strict=True)}
+        names = [self.layout.names[i] for i in self.matrices]
+        return {f"q.{name}": q.clone() for name, q in zip(names, self.q, strict=True)}
 
     def _take_public(self, state: State) -> None:
-        self._q = [state[f"q.{self.layout.names[i]}"].clone() for i in self._matrices]
+        self.q = [state[f"q.{self.layout.names[i]}"].clone() for i in self.matrices]
 
     def _tensors(self) -> dict[str, Tensor]:
         return self.public_state() | {"generator": self._generator.get_state()}
@@ -160,31 +143,10 @@ class PowerSGD(Base):
     def _draw(self) -> list[Tensor]:
         return [torch.randn(s, generator=self._generator, dtype=torch.float32) for s in self._second.shapes]
 
-    def _message(self, layout: Layout, name: str, like: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """A buffer for a message: (its matrices, its vectors, all of it as one vector)."""
-        flat = self._scratch(name, layout.entries, like)
-        parts = layout.unflatten(flat)
-        return parts[: len(self._matrices)], parts[len(self._matrices) :], flat
-
-    def _parse(self, messages: Sequence[Message], vantage: Vantage) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """(P^, Q', tensors of one dimension), as the vantage has them."""
-        first, second = messages
-        bases = [_orthonormal(p) for p in self._split_first(first.received[0])[0]]
-        sent = vantage == "link"
-        _, vectors = self._split_first(first.sent[0] if sent else first.received[0])
-        return bases, self._second.unflatten(second.sent[0] if sent else second.received[0]), vectors
-
-    def _split_first(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _split(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The first message: (its matrices, its vectors), views of it."""
         parts = self._first.unflatten(flat)
-        return parts[: len(self._matrices)], parts[len(self._matrices) :]
-
-    def _assemble(self, bases: list[Tensor], qs: list[Tensor], vectors: list[Tensor], out: Tensor) -> list[Tensor]:
-        grads = self.layout.unflatten(out)
-        for i, size, basis, q in zip(self._matrices, self._sizes, bases, qs, strict=True):
-            _multiply(basis.T, q, grads[i].view(size))
-        for i, vector in zip(self._vectors, vectors, strict=True):
-            grads[i].copy_(vector)
-        return grads
+        return parts[: len(self.matrices)], parts[len(self.matrices) :]
 
 
 def floats_sent(shapes: Sequence[torch.Size], rank: int) -> int:
@@ -211,10 +173,8 @@ def _matrix_size(shape: torch.Size) -> tuple[int, int]:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b. Raises ValueError for an `out` of another shape.
-
-    torch.mm would resize it, which detaches it from the message that it is a part of: what had been there is then sent.
-    """
+    """out = a b. Raises ValueError for an `out` of another shape."""
+    # torch.mm would resize it, which detaches it from the message that it is a part of: what had been there is sent.
     if out.shape != (a.shape[0], b.shape[1]):
         raise ValueError(f"Expected out of shape {(a.shape[0], b.shape[1])}, got {tuple(out.shape)}.")
     torch.mm(a, b, out=out)
@@ -222,19 +182,6 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _orthonormal(p: Tensor) -> Tensor:
     """(r, n), r <= n -> orthonormal rows (r, n) that span those of `p`, also where their rank is below r."""
+    # Householder QR: Gram-Schmidt divides by what is left of a row that depends on others, which is rounding, and so
+    # loses 7 % of a classifier's gradient, whose rows sum to zero.
     return torch.linalg.qr(p.T).Q.T.contiguous()
-
-
-def _whiten(q: Tensor) -> tuple[Tensor, Tensor]:
-    """(r, m) -> an orthonormal basis (s, m) of the rows of `q`, of numerical rank s; mix (s, r): basis = mix q."""
-    u, s, vh = torch.linalg.svd(q, full_matrices=False)
-    keep = s > s[0] * 1e-4 if s.numel() and s[0] > 0 else torch.zeros_like(s, dtype=torch.bool)
-    return vh[keep], u.T[keep] / s[keep, None]
-
-
-def _within(rows: Tensor, others: Tensor) -> Tensor:
-    """(k, r): coefficients of the directions in the span of orthonormal rows (r, n) that lie in that of others, too."""
-    rows, others = rows.double(), others.double()
-    outside = rows - (rows @ others.T) @ others  # its singular values are the sines of the angles between the spans
-    u, s, _ = torch.linalg.svd(outside, full_matrices=False)
-    return u.T[s < 1e-5].float()

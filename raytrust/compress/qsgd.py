@@ -9,21 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raytrust.compress.base import Counting
-from raytrust.compress.interface import Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.base import Payload, Stochastic
+from raytrust.compress.interface import Layout, Reduced, chunks
 from raytrust.compress.packing import pack_codes, unpack_codes
-from raytrust.compress.views import IntervalView
 from raytrust.config import QSGDConfig
-from raytrust.wire.channel import Channel, Message
+from raytrust.wire.channel import Channel
 
 
-class QSGD(Counting):
+class QSGD(Stochastic):
     """Each bucket of d entries is sent as its norm and, an entry, a level in -s..s of s = 2^(bits-1) - 1: stochastic
     rounding of s x / norm. Bytes: ceil(N bits / 8) + 4 ceil(N / d), without the entropy code of the paper.
 
-    E[own] = x, and with the L2 norm E||own - x||^2 <= min(d / s^2, sqrt(d) / s) ||x||^2 (Alistarh et al. 2017, Lemma
-    3.1); with the largest magnitude for a norm, as in the paper's experiments, it is at most d / (4 s^2) ||x||^2.
-    The dice are each worker's own, and private: a function of the seed, the step and the rank.
+    E[decoded_own] = x, and with the L2 norm E||decoded_own - x||^2 <= min(d / s^2, sqrt(d) / s) ||x||^2 (Alistarh et
+    al. 2017, Lemma 3.1); with the largest magnitude for a norm, as in the paper's experiments, it is at most
+    d / (4 s^2) ||x||^2. The dice are each worker's own, and private: a function of the seed, the step and the rank.
     """
 
     def __init__(self, config: QSGDConfig, layout: Layout, seed: int = 0):
@@ -43,31 +42,20 @@ class QSGD(Counting):
             norms[part.start // bucket : -(-part.stop // bucket)] = norm
             packed[_bytes(part.start, bits) : _bytes(part.stop, bits)] = pack_codes(codes, bits)
         gathered = channel.all_gather((norms, packed))
-        mean = self._scratch("mean", n, flat)
+        return self._reduced(self._sum(gathered, share=1 / channel.world_size), gathered[channel.rank])
+
+    def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
         for part in self._chunks():
-            torch.mul(self._dequantise(gathered[0], part), 1 / channel.world_size, out=mean[part])
-            for theirs in gathered[1:]:
-                mean[part].add_(self._dequantise(theirs, part), alpha=1 / channel.world_size)
-        mine = gathered[channel.rank]
+            x[part].add_(self._dequantise(payload, part), alpha=share)
+        return x
 
-        def subtract(x: Tensor) -> None:
-            for part in self._chunks():
-                x[part] -= self._dequantise(mine, part)
+    def _write(self, out: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
+        for part in self._chunks():
+            torch.mul(self._dequantise(payload, part), share, out=out[part])
+        return out
 
-        own = self._scratch("own", n, flat)
-        return Reduced(self.layout.unflatten(mean), lambda: self._decode(mine, own), subtract)
-
-    def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
-        return [self._decode(theirs, theirs[0].new_empty(self.layout.entries)) for theirs in senders(messages, vantage)]
-
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> IntervalView:
-        """Every entry lies within one level of what was sent for it."""
-        theirs = sent_by(messages, vantage, victim)
-        norms = theirs[0]
-        middle = self._decode(theirs, norms.new_empty(self.layout.entries))
-        spread = (norms / self.levels).repeat_interleave(self._config.bucket)[: self.layout.entries]
-        return IntervalView(middle, self.layout.unflatten(spread))
-
+    # A chunk holds whole buckets and, as their codes are packed in bytes, a multiple of 8 of them: then it can be
+    # encoded and decoded without a look at its neighbours.
     def _chunks(self) -> list[slice]:
         return list(chunks(self.layout.entries, multiple=8 * self._config.bucket))
 
@@ -78,27 +66,25 @@ class QSGD(Counting):
         norms = _norms(rows, self._config.norm)
         y = self._scratch("levels", rows.numel(), x)
         dice(y)
-        inverse = s / norms.clamp_min(s * torch.finfo(torch.float32).tiny)  # finite for a bucket of zeros, too
+        # Not below what keeps the inverse finite, for a bucket of zeros.
+        inverse = s / norms.clamp_min(s * torch.finfo(torch.float32).tiny)
+        # floor(y + u) with u uniform in [0, 1) rounds up with the fraction of y as its probability: so the dice are the
+        # buffer that the levels are added to, and rounding costs no comparison.
         torch.addcmul(y.view_as(rows), rows, inverse[:, None], out=y.view_as(rows)).add_(s)
         codes = self._scratch("codes", rows.numel(), x, torch.uint8)
-        # Dropping the fraction rounds down, as nothing is negative. numpy converts faster than torch.
+        # By + s nothing is negative, so that dropping the fraction rounds down. numpy converts faster than torch.
         np.copyto(codes.numpy(), y.numpy(), casting="unsafe") if y.device.type == "cpu" else codes.copy_(y)
         return codes[:n].clamp_(max=2 * s), norms
 
-    def _dequantise(self, message: Sequence[Tensor], part: slice) -> Tensor:
+    def _dequantise(self, payload: Payload, part: slice) -> Tensor:
         """The entries of a chunk, (n,), in a buffer that the next call uses again."""
-        norms, packed = message
+        norms, packed = payload
         n, bits, bucket = part.stop - part.start, self._config.bits, self._config.bucket
         codes = self._scratch("decoded", -(-n // bucket) * bucket, norms)
         unpack_codes(packed[_bytes(part.start, bits) : _bytes(part.stop, bits)], bits, codes[:n])
         scale = norms[part.start // bucket : -(-part.stop // bucket), None] / self.levels
-        rows = codes.view(-1, bucket)
-        return rows.sub_(self.levels).mul_(scale).view(-1)[:n]  # level 0 is exactly zero
-
-    def _decode(self, message: Sequence[Tensor], out: Tensor) -> list[Tensor]:
-        for part in self._chunks():
-            out[part] = self._dequantise(message, part)
-        return self.layout.unflatten(out)
+        # First the shift, then the scale: so level 0 is exactly zero.
+        return codes.view(-1, bucket).sub_(self.levels).mul_(scale).view(-1)[:n]
 
 
 def _norms(rows: Tensor, kind: str) -> Tensor:
@@ -106,7 +92,8 @@ def _norms(rows: Tensor, kind: str) -> Tensor:
     if kind == "max":
         return torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
     norms = torch.linalg.vector_norm(rows, dim=1)
-    if bool(((norms < 1e-15) | (norms > 1e15)).any()):  # squares may have left the range of float32
+    # Beyond these, squares may have left the range of float32. Seldom, so that the second pass is not made always.
+    if bool(((norms < 1e-15) | (norms > 1e15)).any()):
         peak = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
         safe = peak.clamp_min(torch.finfo(torch.float32).tiny)
         return peak * torch.linalg.vector_norm(rows / safe[:, None], dim=1)
@@ -117,7 +104,9 @@ class _Dice:
     """Uniform numbers in [0, 1), float32 of 24 random bits."""
 
     def __init__(self, seed: int, step: int, rank: int, device: torch.device):
-        if device.type == "cpu":  # numpy's SFC64 is faster than torch's generator
+        # numpy's SFC64 is faster than torch's generator on the CPU, and does not exist on a GPU: so the draws, alike in
+        # distribution, differ between devices.
+        if device.type == "cpu":
             self._numpy = np.random.Generator(np.random.SFC64([seed, step, rank]))
         else:
             mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,8 +1,11 @@
-"""What sign methods share: one bit an entry on the wire, encoded and decoded in pieces that a cache holds."""
+"""What sign methods share: one bit an entry on the wire, encoded and decoded in pieces that a cache holds.
+
+A zero counts as positive, on the wire as in everything computed from it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -13,10 +16,7 @@ from raytrust.compress.packing import compare, pack_bits, unpack_signs
 
 
 class SignCode:
-    """Gradients of one layout as bits: 1 where an entry is negative, 0 where it is not.
-
-    Zero counts as positive, on the wire as in everything computed from it.
-    """
+    """Gradients of one layout as bits: 1 where an entry is negative, 0 where it is not."""
 
     def __init__(self, layout: Layout, scratch: Scratch):
         self._layout = layout
@@ -28,7 +28,7 @@ class SignCode:
             start += size
 
     def encode(self, grads: Sequence[Tensor]) -> Tensor:
-        """uint8 (ceil(entries / 8),); no gradient is copied on the way."""
+        """uint8 (ceil(entries / 8),)."""
         n = self._layout.entries
         like = grads[0] if grads else torch.empty(0)
         negative = self._scratch("negative", n, like, torch.bool)
@@ -36,16 +36,31 @@ class SignCode:
         if isinstance(grads, FlatGradients):
             compare(np.less, grads.flat, 0.0, negative)
         else:
+            # Tensor by tensor, as a bool an entry is a quarter of what one flat copy of the gradients would move.
             for g, part in zip(grads, negative.split(self._layout.sizes), strict=True):
                 compare(np.less, g.detach().reshape(-1), 0.0, part)
         for part in chunks(n):
             pack_bits(negative[part], packed[part.start // 8 : (part.stop + 7) // 8])
         return packed
 
-    def decode(self, packed: Tensor, part: slice, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+    def write(self, out: Tensor, packed: Tensor, scales: Iterable[tuple[slice, float]]) -> Tensor:
+        """out = scale x sign, for the entries of each slice. Returns out."""
+        for part, scale in scales:
+            self._unpack(packed, part, scale, out[part])
+        return out
+
+    def add(self, x: Tensor, packed: Tensor, scales: Iterable[tuple[slice, float]]) -> Tensor:
+        """x += scale x sign, for the entries of each slice. Returns x."""
+        for part, scale in scales:
+            x[part] += self._unpack(packed, part, scale)
+        return x
+
+    def _unpack(self, packed: Tensor, part: slice, scale: float, out: Tensor | None = None) -> Tensor:
         """The signs of these entries times `scale`, in `out`, or in a buffer that the next call uses again."""
         first, last = part.start // 8, (part.stop + 7) // 8
         rows = self._scratch("rows", CHUNK // 8 + 2, packed, torch.int32)[: last - first]
+        # Whole bytes are written where they belong. A tensor that begins or ends within a byte shares it with its
+        # neighbour, so that its bytes are unpacked aside, and its own entries cut out.
         if out is not None and part.start % 8 == 0 and len(out) % 8 == 0:
             unpack_signs(packed[first:last], scale, out, rows)
             return out

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from raytrust.compress.base import Base
-from raytrust.compress.interface import FlatGradients, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.base import Base, Payload
+from raytrust.compress.interface import FlatGradients, Layout, Reduced, chunks
 from raytrust.compress.signs import SignCode
-from raytrust.compress.views import SignView
 from raytrust.config import SignSGDConfig
-from raytrust.wire.channel import Channel, Message
+from raytrust.wire.channel import Channel
 
 
 class SignSGD(Base):
     """Sends the sign of every entry, one bit: ceil(N/8) bytes. The step is the majority's sign, 0 where votes tie.
 
     With `momentum` (Signum) the sign is that of m = momentum m + (1 - momentum) g. A zero counts as positive. `mean` is
-    the sign of the mean of `own`, not the mean: entries are -1, 0 or 1, so it wants a learning rate of its own. All
-    workers count the votes of all, where Bernstein et al. have a server do so.
+    the sign of the mean of `decoded_own`, not the mean: entries are -1, 0 or 1, so it wants a learning rate of its own.
+    All workers count the votes of all, where Bernstein et al. have a server do so.
     """
 
     def __init__(self, config: SignSGDConfig, layout: Layout):
@@ -35,33 +33,16 @@ class SignSGD(Base):
             grads = FlatGradients(m.lerp_(flat, 1 - self._momentum), self.layout)
         elif not isinstance(grads, FlatGradients):
             self.layout.check(grads)
-        votes = [theirs for (theirs,) in channel.all_gather((self._code.encode(grads),))]
-        n = self.layout.entries
-        mean = self._scratch("mean", n, votes[0])
-        self._decode(votes[0], mean)
-        for theirs in votes[1:]:
-            for part in chunks(n):
-                mean[part] += self._code.decode(theirs, part)
+        votes = channel.all_gather((self._code.encode(grads),))
+        # Whole votes, not shares of one: sums of 1 / workers need not cancel to 0 where votes tie.
+        majority = self._sum(votes)
+        # One voter's signs are the majority's; the pass over them is spared.
         if len(votes) > 1:
-            mean.sign_()
-        mine, own = votes[channel.rank], self._scratch("own", n, votes[0])
+            majority.sign_()
+        return self._reduced(majority, votes[channel.rank])
 
-        def subtract(x: Tensor) -> None:
-            for part in chunks(n):
-                x[part] -= self._code.decode(mine, part)
+    def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
+        return self._code.add(x, payload[0], [(part, share) for part in chunks(len(x))])
 
-        return Reduced(self.layout.unflatten(mean), lambda: self._decode(mine, own), subtract)
-
-    def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
-        found = [packed for (packed,) in senders(messages, vantage)]
-        return [self._decode(packed, packed.new_empty(self.layout.entries, dtype=torch.float32)) for packed in found]
-
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> SignView:
-        (packed,) = sent_by(messages, vantage, victim)
-        signs = self._decode(packed, packed.new_empty(self.layout.entries, dtype=torch.float32))
-        return SignView(signs)
-
-    def _decode(self, packed: Tensor, out: Tensor) -> list[Tensor]:
-        for part in chunks(len(out)):
-            self._code.decode(packed, part, out=out[part])
-        return self.layout.unflatten(out)
+    def _write(self, out: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
+        return self._code.write(out, payload[0], [(part, share) for part in chunks(len(out))])

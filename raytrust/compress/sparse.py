@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytrust.compress.base import Base
-from raytrust.compress.interface import CHUNK, Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.base import Base, Payload
+from raytrust.compress.interface import CHUNK, Reduced, chunks
 from raytrust.compress.packing import compare
-from raytrust.compress.views import SparseView
-from raytrust.wire.channel import Channel, Message
+from raytrust.wire.channel import Channel
 
 EXACT_BELOW = 2**16  # entries: a plain selection is faster there
 SAMPLE = 2**16  # entries from which a threshold is estimated
@@ -68,36 +67,8 @@ class Sparse(Base):
     ) -> Reduced:
         """Send the entries at `indices`; the mean is that of what all workers sent."""
         gathered = channel.all_gather((flat[indices], indices.to(torch.int32)), counts)
-        mean = self._scratch("mean", len(flat), flat).zero_()
-        for values, theirs in gathered:  # in the order of ranks, so that all workers round alike
-            mean.index_add_(0, theirs, values)
-        mean.div_(channel.world_size)
-        values, positions = gathered[channel.rank][0], indices
-        return Reduced(
-            self.layout.unflatten(mean),
-            lambda: self._scatter(values, positions, self._scratch("own", len(flat), flat)),
-            lambda x: x.index_fill_(0, positions, 0.0),
-        )
+        return self._reduced(self._sum(gathered).div_(channel.world_size), gathered[channel.rank])
 
-    def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
-        return [
-            self._scatter(values, indices, values.new_empty(self.layout.entries))
-            for values, indices in senders(messages, vantage)
-        ]
-
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> SparseView:
-        values, indices = sent_by(messages, vantage, victim)
-        return sparse_view(self.layout, values, indices.long())
-
-    def _scatter(self, values: Tensor, indices: Tensor, out: Tensor) -> list[Tensor]:
-        return self.layout.unflatten(out.zero_().index_copy_(0, indices.long(), values))
-
-
-def sparse_view(layout: Layout, values: Tensor, indices: Tensor, bounded: bool = True) -> SparseView:
-    """The view of the entries at `indices`, in increasing order, one part a parameter."""
-    starts = torch.tensor([0, *layout.sizes], device=indices.device).cumsum(0)
-    cuts = torch.searchsorted(indices.contiguous(), starts).tolist()
-    positions = [indices[a:b] - start for a, b, start in zip(cuts[:-1], cuts[1:], starts.tolist(), strict=False)]
-    observed = list(values.split([len(p) for p in positions]))
-    bound = values.abs().min() if bounded and len(values) else None
-    return SparseView(observed, positions, layout.shapes, bound)
+    def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
+        values, indices = payload
+        return x.index_add_(0, indices, values, alpha=share)

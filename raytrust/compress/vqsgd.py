@@ -8,21 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raytrust.compress.base import Counting
-from raytrust.compress.interface import Layout, Reduced, Vantage, chunks, senders, sent_by
+from raytrust.compress.base import Payload, Stochastic
+from raytrust.compress.interface import Layout, Reduced, chunks
 from raytrust.compress.packing import pack_words, unpack_words
-from raytrust.compress.views import VertexView
 from raytrust.config import VqSGDConfig
-from raytrust.wire.channel import Channel, Message
+from raytrust.wire.channel import Channel
 
 
-class VqSGD(Counting):
+class VqSGD(Stochastic):
     """The gradient, of norm n in d dimensions, lies in the hull of the 2d points +-n sqrt(d) e_i. It is sent as n and
     `samples` of these vertices, drawn so that their mean is the gradient: 4 + ceil(samples ceil(log2 2d) / 8) bytes.
 
     Vertex sign(x_i) e_i has probability |x_i| / (n sqrt(d)) and what is left, 1 - |x|_1 / (n sqrt(d)), is shared evenly
-    among all 2d (Gandikota et al. 2022, section 4.2 and equation 7). E[own] = x and E||own - x||^2 <= (d - 1) / samples
-    ||x||^2. The dice are each worker's own, and private: a function of the seed, the step and the rank.
+    among all 2d (Gandikota et al. 2022, section 4.2 and equation 7). E[decoded_own] = x and E||decoded_own - x||^2 <=
+    (d - 1) / samples ||x||^2. The dice are each worker's own, and private: a function of seed, step and rank.
     """
 
     def __init__(self, config: VqSGDConfig, layout: Layout, seed: int = 0):
@@ -38,27 +37,7 @@ class VqSGD(Counting):
         vertices = self._draw(flat, float(norm), channel.rank)
         self._step += 1
         gathered = channel.all_gather((norm.view(1), pack_words(vertices, self._width)))
-        mean = self._scratch("mean", len(flat), flat).zero_()
-        for theirs in gathered:
-            self._add(mean, theirs, share=1 / channel.world_size)
-        mine = gathered[channel.rank]
-        own = self._scratch("own", len(flat), flat)
-        return Reduced(
-            self.layout.unflatten(mean),
-            lambda: self.layout.unflatten(self._add(own.zero_(), mine)),
-            lambda x: self._add(x, mine, share=-1.0),
-        )
-
-    def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
-        return [
-            self.layout.unflatten(self._add(theirs[0].new_zeros(self.layout.entries), theirs))
-            for theirs in senders(messages, vantage)
-        ]
-
-    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> VertexView:
-        norm, packed = sent_by(messages, vantage, victim)
-        vertices = unpack_words(packed, self._width, self._samples)
-        return VertexView(vertices // 2, 1 - 2 * (vertices % 2), norm, self.layout.shapes)
+        return self._reduced(self._sum(gathered, share=1 / channel.world_size), gathered[channel.rank])
 
     def _draw(self, flat: Tensor, norm: float, rank: int) -> Tensor:
         """(samples,) vertices, int64: 2 i for n sqrt(d) e_i, 2 i + 1 for its negative."""
@@ -84,9 +63,8 @@ class VqSGD(Counting):
         vertices[torch.from_numpy(~even).to(flat.device)] = torch.cat(drawn)
         return vertices
 
-    def _add(self, x: Tensor, message: Sequence[Tensor], share: float = 1.0) -> Tensor:
-        """x += share x what was sent."""
-        norm, packed = message
+    def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
+        norm, packed = payload
         vertices = unpack_words(packed, self._width, self._samples)
         length = norm * (share * self.layout.entries**0.5 / max(1, self._samples))
         # A vertex may be drawn many times. A GPU adds floats to one entry in any order, which shows in the last bit,

@@ -50,7 +50,7 @@ class InversionConfig:
         fast path are float32 throughout.
     residual: of earlier steps, which error feedback and DGC add to what is sent. "ignore" compares all measurements
         with the gradient; "avoid" only those that are free of it, and "weigh" all, older ones less, which takes
-        `Threat.history` (`raytrust.compress.history`). Without effect for "naive", and where the messages hold none.
+        `Threat.history` (`raytrust.leak.history`). Without effect for "naive", and where the messages hold none.
     halving: whether, after 1/8, 1/4 and 1/2 of the iterations, the worse half of the restarts is retired.
     """
 

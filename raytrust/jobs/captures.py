@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrust.compress.history import Past
 from raytrust.config import Defence, ModelConfig, Threat, from_dict, to_dict
 from raytrust.jobs.files import atomic_write
+from raytrust.leak import EarlierStep
 from raytrust.leak.observation import Capture, Observation, Truth
 from raytrust.wire.channel import Message
 
@@ -71,17 +71,17 @@ def load_captures(directory: Path, step: int, indices: Sequence[int]) -> list[Ca
     """Read captures of one step, which share one copy of the model; errors as of `load_capture`."""
     folder = directory / f"step-{step:06d}"
     model = _load(folder / "model.pt")
-    histories: dict[int, tuple[Past, ...]] = {}
+    histories: dict[int, tuple[EarlierStep, ...]] = {}
     return [_read(folder, model, histories, index) for index in indices]
 
 
-def _read(folder: Path, model: dict[str, Any], histories: dict[int, tuple[Past, ...]], index: int) -> Capture:
+def _read(folder: Path, model: dict[str, Any], histories: dict[int, tuple[EarlierStep, ...]], index: int) -> Capture:
     body = _load(folder / f"seen-{index:03d}.pt")
     truth = _load(folder / f"truth-{index:03d}.pt")
     victim = body["victim"]
     if body["history"] and victim not in histories:
         steps = _load(folder / f"history-{victim}.pt")["steps"]
-        histories[victim] = tuple(Past(_unpacked(p["messages"]), p["compressor_state"]) for p in steps)
+        histories[victim] = tuple(EarlierStep(_unpacked(p["messages"]), p["compressor_state"]) for p in steps)
     seen = Observation(
         step=body["step"],
         weights=model["weights"],

@@ -1,4 +1,4 @@
-"""What the attacker sees, and what it must not: `Observation` and `Truth`.
+"""What the attacker sees, and what it must not: `Observation` and `Truth`; and what the messages decode to.
 
 A capture is one private batch at one step of training.
 """
@@ -6,13 +6,14 @@ A capture is one private batch at one step of training.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from raytrust.compress import Compressor, build
-from raytrust.compress.history import Past
 from raytrust.config import Defence, ModelConfig, Threat
+from raytrust.leak.rules import EarlierStep, decoded_of
 from raytrust.networks.build import build_model
 from raytrust.wire.channel import Message
 
@@ -47,7 +48,7 @@ class Observation:
     world_size: int
     residual: bool
     buffers_after: dict[str, Tensor] | None = None
-    history: tuple[Past, ...] = ()
+    history: tuple[EarlierStep, ...] = ()
 
     def build_model(self) -> nn.Module:
         """The model under attack, with its weights and buffers, in the mode that the threat says."""
@@ -56,7 +57,7 @@ class Observation:
         return model.train(self.threat.batch_norm == "train")
 
     def build_compressor(self) -> Compressor:
-        """A fresh compressor with the public state: it decodes and views the messages."""
+        """A fresh compressor with the public state, with which the messages are decoded and viewed."""
         compressor = build(self.defence, [w.shape for w in self.weights.values()], names=list(self.weights))
         compressor.load_public_state(self.compressor_state)
         return compressor
@@ -77,6 +78,21 @@ class Capture:
     index: int
     seen: Observation
     truth: Truth
+
+
+class Decoded(NamedTuple):
+    """What messages decode to: one tensor a parameter, and of how many images it is the mean gradient."""
+
+    gradient: list[Tensor]
+    images: int
+
+
+def decoded(seen: Observation, device: str = "cpu") -> Decoded:
+    """The gradient as a receiver has it: the victim's where the vantage tells workers apart, else all workers' mean."""
+    threat, messages = seen.threat, [m.to(device) for m in seen.messages]
+    gradient = decoded_of(seen.build_compressor(), messages, threat.vantage, seen.victim)
+    alone = threat.vantage == "link" or seen.messages[-1].op == "all_gather"
+    return Decoded(gradient, threat.batch_size * (1 if alone else seen.world_size))
 
 
 def seen_messages(messages: list[Message], threat: Threat) -> tuple[Message, ...]:

@@ -302,19 +302,6 @@ def _compare(
     )
 
 
-def pick_among(results: Sequence[InversionResult]) -> list[int]:
-    """For each batch, which of these attacks an attacker who made them all would hand in: the index of that of least
-    matching distance, as it can observe no other difference between its settings.
-
-    Raises ValueError if their distances can't be compared: of different objectives or kinds of matching, with and
-    without the residual, or of none.
-    """
-    kinds = {(r.attack.objective, r.attack.residual, r.attack.matching, r.matching is None) for r in results}
-    if len(kinds) != 1 or next(iter(kinds))[-1]:
-        raise ValueError("Expected results of one objective and one matching distance.")
-    return np.argmin([r.matching for r in results if r.matching is not None], axis=0).tolist()
-
-
 def _match(images: Tensor, truth: Tensor) -> tuple[Tensor, list[float]]:
     """The images in the truth's order, and their SSIM."""
     table = ssim_table(images.numpy(), truth.numpy())

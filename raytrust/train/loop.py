@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.compress import Compressor, ErrorFeedback, build
-from raytrust.compress.dgc import DGC
-from raytrust.compress.history import Past
+from raytrust.compress import Compressor, build
 from raytrust.config import TrainConfig
 from raytrust.data import Dataset
+from raytrust.leak import EarlierStep
+from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.networks.build import build_model
 from raytrust.wire.channel import Channel, LocalChannel, Tap
@@ -85,7 +85,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: learning_rate_factor(t, config.steps))
     batches = _batches(config, len(data.train_labels), channel)
-    history: deque[Past] = deque(maxlen=config.threat.history)
+    history: deque[EarlierStep] = deque(maxlen=config.threat.history)
     for step in range(config.steps):
         if step in config.capture.steps:
             _average_buffers(model, channel)
@@ -101,7 +101,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
         state = _public_state(compressor) if keep else {}
         reduced = compressor.reduce(grads, tap)
         if keep:
-            history.append(Past(seen_messages([m.to("cpu") for m in tap.messages], config.threat), state))
+            history.append(EarlierStep(seen_messages([m.to("cpu") for m in tap.messages], config.threat), state))
         for parameter, mean in zip(parameters, reduced.mean, strict=True):
             parameter.grad = mean
         optimiser.step()
@@ -210,7 +210,7 @@ def _captures(
     channel: Channel,
     device: str,
     private: tuple[Tensor, Tensor, Tensor],
-    history: tuple[Past, ...] = (),
+    history: tuple[EarlierStep, ...] = (),
 ) -> Iterator[Capture]:
     """This worker's share of the private batches, one in each round; all workers take part in all rounds.
 
@@ -246,7 +246,7 @@ def _captures(
             std=data.std,
             victim=channel.rank,
             world_size=channel.world_size,
-            residual=isinstance(compressor, (ErrorFeedback, DGC)) and step > 0,
+            residual=holds_residual(compressor) and step > 0,
             buffers_after=after if granted else None,
             history=history,
         )

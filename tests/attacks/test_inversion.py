@@ -24,7 +24,6 @@ from raytrust.attacks.inversion import (
     total_variation,
 )
 from raytrust.attacks.inversion.search import Found, Piece
-from raytrust.compress import identity_view
 from raytrust.config import (
     CaptureConfig,
     CompressorConfig,
@@ -39,6 +38,7 @@ from raytrust.config import (
 )
 from raytrust.config.attacks import GEIPING
 from raytrust.data import Dataset, load
+from raytrust.leak import identity_view, view_of
 from raytrust.leak.observation import Capture, Observation
 from raytrust.metrics.images import ssim
 from raytrust.networks.build import build_model
@@ -87,7 +87,7 @@ def recompute(observation: Observation, attack: InversionConfig, images: Tensor)
     grads = [g[None] for g in torch.autograd.grad(loss, list(model.parameters()))]
     compressor, vantage = observation.build_compressor(), observation.threat.vantage
     view = (
-        compressor.view(observation.messages, vantage, observation.victim)
+        view_of(compressor, observation.messages, vantage, observation.victim)
         if attack.objective == "aware"
         else identity_view(compressor.decode(observation.messages, vantage)[0])
     )

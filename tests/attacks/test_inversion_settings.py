@@ -12,7 +12,7 @@ from test_inversion import SHORT, captures, seen
 from torch import Tensor, nn
 
 from raytrust.attacks.inversion import GradientInversion, engine, invert, search
-from raytrust.attacks.inversion.objectives import decoded_gradient, matching_distance, relative_distance, target_view
+from raytrust.attacks.inversion.objectives import matching_distance, relative_distance, target_view
 from raytrust.attacks.inversion.optimisers import LBFGS, Adam, signs, step_sizes
 from raytrust.attacks.inversion.priors import (
     BatchNormPrior,
@@ -22,8 +22,6 @@ from raytrust.attacks.inversion.priors import (
     total_colour,
     total_variation,
 )
-from raytrust.compress import LinearView, identity_view
-from raytrust.compress.views import SignView, SparseView, TensorwiseView
 from raytrust.config import (
     AtomoConfig,
     CompressorConfig,
@@ -38,6 +36,9 @@ from raytrust.config import (
     VqSGDConfig,
 )
 from raytrust.config.attacks import DLG, GEIPING, GRAD_INVERSION, IDLG, MODERN
+from raytrust.leak import LinearView, SparseView, identity_view
+from raytrust.leak.observation import decoded
+from raytrust.leak.views import SignView, TensorwiseView
 from raytrust.studies.evaluate import evaluate_inversion
 
 UNKNOWN = Threat(labels="unknown")
@@ -69,7 +70,7 @@ def test_an_aware_distance_is_least_at_the_true_gradient(
     compressor: CompressorConfig, matching: Literal["cosine", "tensors", "l2", "l1"]
 ) -> None:
     observation = seen(compressor)[0]
-    true = [g[None] for g in decoded_gradient(seen()[0])]  # the same batch, uncompressed
+    true = [g[None] for g in decoded(seen()[0]).gradient]  # the same batch, uncompressed
     for objective in ("aware", "naive"):
         config = replace(SHORT, objective=objective, matching=matching)
         value = float(matching_distance(target_view(observation, config), config)(true))
@@ -99,7 +100,7 @@ def test_each_tensor_s_cosine_weighs_as_many_as_it_has_entries() -> None:
 def test_what_an_aware_attacker_compares_with(compressor: CompressorConfig, kind: type) -> None:
     """Steps along the true gradient come nearer, from a gradient that has little to do with it."""
     observation, truth = seen(compressor)[0], seen()[0]
-    true = decoded_gradient(truth)
+    true = decoded(truth).gradient
     generator = torch.Generator().manual_seed(0)
     other = [t.abs().mean() * torch.randn(t.shape, generator=generator) for t in true]
     config = replace(SHORT, objective="aware")
@@ -117,7 +118,7 @@ def test_a_bound_adds_the_excess_to_the_distance() -> None:
     view = target_view(observation, config)
     assert isinstance(view, SparseView)
     generator = torch.Generator().manual_seed(0)
-    g = [d + 0.05 * torch.randn(2, *d.shape, generator=generator) for d in decoded_gradient(observation)]
+    g = [d + 0.05 * torch.randn(2, *d.shape, generator=generator) for d in decoded(observation).gradient]
     weighed = matching_distance(view, replace(config, bound=0.5))(g)
     torch.testing.assert_close(weighed, view.distance(g) + view.excess(g) / 2)
     assert float(view.excess(g).min()) > 0

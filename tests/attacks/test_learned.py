@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from toys import distance, synthetic
 
-from raytrust.attacks.inversion.objectives import decoded_gradient
 from raytrust.attacks.learned import Auxiliary, CountSketch, auxiliary_messages, image_gradients, train_inverter
 from raytrust.attacks.learned.encoding import Encoder
 from raytrust.attacks.learned.network import Dropout, Inverter, fit, inversion_loss, structural_similarity
@@ -31,7 +30,7 @@ from raytrust.config import (
     to_dict,
 )
 from raytrust.data import Dataset, load
-from raytrust.leak.observation import Capture, Observation
+from raytrust.leak.observation import Capture, Observation, decoded
 from raytrust.metrics.images import ssim
 from raytrust.metrics.statistics import paired_difference
 from raytrust.networks.build import build_model
@@ -168,7 +167,7 @@ def test_the_attacker_s_messages_are_the_worker_s(text: str) -> None:
     """Of the private image the attacker's own simulation gives what was really sent."""
     for capture in captures(parse_defence(text)):
         (found,) = auxiliary_messages(capture.seen, capture.truth.images, capture.truth.labels, seed=5)
-        sent = torch.cat([g.flatten() for g in decoded_gradient(capture.seen)])
+        sent = torch.cat([g.flatten() for g in decoded(capture.seen).gradient])
         if text == "signsgd":  # a sign may turn where a gradient is zero but for rounding
             assert (found[0] != sent).float().mean() < 1e-3
         else:
@@ -179,7 +178,7 @@ def test_private_dice_are_the_attacker_s_own() -> None:
     capture = captures(parse_defence("qsgd:2"))[0]
     twice = capture.truth.images.repeat(2, 1, 1, 1), capture.truth.labels.repeat(2)
     (found,) = auxiliary_messages(capture.seen, *twice, seed=5)
-    sent = torch.cat([g.flatten() for g in decoded_gradient(capture.seen)])
+    sent = torch.cat([g.flatten() for g in decoded(capture.seen).gradient])
     assert not torch.equal(found[0], found[1])
     assert not torch.equal(found[0], sent)
     assert torch.equal(next(auxiliary_messages(capture.seen, *twice, seed=5)), found)

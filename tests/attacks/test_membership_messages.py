@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from toys import synthetic
 
-from raytrust.attacks.membership.messages import decoded, message_scores
+from raytrust.attacks.membership.messages import message_scores
 from raytrust.config import (
     CaptureConfig,
     Defence,
@@ -22,7 +22,7 @@ from raytrust.config import (
     TopKConfig,
     TrainConfig,
 )
-from raytrust.leak.observation import Capture, Observation
+from raytrust.leak.observation import Capture, Observation, decoded
 from raytrust.metrics import auc
 from raytrust.networks.build import build_model
 from raytrust.persample.inner_products import products_and_norms

@@ -13,8 +13,9 @@ from torch import Tensor
 from raytrust.attacks.inversion import GradientMatcher, invert, stacks
 from raytrust.attacks.inversion.objectives import matching_distance
 from raytrust.attacks.inversion.stacks import stack, stack_key
-from raytrust.compress import View, build
+from raytrust.compress import build
 from raytrust.config import InversionConfig, PowerSGDConfig, ThresholdConfig, TopKConfig, parse_defence
+from raytrust.leak import View, view_of
 from raytrust.wire.channel import LocalChannel, Tap
 
 SIGNS = ["signsgd", "scaledsign"]
@@ -33,7 +34,7 @@ def views_of(name: str, count: int, tensorwise: bool) -> tuple[list[View], Inver
         compressor = build(defence, model, seed=3)
         tap = Tap(LocalChannel(), keep=True)
         compressor.reduce([g[i] for g in grads], tap)
-        result.append(build(defence, model, seed=3).view(tap.messages, "link"))
+        result.append(view_of(build(defence, model, seed=3), tap.messages, "link"))
     return result, config
 
 

@@ -88,7 +88,7 @@ def test_what_is_sent_are_singular_triples() -> None:
     """(s_i / p_i, u_i, v_i), the same s_i / p_i for all that are not certain; tensors of one dimension as they are."""
     x, bias = matrix(), torch.tensor([1.0, -2.0, 3.0])
     compressor, tap = Atomo(AtomoConfig(2), Layout([x.shape, bias.shape]), seed=3), Tap(LocalChannel(), keep=True)
-    (own, own_bias) = compressor.reduce([x, bias], tap).own
+    (own, own_bias) = compressor.reduce([x, bias], tap).decoded_own
     counts, payload = (message.sent[0] for message in tap.messages)
     assert counts.dtype == torch.int32
     r = int(counts)

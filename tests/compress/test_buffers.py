@@ -64,7 +64,7 @@ def test_the_default_dtype_changes_nothing(name: str, dtype: torch.dtype, expect
             compressor = fresh(name, seed=6)
             compressor.load_state_dict(state)
         tap = Tap(LocalChannel(), keep=True)
-        own = compressor.reduce(gradients(3), tap).own
+        own = compressor.reduce(gradients(3), tap).decoded_own
         compressor.load_state_dict(state)  # public state and all, as before the messages
         torch.testing.assert_close(compressor.decode(tap.messages, "link")[0], own, rtol=0, atol=1e-6)
     finally:

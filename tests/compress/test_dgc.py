@@ -14,7 +14,7 @@ from raytrust.wire.channel import LocalChannel, Tap
 def run(config: DGCConfig, grads: list[list[float]], workers: int = 1) -> list[list[float]]:
     """What is sent of gradients of one parameter, step by step."""
     compressor = DGC(config, Layout([torch.Size((len(grads[0]),))]))
-    return [compressor.reduce([torch.tensor(g)], Echo(workers)).own[0].tolist() for g in grads]
+    return [compressor.reduce([torch.tensor(g)], Echo(workers)).decoded_own[0].tolist() for g in grads]
 
 
 def test_at_full_level_it_is_the_gradient() -> None:
@@ -88,7 +88,7 @@ def test_nothing_is_lost_for_good() -> None:
     compressor = DGC(DGCConfig(level=0.05, momentum=0.0), Layout(SHAPES))
     came: list[Tensor] = [torch.zeros(s) for s in SHAPES]
     for step in range(20):
-        own = compressor.reduce(gradients(step), LocalChannel()).own
+        own = compressor.reduce(gradients(step), LocalChannel()).decoded_own
         came = [c + g - o for c, g, o in zip(came, gradients(step), own, strict=True)]
     waiting = [compressor.state_dict()[f"v.{i}"] for i in range(len(SHAPES))]
     assert distance(waiting, came) < 1e-5

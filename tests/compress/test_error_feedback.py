@@ -23,7 +23,7 @@ def test_nothing_is_lost_for_good(name: str) -> None:
     went = [torch.zeros(shape, dtype=torch.float64) for shape in SHAPES]
     for step in range(20):
         grads = gradients(step)
-        own = compressor.reduce(grads, LocalChannel()).own
+        own = compressor.reduce(grads, LocalChannel()).decoded_own
         for total, part in [(came, grads), (went, own)]:
             for t, p in zip(total, part, strict=True):
                 t += p
@@ -61,7 +61,7 @@ def test_the_residual_of_a_constant_gradient_stays_bounded(name: str, share: flo
 def test_an_entry_that_waits_is_sent_with_what_has_gathered() -> None:
     compressor = build(Defence(TopKConfig(level=0.5), error_feedback=True), [torch.Size((2,))])
     grads = [torch.tensor([4.0, 1.5])]
-    sent = [compressor.reduce(grads, LocalChannel()).own[0].tolist() for _ in range(4)]
+    sent = [compressor.reduce(grads, LocalChannel()).decoded_own[0].tolist() for _ in range(4)]
     assert sent == [[4, 0], [4, 0], [0, 4.5], [8, 0]]
 
 

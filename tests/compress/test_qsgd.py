@@ -30,7 +30,7 @@ def gradient() -> Tensor:
 def sent(x: Tensor, config: QSGDConfig, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(norms, own, levels)."""
     tap = Tap(LocalChannel(), keep=True)
-    (own,) = QSGD(config, Layout([x.shape]), seed).reduce([x], tap).own
+    (own,) = QSGD(config, Layout([x.shape]), seed).reduce([x], tap).decoded_own
     norms = tap.messages[0].sent[0]
     scales = norms.repeat_interleave(config.bucket)[: x.numel()].clamp_min(1e-30)
     return norms, own, own.flatten() * (2 ** (config.bits - 1) - 1) / scales

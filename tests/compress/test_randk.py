@@ -60,7 +60,7 @@ def test_level_is_the_fraction_of_entries(level: float, k: int) -> None:
 
 def test_where_many_entries_are_few_are_drawn_over_all_of_them() -> None:
     x = torch.ones(300_000)
-    (own,) = RandK(RandKConfig(level=0.01), Layout([x.shape])).reduce([x], LocalChannel()).own
+    (own,) = RandK(RandKConfig(level=0.01), Layout([x.shape])).reduce([x], LocalChannel()).decoded_own
     assert int(own.sum()) == 3000
     thirds = own.view(3, -1).sum(1)
     assert float((thirds - 1000).abs().max()) < 4 * (3000 * 2 / 9) ** 0.5

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from raytrust.compress import Layout
-from raytrust.compress.sparse import EXACT_BELOW, SAMPLE, above, largest, sparse_view
+from raytrust.compress.sparse import EXACT_BELOW, SAMPLE, above, largest
 
 N = 3 * SAMPLE + 41  # entries: the threshold is then estimated from every third
 
@@ -79,14 +78,3 @@ def test_above(name: str, threshold: float) -> None:
 
 def test_above_a_threshold_of_nothing() -> None:
     assert above(torch.empty(0), 0.0).tolist() == []
-
-
-def test_a_view_knows_where_parameters_begin() -> None:
-    layout = Layout([torch.Size((2, 2)), torch.Size((0,)), torch.Size((3,)), torch.Size(())])
-    view = sparse_view(layout, torch.tensor([5.0, -7.0, 6.0]), torch.tensor([3, 4, 7]))
-    assert [x.tolist() for x in view.observed] == [[5], [], [-7], [6]]
-    assert [x.tolist() for x in view.positions] == [[3], [], [0], [0]]
-    assert view.bound is not None
-    assert float(view.bound) == 5
-    grads = [torch.tensor([[[1.0, 2], [3, 4]]]), torch.empty(1, 0), torch.tensor([[8.0, 9, 10]]), torch.tensor([11.0])]
-    assert [m.tolist() for m in view.measure(grads)] == [[[4]], [[]], [[8]], [[11]]]

@@ -25,7 +25,7 @@ def step(compressor: Compressor, seed: int) -> list[Tensor]:
     """All that a step says and returns."""
     tap = Tap(LocalChannel(), keep=True)
     reduced = compressor.reduce(gradients(seed), tap)
-    return [x.clone() for x in (*reduced.mean, *reduced.own, *(x for m in tap.messages for x in m.sent))]
+    return [x.clone() for x in (*reduced.mean, *reduced.decoded_own, *(x for m in tap.messages for x in m.sent))]
 
 
 def tensors(state: dict[str, Any]) -> dict[str, Tensor]:

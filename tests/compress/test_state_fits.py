@@ -148,7 +148,7 @@ def test_a_product_that_does_not_fill_its_part_of_the_message_is_refused() -> No
     compressor, other = build(Defence(PowerSGDConfig(4)), SHAPES), build(Defence(PowerSGDConfig(2)), SHAPES)
     assert isinstance(compressor, PowerSGD)
     assert isinstance(other, PowerSGD)
-    compressor._q = other._q
+    compressor.q = other.q
     tap = Tap(LocalChannel())
     with pytest.raises(ValueError, match="Expected out of shape"):
         compressor.reduce(gradients(0), tap)

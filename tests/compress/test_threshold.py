@@ -18,7 +18,7 @@ numbers = st.floats(-100, 100, width=32, allow_subnormal=False)
 
 def sent(x: Tensor, level: float, sample: float = 1.0) -> tuple[Tensor, Tap]:
     tap = Tap(LocalChannel(), keep=True)
-    return Threshold(ThresholdConfig(level, sample), Layout([x.shape])).reduce([x], tap).own[0].clone(), tap
+    return Threshold(ThresholdConfig(level, sample), Layout([x.shape])).reduce([x], tap).decoded_own[0].clone(), tap
 
 
 @settings(deadline=None, max_examples=60)

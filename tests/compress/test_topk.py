@@ -11,6 +11,7 @@ from torch import Tensor
 from raytrust.compress import Layout
 from raytrust.compress.topk import TopK
 from raytrust.config import TopKConfig
+from raytrust.leak import view_of
 from raytrust.wire.channel import LocalChannel, Tap
 
 numbers = st.floats(-100, 100, width=32, allow_subnormal=False)
@@ -18,7 +19,7 @@ numbers = st.floats(-100, 100, width=32, allow_subnormal=False)
 
 def sent(values: Sequence[float], level: float) -> Tensor:
     x = torch.tensor(values)
-    return TopK(TopKConfig(level=level), Layout([x.shape])).reduce([x], LocalChannel()).own[0]
+    return TopK(TopKConfig(level=level), Layout([x.shape])).reduce([x], LocalChannel()).decoded_own[0]
 
 
 @settings(deadline=None)
@@ -40,7 +41,7 @@ def test_contraction(values: list[float], level: float) -> None:
 def test_the_largest_magnitudes_are_sent_as_they_are(values: list[float], level: float) -> None:
     x = torch.tensor(values)
     compressor, tap = TopK(TopKConfig(level=level), Layout([x.shape])), Tap(LocalChannel(), keep=True)
-    own = compressor.reduce([x], tap).own[0]
+    own = compressor.reduce([x], tap).decoded_own[0]
     values_sent, indices = tap.messages[0].sent
     assert (values_sent.dtype, indices.dtype) == (torch.float32, torch.int32)
     assert len(values_sent) == len(set(indices.tolist())) == compressor.k
@@ -81,7 +82,7 @@ def test_never_more_than_all_entries() -> None:
 
 def test_the_choice_is_over_the_whole_gradient() -> None:
     grads = [torch.tensor([1.0, 2.0]), torch.tensor([[30.0, -40.0]])]
-    own = TopK(TopKConfig(level=0.5), Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).own
+    own = TopK(TopKConfig(level=0.5), Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).decoded_own
     assert [o.tolist() for o in own] == [[0, 0], [[30, -40]]]
 
 
@@ -94,7 +95,7 @@ def test_at_full_level_nothing_is_lost() -> None:
 
 def per_layer(grads: Sequence[Tensor], level: float) -> list[Tensor]:
     config = TopKConfig(level=level, scope="layer")
-    return TopK(config, Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).own
+    return TopK(config, Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).decoded_own
 
 
 def test_per_layer_the_choice_is_within_each() -> None:
@@ -107,7 +108,7 @@ def test_per_layer_no_layer_waits_for_ever() -> None:
     grads = [torch.full((1000,), 100.0), torch.tensor([1e-3]), torch.full((2, 3), 1e-6)]
     own = per_layer(grads, 0.01)
     assert [int((o != 0).sum()) for o in own] == [8, 1, 1]
-    whole = TopK(TopKConfig(level=0.01), Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).own
+    whole = TopK(TopKConfig(level=0.01), Layout([g.shape for g in grads])).reduce(grads, LocalChannel()).decoded_own
     assert [int((o != 0).sum()) for o in whole] == [10, 0, 0]
 
 
@@ -118,7 +119,7 @@ def test_per_layer_as_many_are_sent_in_all(sizes: list[int], level: float) -> No
     layout = Layout([torch.Size((size,)) for size in sizes])
     grads = [1.0 + torch.rand(size, generator=torch.Generator().manual_seed(0)) for size in sizes]
     compressor = TopK(TopKConfig(level=level, scope="layer"), layout)
-    counts = [int((o != 0).sum()) for o in compressor.reduce(grads, LocalChannel()).own]
+    counts = [int((o != 0).sum()) for o in compressor.reduce(grads, LocalChannel()).decoded_own]
     layers = sum(size > 0 for size in sizes)
     k = round(level * sum(sizes))
     assert sum(counts) == compressor.k == min(sum(sizes), max(k, layers))
@@ -134,7 +135,7 @@ def test_per_layer_the_contraction_holds_for_each(values: list[float], level: fl
     grads = list(x.split([2, 1, len(x) - 3]))
     compressor = TopK(TopKConfig(level=level, scope="layer"), Layout([g.shape for g in grads]))
     tap = Tap(LocalChannel(), keep=True)
-    own, view = compressor.reduce(grads, tap).own, compressor.view(tap.messages, "link")
+    own, view = compressor.reduce(grads, tap).decoded_own, view_of(compressor, tap.messages, "link")
     for g, o, positions in zip(grads, own, view.positions, strict=True):
         left, right = (float(e.double().square().sum()) for e in (g - o, g))
         assert left <= (1 - len(positions) / len(g)) * right * (1 + 1e-12)
@@ -144,6 +145,6 @@ def test_many_ties_are_not_cut_off_by_position_before_larger_ones() -> None:
     """A sampled threshold lets too many pass here; those that are dropped are the smallest, not the last."""
     x = torch.ones(200_000)
     x[-1500:] = -2.0
-    own = TopK(TopKConfig(level=0.01), Layout([x.shape])).reduce([x], LocalChannel()).own[0]
+    own = TopK(TopKConfig(level=0.01), Layout([x.shape])).reduce([x], LocalChannel()).decoded_own[0]
     assert int((own == -2).sum()) == 1500
     assert int((own == 1).sum()) == 500

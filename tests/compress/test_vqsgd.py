@@ -52,30 +52,6 @@ def test_one_entry_is_exact(value: float) -> None:
     torch.testing.assert_close(draws(VqSGDConfig(5), [x], 10), x.double().expand(10, 1))
 
 
-def test_the_likelihood_is_largest_at_the_true_gradient() -> None:
-    """In the mean over draws: the cross-entropy of the vertices is least at their own distribution."""
-    tap = Tap(LocalChannel(), keep=True)
-    compressor = VqSGD(VqSGDConfig(50_000), Layout([GRADIENT.shape]))
-    compressor.reduce([GRADIENT], tap)
-    view = compressor.view(tap.messages, "link")
-    generator = torch.Generator().manual_seed(0)
-    for size in (0.3, 0.5, 1.0, 3.0):
-        others = GRADIENT + size * torch.randn(20, 2, 3, generator=generator)
-        d = view.distance([torch.cat([GRADIENT[None], 2 * GRADIENT[None], others])])
-        assert float(d[0]) == pytest.approx(float(d[1]), abs=1e-5)
-        assert float(d[0]) < float(d[2:].min())
-
-
-def test_the_distance_of_a_gradient_all_along_its_vertex_is_the_least_possible() -> None:
-    x = torch.zeros(6)
-    x[2] = -4
-    compressor, tap = VqSGD(VqSGDConfig(4), Layout([x.shape])), Tap(LocalChannel(), keep=True)
-    compressor.reduce([x], tap)
-    view = compressor.view(tap.messages, "link")
-    along = -2.0 * torch.nn.functional.one_hot(torch.tensor(2), 6)
-    assert float(view.distance([along[None]])) >= float(view.distance([x[None]])) - 1e-6
-
-
 def test_entries_beyond_the_first_chunk_are_drawn() -> None:
     """And none of zero mass, whatever the rounding of sums: where one entry holds all, half of the draws are its."""
     x = torch.zeros(2**18 + 999)

@@ -12,9 +12,7 @@ from threads import on_workers
 from torch import Tensor
 from toys import ENTRIES, SHAPES, batch, distance, gradients, is_gathered, mean_over_workers
 
-from raytrust.compress import LinearView, Vantage, View, build
-from raytrust.compress.history import Past, pure_view, weighed_view
-from raytrust.compress.views import SparseView, SpectralView
+from raytrust.compress import Vantage, build
 from raytrust.config import (
     AtomoConfig,
     CompressorConfig,
@@ -32,7 +30,10 @@ from raytrust.config import (
     TopKConfig,
     VqSGDConfig,
 )
+from raytrust.leak import EarlierStep, LinearView, SparseView, View, view_of
+from raytrust.leak.history import pure_view, weighed_view
 from raytrust.leak.observation import seen_messages
+from raytrust.leak.views import TensorwiseView
 from raytrust.wire.channel import Channel, Tap
 
 STEPS = 4
@@ -58,7 +59,7 @@ every_number_of_workers = pytest.mark.parametrize("workers", [1, 2])
 @dataclass(frozen=True)
 class Sent:
     gradient: list[Tensor]
-    past: Past  # messages with all payloads
+    past: EarlierStep  # messages with all payloads
 
 
 def sent(defence: Defence, workers: int, steps: int = STEPS) -> list[list[Sent]]:
@@ -73,7 +74,7 @@ def sent(defence: Defence, workers: int, steps: int = STEPS) -> list[list[Sent]]
             ]
             tap, state = Tap(channel, keep=True), compressor.public_state()
             compressor.reduce(grads, tap)
-            found.append(Sent(grads, Past(tuple(tap.messages), state)))
+            found.append(Sent(grads, EarlierStep(tuple(tap.messages), state)))
         return found
 
     return on_workers(run, workers)
@@ -88,11 +89,13 @@ def look(
     view: Callable[..., View] | None = pure_view,
 ) -> Any:
     """What an attacker sees of the last of some steps: a fresh compressor and no payload that the vantage hides."""
-    visible = [Past(seen_messages(list(s.past.messages), Threat(vantage)), s.past.compressor_state) for s in steps]
+    visible = [
+        EarlierStep(seen_messages(list(s.past.messages), Threat(vantage)), s.past.compressor_state) for s in steps
+    ]
     compressor = build(defence, SHAPES, seed=99)
     compressor.load_public_state(visible[-1].compressor_state)
     if view is None:
-        return compressor.view(visible[-1].messages, vantage, victim)
+        return view_of(compressor, visible[-1].messages, vantage, victim)
     before = visible[max(0, len(visible) - 1 - history) : -1]
     return view(compressor, visible[-1].messages, vantage, victim, before)
 
@@ -202,7 +205,7 @@ def test_tensors_of_one_dimension_need_no_history(config: CompressorConfig) -> N
     defence = Defence(config, True)
     (steps,) = sent(defence, 1)
     view, gradient = look(defence, steps, "link", 0, 0), steps[-1].gradient
-    assert isinstance(view, SpectralView | LinearView)
+    assert isinstance(view, TensorwiseView | LinearView)
     elsewhere = [g if g.ndim < 2 else torch.zeros_like(g) for g in gradient]
     for candidate in (gradient, elsewhere):
         assert float(view.distance(batch(candidate))) == pytest.approx(0, abs=1e-6)

@@ -15,7 +15,7 @@ from toys import is_gathered, mean_over_workers, synthetic
 
 from raytrust.attacks.inversion import GradientInversion
 from raytrust.attacks.inversion.objectives import target_view
-from raytrust.compress import LinearView, Vantage
+from raytrust.compress import Vantage
 from raytrust.config import (
     CaptureConfig,
     Defence,
@@ -28,6 +28,7 @@ from raytrust.config import (
     TopKConfig,
     TrainConfig,
 )
+from raytrust.leak import LinearView
 from raytrust.leak.observation import Capture
 from raytrust.train.loop import Step, train
 from raytrust.wire.channel import Channel, LocalChannel, Tap

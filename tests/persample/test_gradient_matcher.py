@@ -19,13 +19,13 @@ from raytrust.attacks.inversion import (
     GradientMatcher,
 )
 from raytrust.compress import build
-from raytrust.compress.views import LinearView, identity_view
 from raytrust.config import (
     Defence,
     DenseConfig,
     PowerSGDConfig,
     TopKConfig,
 )
+from raytrust.leak import LinearView, identity_view, view_of
 from raytrust.persample.matcher import Distance
 from raytrust.wire.channel import LocalChannel, Tap
 
@@ -43,7 +43,7 @@ def views_of(target: list[Tensor]) -> dict[str, Distance]:
     for compressor in (DenseConfig(), TopKConfig(level=0.2), PowerSGDConfig(2)):
         tap = Tap(LocalChannel(), keep=True)
         build(Defence(compressor), shapes).reduce(target, tap)
-        view = build(Defence(compressor), shapes).view(tap.messages, "link")
+        view = view_of(build(Defence(compressor), shapes), tap.messages, "link")
         found[compressor.method] = view.distance
     return found
 

@@ -15,7 +15,7 @@ from raytrust.attacks.inversion import (
     per_candidate_gradients,
     total_variation,
 )
-from raytrust.compress.views import identity_view
+from raytrust.leak import identity_view
 
 
 @pytest.mark.parametrize("batch", [1, 3])

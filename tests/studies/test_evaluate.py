@@ -13,8 +13,8 @@ from torch import Tensor
 from toys import synthetic
 
 from raytrust.attacks.inversion import Candidates
-from raytrust.compress.history import Past
 from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, Threat, TrainConfig
+from raytrust.leak import EarlierStep
 from raytrust.leak.observation import Capture, Observation
 from raytrust.metrics.images import mse, psnr, ssim
 from raytrust.studies import evaluate as module
@@ -25,7 +25,6 @@ from raytrust.studies.evaluate import (
     evaluate_inversion,
     evaluate_inversions,
     perceptual_distance,
-    pick_among,
 )
 from raytrust.train.loop import train
 from raytrust.wire.channel import LocalChannel
@@ -265,7 +264,7 @@ def test_another_image_is_not_identified(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_result_says_what_history_the_attack_had() -> None:
     private = captures(1)
     assert evaluate_inversion(private, ATTACK).history == 0
-    past = Past(private[0].seen.messages, {})
+    past = EarlierStep(private[0].seen.messages, {})
     longer = [replace(c, seen=replace(c.seen, history=(past,) * n)) for c, n in zip(private, (2, 3, 2), strict=True)]
     assert evaluate_inversion(longer, ATTACK).history == 2
 
@@ -328,29 +327,3 @@ def test_lpips_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert distance is not None
     assert distance(torch.zeros(2, 1, 8, 8), torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8)) == [0.0, 1.0]
     assert len(evaluate_inversion(captures(1), ATTACK).lpips or []) == 3
-
-
-def test_the_attacker_picks_among_settings_by_the_matching_distance(monkeypatch: pytest.MonkeyPatch) -> None:
-    private = captures(2)
-    attacks = [ATTACK, replace(ATTACK, tv=0.5), replace(ATTACK, tv=0.0)]
-    distances = [[0.3, 0.1, 0.2], [0.2, 0.2, 0.3], [0.4, 0.3, 0.1]]
-    claim(
-        monkeypatch,
-        [
-            replace(
-                restarts(noise(c.truth.images), c.truth.images, objective=[9.0, 1.0]),
-                matching=torch.tensor([0.0, d]),  # of the pick it is the second
-            )
-            for row in distances
-            for c, d in zip(private, row, strict=True)
-        ],
-    )
-    results = [r for r in evaluate_inversions(private, attacks) if isinstance(r, InversionResult)]
-    assert [r.matching for r in results] == [pytest.approx(row) for row in distances]
-    assert pick_among(results) == [1, 0, 2]
-    for change in ({"objective": "aware"}, {"matching": "l2"}, {"residual": "avoid"}):
-        other = replace(results[0], attack=replace(ATTACK, **change))
-        with pytest.raises(ValueError, match="Expected results of one objective and one matching distance"):
-            pick_among([results[0], other])
-    with pytest.raises(ValueError, match="Expected results of one objective"):
-        pick_among([replace(results[0], matching=None)])

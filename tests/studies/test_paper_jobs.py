@@ -108,7 +108,7 @@ def test_what_is_discarded_is_what_section_3_says(rank: int) -> None:
     grads = [torch.randn(s, generator=generator) for s in ((8, 3, 3, 3), (8,), (5, 8))]
     for compressor in (PowerSGDConfig(rank), TopKConfig(level=rank / 10)):
         defence = Defence(compressor)
-        decoded = build(defence, [g.shape for g in grads]).reduce(grads, LocalChannel()).own
+        decoded = build(defence, [g.shape for g in grads]).reduce(grads, LocalChannel()).decoded_own
         found = compare(grads, decoded, defence)
         assert found["cosine"] == pytest.approx(found["attainable"], abs=1e-5)
         assert found["from_error"] == pytest.approx(found["attainable"], abs=1e-5)

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from raytrust.attacks.inversion.objectives import decoded_gradient, target_view
-from raytrust.compress import LinearView
+from raytrust.attacks.inversion.objectives import target_view
 from raytrust.config import InversionConfig
-from raytrust.leak.observation import Observation
+from raytrust.leak import LinearView
+from raytrust.leak.observation import Observation, decoded
 
 ITERATIONS = 200
 TOLERANCE = 1e-7  # of the residual, relative to its beginning
@@ -32,7 +32,7 @@ def solve_first_layer(seen: Observation, config: InversionConfig, device: str = 
         raise ValueError(f"Expected batch_size={seen.threat.batch_size} to be 1 for method='analytic'.")
     name = _first_layer(seen)
     names = list(seen.weights)
-    matrix, signal = names.index(f"{name}.weight"), decoded_gradient(seen, device)[names.index(f"{name}.bias")]
+    matrix, signal = names.index(f"{name}.weight"), decoded(seen, device).gradient[names.index(f"{name}.bias")]
     view = target_view(seen, config, device)
     if not isinstance(view, LinearView):
         raise ValueError("Expected a compressor with a linear view for method='analytic'.")

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.attacks.inversion.objectives import decoded_gradient
-from raytrust.leak.observation import Observation
+from raytrust.leak.observation import Observation, decoded
 
 NOISE_IMAGES = 64
 ROUNDING = 1e-4  # of B b_c, in labels
@@ -57,7 +56,7 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
 def classifier_gradient(seen: Observation) -> tuple[Tensor, Tensor | None]:
     """(classes, features) and (classes,), or None without a bias: the decoded gradient of the last linear layer."""
     name, layer = _classifier(seen.build_model(), seen.classes)
-    by_name = dict(zip(seen.weights, decoded_gradient(seen), strict=True))
+    by_name = dict(zip(seen.weights, decoded(seen).gradient, strict=True))
     return by_name[f"{name}.weight"].cpu(), None if layer.bias is None else by_name[f"{name}.bias"].cpu()
 
 

@@ -8,21 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from raytrust.compress import LinearView, View, identity_view
-from raytrust.compress.history import pure_view, weighed_view
-from raytrust.compress.views import SignView, SparseView, SpectralView, TensorwiseView
 from raytrust.config import InversionConfig
-from raytrust.leak.observation import Observation
+from raytrust.leak import LinearView, SparseView, View, identity_view, view_of
+from raytrust.leak.history import pure_view, weighed_view
+from raytrust.leak.observation import Observation, decoded
+from raytrust.leak.views import SignView, TensorwiseView
 from raytrust.persample.matcher import Distance
-
-
-def decoded_gradient(seen: Observation, device: str = "cpu") -> list[Tensor]:
-    """What the messages decode to, one tensor a parameter: the victim's gradient where the vantage tells workers apart,
-    else the mean.
-    """
-    messages = [m.to(device) for m in seen.messages]
-    decoded = seen.build_compressor().decode(messages, seen.threat.vantage)
-    return decoded[seen.victim] if len(decoded) > 1 else decoded[0]
 
 
 def target_view(seen: Observation, config: InversionConfig, device: str = "cpu") -> View:
@@ -31,27 +22,19 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
 
     Raises ValueError for messages that are not finite, and where the attacker can't tell gradient and residual apart.
     """
-    messages = [*seen.messages, *(m for past in seen.history for m in past.messages)]
+    messages = [*seen.messages, *(m for step in seen.history for m in step.messages)]
     payloads = [x for m in messages for x in (*m.sent, *m.received) if not x.is_meta and x.is_floating_point()]
     if not all(bool(x.isfinite().all()) for x in payloads):
         raise ValueError("Expected finite messages, got NaN or infinity in them.")
     if config.objective == "naive":
-        return identity_view(decoded_gradient(seen, device))
+        return identity_view(decoded(seen, device).gradient)
     messages = [m.to(device) for m in seen.messages]
     compressor = seen.build_compressor()
     if config.residual != "ignore" and seen.residual:
-        history = [past.to(device) for past in seen.history]
+        history = [step.to(device) for step in seen.history]
         told_apart = pure_view if config.residual == "avoid" else weighed_view
         return told_apart(compressor, messages, seen.threat.vantage, seen.victim, history)
-    view = compressor.view(messages, seen.threat.vantage, seen.victim)
-    if isinstance(view, LinearView | SignView):
-        return view
-    decoded = identity_view(decoded_gradient(seen, device))
-    if isinstance(view, SpectralView):
-        return decoded  # measured: no use of the singular vectors was better than what they decode to
-    # What quantisers decode to is unbiased, with noise as large in small entries as in large ones. Measured: this beats
-    # the distances to their sets, alone and added.
-    return TensorwiseView(decoded)
+    return view_of(compressor, messages, seen.threat.vantage, seen.victim)
 
 
 def matching_distance(view: View, config: InversionConfig) -> Distance:

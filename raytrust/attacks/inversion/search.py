@@ -22,8 +22,8 @@ from raytrust.attacks.inversion.priors import (
     total_variation,
 )
 from raytrust.attacks.inversion.stacks import stack, stack_key
-from raytrust.compress import View
 from raytrust.config import InversionConfig
+from raytrust.leak import View
 from raytrust.leak.observation import Observation
 from raytrust.persample.matcher import (
     Distance,

@@ -9,13 +9,14 @@ their numbers are stacked, and each tensor is one call for all of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from raytrust.compress.views import (
+from raytrust.config import InversionConfig
+from raytrust.leak.views import (
     FactorView,
     LinearView,
     SignView,
@@ -24,11 +25,14 @@ from raytrust.compress.views import (
     View,
     WholeView,
     orthant_distance,
+    rows,
 )
-from raytrust.config import InversionConfig
 from raytrust.persample.ghost import GhostGradient
 
-LARGEST = 2**21  # entries of a gradient up to which calls cost more than what stacking copies
+Weights: TypeAlias = Sequence[Sequence[float]] | None
+
+# Entries of a gradient up to which calls cost more than what stacking copies.
+LARGEST = 2**21
 
 
 class Stack(Protocol):
@@ -66,25 +70,29 @@ def stack_key(view: View, config: InversionConfig) -> tuple[object, ...] | None:
 
 def stack(views: Sequence[View], config: InversionConfig) -> Stack:
     """The stack of views of one `stack_key`; config: of any of their attacks."""
-    tensorwise = config.matching == "tensors" or isinstance(views[0], TensorwiseView)
     if isinstance(views[0], SignView):
         return SignStack(views)  # type: ignore[arg-type]
-    linear = [v.view if isinstance(v, TensorwiseView) else v for v in views]
+    weights: Weights = None
+    if config.matching == "tensors" or isinstance(views[0], TensorwiseView):
+        by_tensor = [v if isinstance(v, TensorwiseView) else TensorwiseView(v) for v in views]  # type: ignore[arg-type]
+        views, weights = [v.view for v in by_tensor], [v.weights for v in by_tensor]
     kinds = {WholeView: WholeStack, FactorView: FactorStack, SparseView: SparseStack}
-    kind = next(kinds[k] for k in kinds if isinstance(linear[0], k))
-    return kind(linear, tensorwise)
+    return kinds[type(views[0])](views, weights)
 
 
 class LinearStack:
     """Linear views whose measurements are of equal shapes, compared by 1 - cosine: of all measurements together, or of
-    each by itself, averaged by their entries."""
+    each by itself.
 
-    def __init__(self, views: Sequence[LinearView], tensorwise: bool):
-        self._tensorwise = tensorwise
+    weights: of each view's measurements, as in `TensorwiseView`; None to compare them together.
+    """
+
+    def __init__(self, views: Sequence[LinearView], weights: Weights):
+        self._tensorwise = weights is not None
         squares = [torch.stack([o.square().sum() for o in v.observed]) for v in views]
         self._squares = torch.stack(squares)  # (views, measurements)
-        sizes = torch.stack([self._squares.new_tensor([o.numel() for o in v.observed]) for v in views])
-        self._weights = sizes / sizes.sum(1, keepdim=True).clamp_min(1)
+        if weights is not None:
+            self._weights = self._squares.new_tensor(weights)
         self._owner: Tensor | None = None
 
     def distance(self, grads: Sequence[Tensor], owner: Tensor) -> Tensor:
@@ -110,17 +118,18 @@ class LinearStack:
 
     def _vectors(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
         """Of plain measurements, (n, *shape) each, with what was observed, alike."""
-        rows = [(_rows(measured), _rows(observed)) for measured, observed in pairs]
-        if not self._tensorwise and rows:  # as one vector: two thirds of a network's tensors are short
-            rows = [(torch.cat([m for m, _ in rows], 1), torch.cat([o for _, o in rows], 1))]
-        return [(m * o).sum(1) for m, o in rows], [m.square().sum(1) for m, _ in rows]
+        flat = [(rows(measured), rows(observed)) for measured, observed in pairs]
+        # As one vector: two thirds of a network's tensors are short, and cost their calls.
+        if not self._tensorwise and flat:
+            flat = [(torch.cat([m for m, _ in flat], 1), torch.cat([o for _, o in flat], 1))]
+        return [(m * o).sum(1) for m, o in flat], [m.square().sum(1) for m, _ in flat]
 
 
 class WholeStack(LinearStack):
     """Whole gradients."""
 
-    def __init__(self, views: Sequence[WholeView], tensorwise: bool):
-        super().__init__(views, tensorwise)
+    def __init__(self, views: Sequence[WholeView], weights: Weights):
+        super().__init__(views, weights)
         self._observed = [torch.stack(column) for column in zip(*(v.observed for v in views), strict=True)]
 
     def _select(self, owner: Tensor) -> None:
@@ -151,8 +160,8 @@ class WholeStack(LinearStack):
 class FactorStack(LinearStack):
     """Products with factors of equal shapes."""
 
-    def __init__(self, views: Sequence[FactorView], tensorwise: bool):
-        super().__init__(views, tensorwise)
+    def __init__(self, views: Sequence[FactorView], weights: Weights):
+        super().__init__(views, weights)
         self._sizes, self._others = views[0].matrices, views[0].vectors
         self._rights, self._lefts, self._observed = (
             [torch.stack(column) for column in zip(*columns, strict=True)]
@@ -181,17 +190,19 @@ class FactorStack(LinearStack):
 class SparseStack(LinearStack):
     """Some entries of each gradient, at places and in numbers of its own."""
 
-    def __init__(self, views: Sequence[SparseView], tensorwise: bool):
-        super().__init__(views, tensorwise)
+    def __init__(self, views: Sequence[SparseView], weights: Weights):
+        super().__init__(views, weights)
         columns = list(zip(*(v.positions for v in views), strict=True))
+        # Views have entries in numbers of their own: the shorter ones are padded with position 0, and whatever a
+        # gradient has there is replaced by 0, as was padded to what was observed. A weight of 0 would not do: an
+        # infinite entry would turn into NaN, and break a candidate by what it isn't compared in.
         self._positions = [pad_sequence(list(p), batch_first=True) for p in columns]
-        # Where there is no entry, a weight of 0 makes it count for nothing.
-        self._present = [pad_sequence([torch.ones_like(x, dtype=torch.float32) for x in p], True) for p in columns]
+        self._padding = [~pad_sequence([torch.ones_like(x, dtype=torch.bool) for x in p], True) for p in columns]
         self._observed = [pad_sequence(list(o), True) for o in zip(*(v.observed for v in views), strict=True)]
 
     def _select(self, owner: Tensor) -> None:
-        self._at, self._weight, self._targets = (
-            [t[owner] for t in tensors] for tensors in (self._positions, self._present, self._observed)
+        self._at, self._padded, self._targets = (
+            [t[owner] for t in tensors] for tensors in (self._positions, self._padding, self._observed)
         )
         self._places: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -202,12 +213,12 @@ class SparseStack(LinearStack):
 
     def _entries(self, i: int, g: Tensor) -> Tensor:
         if not isinstance(g, GhostGradient):
-            return _rows(g).gather(1, self._at[i]) * self._weight[i]
+            return rows(g).gather(1, self._at[i]).masked_fill(self._padded[i], 0)
         if i not in self._places:
             columns, kernel = g.product.shape[1:].numel(), g.product.shape[2:].numel()
             row, column = self._at[i] // columns, self._at[i] % columns
             self._places[i] = row, column % kernel * g.product.shape[1] + column // kernel
-        return g.product.entries_each(*self._places[i]) * self._weight[i]
+        return g.product.entries_each(*self._places[i]).masked_fill(self._padded[i], 0)
 
 
 class SignStack:
@@ -215,7 +226,7 @@ class SignStack:
 
     def __init__(self, views: Sequence[SignView]):
         self._signs = [torch.stack(column) for column in zip(*(v.signs for v in views), strict=True)]
-        self._balance = torch.stack([torch.stack([s.sum() / max(s.numel(), 1) for s in v.signs]) for v in views])
+        self._balance = torch.stack([v.balance for v in views])
         known = [v.scales for v in views if v.scales is not None]
         self._scales = torch.stack(known) if known else None
         self._sizes = self._balance.new_tensor([s[0].numel() for s in self._signs])
@@ -228,16 +239,16 @@ class SignStack:
             self._matrices: dict[int, Tensor] = {}
         sums, inside = [], []
         for i, g in enumerate(grads):
-            rows, signs = self._like(i, g)
-            sums.append(rows.abs().sum(1))
-            inside.append((rows * signs).sum(1))
+            flat, signs = self._like(i, g)
+            sums.append(flat.abs().sum(1))
+            inside.append((flat * signs).sum(1))
         scales = None if self._scales is None else self._scales[owner]
         return orthant_distance(torch.stack(sums, 1), torch.stack(inside, 1), self._sizes, self._balance[owner], scales)
 
     def _like(self, i: int, g: Tensor) -> tuple[Tensor, Tensor]:
         """A gradient and its signs as rows, in whichever order is at hand."""
         if not isinstance(g, GhostGradient):
-            return _rows(g), _rows(self._targets[i])
+            return rows(g), rows(self._targets[i])
         if i not in self._matrices:
             self._matrices[i] = g.product.as_matrix(self._targets[i]).flatten(1)
         return g.product.matrix.flatten(1), self._matrices[i]
@@ -245,7 +256,3 @@ class SignStack:
 
 def _entries(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() for t in tensors)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(1) if x.ndim > 1 else x[:, None]

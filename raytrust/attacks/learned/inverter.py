@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raytrust.attacks.inversion.engine import same_model
-from raytrust.attacks.inversion.objectives import decoded_gradient
 from raytrust.attacks.learned.encoding import Encoder
 from raytrust.attacks.learned.messages import auxiliary_messages
 from raytrust.attacks.learned.network import Fit, fit
 from raytrust.config import DenseConfig, HalfConfig, LearnedInverterConfig, PowerSGDConfig, RandKConfig
-from raytrust.leak.observation import Observation
+from raytrust.leak.observation import Observation, decoded
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,11 @@ class LearnedInverter:
         """
         if not all(_alike(s, self._seen) for s in seen):
             raise ValueError("Expected observations of the model, step and compressor that the inverter is for.")
-        decoded = torch.stack([torch.cat([g.flatten() for g in decoded_gradient(s)]) for s in seen])
-        if not bool(decoded.isfinite().all()):
+        vectors = torch.stack([torch.cat([g.flatten() for g in decoded(s).gradient]) for s in seen])
+        if not bool(vectors.isfinite().all()):
             raise ValueError("Expected finite messages, got NaN or infinity in them.")
         labels = None if self._seen.labels is None else torch.cat([s.labels for s in seen if s.labels is not None])
-        inputs = _inputs(self._encoder(decoded), labels, self._seen.classes)
+        inputs = _inputs(self._encoder(vectors), labels, self._seen.classes)
         device = next(self._network.parameters()).device
         with torch.no_grad():
             return self._network(inputs.to(device)).cpu()

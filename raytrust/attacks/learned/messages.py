@@ -53,6 +53,6 @@ def auxiliary_messages(seen: Observation, images: Tensor, labels: Tensor, seed: 
             own = int(torch.randint(2**31, (1,), generator=dice))
             compressor = build(seen.defence, shapes, own, names)
             compressor.load_public_state(seen.compressor_state)
-            sent = compressor.reduce([g[i] for g in grads], LocalChannel()).own
+            sent = compressor.reduce([g[i] for g in grads], LocalChannel()).decoded_own
             row[:] = torch.cat([part.flatten() for part in sent])
         yield decoded

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raytrust.leak.observation import Observation
+from raytrust.leak.observation import Observation, decoded
 from raytrust.persample.inner_products import products_and_norms
 
 ATTACKS = ("cosine", "gradient difference")
@@ -50,12 +50,3 @@ def message_scores(seen: Observation, x: Tensor, labels: Tensor, chunk: int = 64
         gradient_difference=2 * images * inner - squared,
         loss=-loss,
     )
-
-
-def decoded(seen: Observation) -> tuple[list[Tensor], int]:
-    """The decoded message about the victim's batch, and of how many images it is the mean."""
-    gradients = seen.build_compressor().decode(seen.messages, seen.threat.vantage)
-    if len(gradients) > 1:  # one a worker, after an all-gather
-        return gradients[seen.victim], seen.threat.batch_size
-    workers = 1 if seen.threat.vantage == "link" else seen.world_size
-    return gradients[0], seen.threat.batch_size * workers

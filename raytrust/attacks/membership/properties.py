@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from raytrust.attacks.membership.messages import decoded
-from raytrust.leak.observation import Observation
+from raytrust.leak.observation import Observation, decoded
 from raytrust.wire.channel import LocalChannel, Tap
 
 Array = NDArray[np.float64]
@@ -48,7 +47,7 @@ def property_scores(
             (gradient,) = compressor.decode(tap.messages, "link")
         own.append(_vector(gradient))
     features = torch.stack(own).double()
-    observed = torch.stack([_vector(decoded(s)[0]) for s in seen]).double()
+    observed = torch.stack([_vector(decoded(s).gradient) for s in seen]).double()
     return _classify(features.numpy(), holds.numpy(), observed.numpy())
 
 

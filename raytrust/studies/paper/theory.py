@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from raytrust.attacks.inversion import per_candidate_gradients
-from raytrust.attacks.inversion.objectives import decoded_gradient, target_view
+from raytrust.attacks.inversion.objectives import target_view
 from raytrust.config import Defence, InversionConfig, PowerSGDConfig, TopKConfig
 from raytrust.data import Dataset
-from raytrust.leak.observation import Capture, Observation
+from raytrust.leak.observation import Capture, Observation, decoded
 from raytrust.studies.evaluate import evaluate_inversion
 from raytrust.studies.paper.plan import Victim
 from raytrust.train.loop import capture_images
@@ -47,7 +47,7 @@ def examine(
     sent = capture_images(victim.train_config(defence), data, x, y, state, victim.steps)
     found: dict[str, Any] = {}
     for i, (whole, capture) in enumerate(zip(plain, sent, strict=True)):
-        figures = compare(decoded_gradient(whole.seen), decoded_gradient(capture.seen), defence)
+        figures = compare(decoded(whole.seen).gradient, decoded(capture.seen).gradient, defence)
         figures |= at_the_truth(capture.seen, x[i].float() / 255, attack)
         for name, value in figures.items():
             found.setdefault(name, []).append(value)
@@ -57,7 +57,7 @@ def examine(
     return found
 
 
-def compare(gradient: Sequence[Tensor], decoded: Sequence[Tensor], defence: Defence) -> dict[str, float]:
+def compare(gradient: Sequence[Tensor], sent: Sequence[Tensor], defence: Defence) -> dict[str, float]:
     """Of one gradient and what its message decodes to, in float64.
 
     cosine, attainable: cos(g, C(g)) and ||C(g)|| / ||g||. error: ||g - C(g)||^2 / ||g||^2. from_error: the cosine that
@@ -65,7 +65,7 @@ def compare(gradient: Sequence[Tensor], decoded: Sequence[Tensor], defence: Defe
     least that rank r allows, or the squares of what Top-K did not send. svd: the error of the truncated SVD itself,
     for PowerSGD, else discarded.
     """
-    g, c = (torch.cat([t.flatten().double() for t in tensors]) for tensors in (gradient, decoded))
+    g, c = (torch.cat([t.flatten().double() for t in tensors]) for tensors in (gradient, sent))
     square = float(g @ g)
     error = float((g - c).square().sum()) / square
     discarded = svd = 0.0

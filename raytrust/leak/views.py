@@ -1,4 +1,9 @@
-"""What an attacker who knows the compressor learns about the gradient that went in: `View` and its kinds."""
+"""What an attacker compares candidate gradients with: `View` and its kinds.
+
+Which of them the messages of a compressor are, its rule says (`raytrust.leak.rules`). Of quantised gradients the sets
+that hold them (intervals, vertices) and of ATOMO the singular directions were tried as views, too: measured, no
+attack was better with them than with what the messages decode to.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ class View(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LinearView:
     """The observed values of known linear functions of the gradient.
 
@@ -43,14 +48,15 @@ class LinearView:
         A candidate or an observation that is zero throughout is at distance 1.
         """
         measured = self.measure(grads)
-        inner = total(_rows(m) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
-        squared = total(_rows(m).square().sum(1) for m in measured)
+        inner = total(rows(m) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
+        squared = total(rows(m).square().sum(1) for m in measured)
+        # Clamped before the root: at zero the slope of a root is infinite, and the candidate would never come back.
         tiny = torch.finfo(squared.dtype).tiny
         return 1 - inner / (squared.clamp_min(tiny).sqrt() * self._norm.clamp_min(tiny**0.5))
 
+    # Cached, as an attack asks for it in every iteration.
     @cached_property
     def _norm(self) -> Tensor:
-        """Of what was observed; it is asked for in every iteration of an attack."""
         return torch.sqrt(total(o.square().sum() for o in self.observed))
 
 
@@ -74,11 +80,8 @@ class FactorView(LinearView):
     observed: all right M^T, then all left M, then the vectors.
     """
 
-    matrices: dict[int, tuple[int, int]]
-    rights: Sequence[Tensor]
-    lefts: Sequence[Tensor]
-    vectors: Sequence[int]
-
+    # The factors are attributes besides the functions that use them, because factors of equal shapes can be stacked,
+    # and functions can't.
     def __init__(
         self,
         observed: Sequence[Tensor],
@@ -88,6 +91,8 @@ class FactorView(LinearView):
         vectors: Sequence[int],
         shapes: Sequence[torch.Size],
     ):
+        self.matrices, self.rights, self.lefts, self.vectors = matrices, rights, lefts, vectors
+
         def measure(grads: Sequence[Tensor]) -> list[Tensor]:
             reshaped = [grads[i].reshape(len(grads[i]), *size) for i, size in matrices.items()]
             return [
@@ -107,38 +112,6 @@ class FactorView(LinearView):
             return grads
 
         super().__init__(observed, measure, adjoint)
-        for name, value in (("matrices", matrices), ("rights", rights), ("lefts", lefts), ("vectors", vectors)):
-            object.__setattr__(self, name, value)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(batch, *shape) -> (batch, entries), for any shape: without entries, or a scalar's."""
-    return x.flatten(1) if x.ndim > 1 else x[:, None]
-
-
-def total(terms: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(terms)).sum(0)
-
-
-@dataclass(frozen=True)
-class TensorwiseView:
-    """A linear view whose measurements are compared one by one, for gradients that were quantised.
-
-    Where the noise is as large in each entry, or each has one bit, the cosine of the whole listens to the few tensors
-    of large gradients alone.
-    """
-
-    view: LinearView
-
-    def distance(self, grads: Sequence[Tensor]) -> Tensor:
-        """1 - cosine of each measurement, averaged by their entries; in [0, 2], 0 at the observed ones."""
-        sizes = [o.numel() for o in self.view.observed]
-        terms = zip(sizes, self._parts, self.view.measure(grads), strict=True)
-        return total(size / sum(sizes) * part.distance([m]) for size, part, m in terms if size)
-
-    @cached_property
-    def _parts(self) -> list[LinearView]:
-        return [identity_view([o]) for o in self.view.observed]
 
 
 class SparseView(LinearView):
@@ -148,9 +121,6 @@ class SparseView(LinearView):
     bound: of all parameters (), or one for each (parameters,).
     """
 
-    positions: Sequence[Tensor]
-    bound: Tensor | None
-
     def __init__(
         self,
         observed: Sequence[Tensor],
@@ -158,8 +128,10 @@ class SparseView(LinearView):
         shapes: Sequence[torch.Size],
         bound: Tensor | None = None,
     ):
+        self.positions, self.bound = positions, bound
+
         def measure(grads: Sequence[Tensor]) -> list[Tensor]:
-            return [_rows(g)[:, p] for g, p in zip(grads, positions, strict=True)]
+            return [rows(g)[:, p] for g, p in zip(grads, positions, strict=True)]
 
         def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
             return [
@@ -168,28 +140,48 @@ class SparseView(LinearView):
             ]
 
         super().__init__(observed, measure, adjoint)
-        object.__setattr__(self, "positions", positions)
-        object.__setattr__(self, "bound", bound)
 
     def excess(self, grads: Sequence[Tensor]) -> Tensor:
         """By how much entries that were not sent exceed the bound: the sum of squares, relative to that of what was
         sent, (batch,), at the scale at which a candidate fits best what was sent. Zero at the true gradient, and
         without a bound."""
         measured = self.measure(grads)
-        inner = total(_rows(m) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
+        inner = total(rows(m) @ o.flatten() for m, o in zip(measured, self.observed, strict=True))
         if self.bound is None:
             return torch.zeros_like(inner)
-        squared = total(_rows(m).square().sum(1) for m in measured)
+        # The distance is a cosine, which leaves a candidate's scale open, and the bound is a length: so the scale is
+        # fitted first, and not below zero, where the bound would favour the negative.
+        squared = total(rows(m).square().sum(1) for m in measured)
         scale = (inner / squared.clamp_min(torch.finfo(squared.dtype).tiny)).clamp_min(0)
         bounds = self.bound.expand(len(self.positions))
         beyond = total(
-            (scale[:, None] * _rows(g).abs() - b).clamp_min(0).index_fill(1, p, 0.0).square().sum(1)
+            (scale[:, None] * rows(g).abs() - b).clamp_min(0).index_fill(1, p, 0.0).square().sum(1)
             for g, p, b in zip(grads, self.positions, bounds, strict=True)
         )
         return beyond / total(o.square().sum() for o in self.observed).clamp_min(torch.finfo(beyond.dtype).tiny)
 
 
-@dataclass(frozen=True)
+class TensorwiseView:
+    """A linear view whose measurements are compared one by one, for gradients that were quantised.
+
+    weights: of each measurement, of which their shares are kept; by default the number of its entries.
+    """
+
+    # A cosine over the whole gradient is dominated by the few tensors of large gradients. Noise of quantisation is as
+    # large in every entry, and a sign is one bit whatever the magnitude: there the other tensors tell as much.
+    def __init__(self, view: LinearView, weights: Sequence[float] | None = None):
+        self.view = view
+        self._parts = [identity_view([o]) for o in view.observed]
+        sizes = [o.numel() for o in view.observed]
+        self.weights = _shares(sizes if weights is None else weights)
+
+    def distance(self, grads: Sequence[Tensor]) -> Tensor:
+        """1 - cosine of each measurement, weighted; in [0, 2], 0 at the observed ones, 1 where nothing was observed."""
+        terms = zip(self.weights, self._parts, self.view.measure(grads), strict=True)
+        return total(weight * part.distance([m]) for weight, part, m in terms if weight)
+
+
+@dataclass(eq=False)
 class SignView:
     """The orthant of the gradient and, for each tensor, its mean magnitude if that was sent (signSGD, EF-signSGD).
 
@@ -204,17 +196,14 @@ class SignView:
         entries; of a tensor of zeros, which are sent as 1, the share of other signs. Plus, where scales are known, 1 -
         cosine of the tensors' L1 norms with the known ones. Zero at the true gradient; a candidate's scale, which says
         little far from it, is not part of it.
-
-        By tensor, because every sign is one bit, whatever the magnitude: over all tensors at once, the few of large
-        gradients would be all that counts.
         """
         sizes = grads[0].new_tensor([s.numel() for s in self.signs])
-        sums = torch.stack([_rows(g).abs().sum(1) for g in grads], 1)
-        inside = torch.stack([_rows(g) @ s.flatten() for g, s in zip(grads, self.signs, strict=True)], 1)
-        return orthant_distance(sums, inside, sizes, self._balance, self.scales)
+        sums = torch.stack([rows(g).abs().sum(1) for g in grads], 1)
+        inside = torch.stack([rows(g) @ s.flatten() for g, s in zip(grads, self.signs, strict=True)], 1)
+        return orthant_distance(sums, inside, sizes, self.balance, self.scales)
 
     @cached_property
-    def _balance(self) -> Tensor:
+    def balance(self) -> Tensor:
         """The mean of each tensor's signs, (parameters,); of a tensor without entries 0."""
         return torch.stack([s.sum() / max(s.numel(), 1) for s in self.signs])
 
@@ -226,91 +215,25 @@ def orthant_distance(
 
     sizes: (parameters,), entries. balance, scales: of each tensor's signs, (parameters,) or (batch, parameters).
     """
+    # By tensor, for the reason of `TensorwiseView`: over all at once, the few of large gradients would be all.
     inside = torch.where(sums > 0, inside / sums.clamp_min(torch.finfo(sums.dtype).tiny), balance)
     outside = (1 - inside) @ (sizes / sizes.sum().clamp_min(1) / 2)
     return outside if scales is None else outside + 1 - _cosine(sums, scales * sizes)
 
 
-@dataclass(frozen=True)
-class IntervalView:
-    """An interval for every entry of the gradient. middle, radius: one tensor a parameter, like it."""
-
-    middle: Sequence[Tensor]
-    radius: Sequence[Tensor]
-
-    def distance(self, grads: Sequence[Tensor]) -> Tensor:
-        """The squared distance to the box, relative to its centre's squared norm; zero at the true gradient."""
-        beyond = total(
-            _rows(((g - m).abs() - r).clamp_min(0)).square().sum(1)
-            for g, m, r in zip(grads, self.middle, self.radius, strict=True)
-        )
-        norm = total(m.square().sum() for m in self.middle)
-        return beyond / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+def rows(x: Tensor) -> Tensor:
+    """(batch, *shape) -> (batch, entries), for any shape: without entries, or a scalar's."""
+    return x.flatten(1) if x.ndim > 1 else x[:, None]
 
 
-@dataclass(frozen=True)
-class VertexView:
-    """Vertices of the cross-polytope drawn with probabilities that the gradient sets (vqSGD).
-
-    indices, signs: (samples,): the axis of each vertex, and its side. norm: of the gradient. shapes: of the parameters.
-    """
-
-    indices: Tensor
-    signs: Tensor
-    norm: Tensor
-    shapes: Sequence[torch.Size]
-
-    def distance(self, grads: Sequence[Tensor]) -> Tensor:
-        """The mean negative log-likelihood of the vertices (nats) in excess of that under a gradient all along them.
-
-        Not zero at the true gradient, but least there in the mean over draws. It does not depend on the candidate's
-        scale, as the norm is known.
-        """
-        d = sum(s.numel() for s in self.shapes)
-        tiny = torch.finfo(torch.float32).tiny
-        length = total(_rows(g).square().sum(1) for g in grads).clamp_min(tiny).sqrt()
-        mass = total(_rows(g).abs().sum(1) for g in grads) / length / d**0.5
-        even = (1 - mass).clamp_min(1e-6) / (2 * d)
-        starts = torch.tensor([0, *[s.numel() for s in self.shapes]], device=self.indices.device).cumsum(0)
-        order = self.indices.argsort()
-        indices, signs = self.indices[order], self.signs[order]
-        cuts = torch.searchsorted(indices, starts).tolist()
-        chosen = torch.cat(
-            [_rows(g)[:, indices[a:b] - s] for g, a, b, s in zip(grads, cuts, cuts[1:], starts.tolist(), strict=False)],
-            dim=1,
-        )
-        along = (chosen * signs).clamp_min(0) / length[:, None] / d**0.5
-        return -(along + even[:, None]).log().mean(1) - 0.5 * torch.log(torch.tensor(float(d)))
+def total(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum(0)
 
 
-@dataclass(frozen=True)
-class SpectralView:
-    """Singular vectors of some of the gradient's matrices, and other tensors as they are (ATOMO).
-
-    triples: by parameter, weights (r,), u (r, n), v (r, m): M v_i points along u_i and M^T u_i along v_i, how far is
-    not known. vectors: by parameter, the tensor.
-    """
-
-    triples: dict[int, tuple[Tensor, Tensor, Tensor]]
-    vectors: dict[int, Tensor]
-
-    def distance(self, grads: Sequence[Tensor]) -> Tensor:
-        """The mean of 1 - cosine over all directions and tensors, weighted by their squares; in [0, 2], zero at the
-        true gradient, 1 for zeros."""
-        terms, weights = [], []
-        for i, (weight, u, v) in self.triples.items():
-            if not len(weight):
-                continue
-            matrix = grads[i].reshape(len(grads[i]), u.shape[1], v.shape[1])
-            square = weight.square()
-            for found, expected in ((v @ matrix.mT, u), (u @ matrix, v)):  # (batch, r, n) and (batch, r, m)
-                terms.append(((1 - _cosine(found, expected)) * square).sum(1))
-                weights.append(square.sum())
-        for i, vector in self.vectors.items():
-            square = vector.square().sum()
-            terms.append((1 - _cosine(_rows(grads[i]), vector.flatten())) * square)
-            weights.append(square)
-        return total(terms) / total(weights).clamp_min(torch.finfo(torch.float32).tiny)
+def _shares(weights: Sequence[float]) -> list[float]:
+    """Of their sum; equal ones where all are 0, as where nothing was observed."""
+    whole = sum(weights)
+    return [weight / whole if whole else 1 / len(weights) for weight in weights]
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
