@@ -31,7 +31,7 @@ from raytrust.config import (
     parse_defence,
 )
 from raytrust.config.attacks import NAMED
-from raytrust.config.parsing import SYNTAX
+from raytrust.config.parsing import syntax
 
 # Audited always, in this order. Methods whose paper has error feedback are audited with it; Top-K sends the bytes of
 # the PowerSGD whose rank stands behind it.
@@ -121,7 +121,7 @@ def _parser() -> cli.Parser:
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
     add("--preset", choices=list(PRESETS), help="quick: minutes on a laptop; paper: full ResNet-18, 10 images")
     add("--trials", type=int, metavar="N", help="defences in all; those beyond the list are chosen by the search")
-    add("--defence", action="append", metavar="NAME", help=f"audit this instead of the list; repeatable; {SYNTAX}")
+    add("--defence", action="append", metavar="NAME", help=f"audit this instead of the list; repeatable; {syntax()}")
     add("--workers", type=int, metavar="N", help="Ray Train workers")
     add("--network", choices=["resnet18", "convnet", "resnet20", "lenet"], help="what is trained")
     add("--stem", choices=["cifar", "imagenet"], help="of ResNet-18")

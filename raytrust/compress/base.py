@@ -8,18 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrust.compress.interface import Layout, Scratch
+from raytrust.compress.interface import Layout, Scratch, Vantage
 from raytrust.compress.state import Memory, State, expect_metadata, expect_tensors, metadata
+from raytrust.compress.views import View, identity_view
+from raytrust.wire.channel import Message
 
 
 class Base:
     """A method with options `config`; by itself without state.
 
-    memory: kinds of vectors that a worker keeps to itself, `self._memory`. A method with more state overrides
+    seed: of what is random in the method, the same on all workers. memory: kinds of vectors that a worker keeps to
+    itself, `self._memory`. A method with more state overrides
     `public_state` and `_take_public`, or, of what is not public, `_tensors` and `_take`: they get what fits.
     """
 
-    def __init__(self, config: Any, layout: Layout, *memory: str):
+    def __init__(self, config: Any, layout: Layout, seed: int = 0, memory: Sequence[str] = ()):
         self.layout = layout
         self._config = config
         self._memory = Memory(layout, *memory)
@@ -31,6 +34,14 @@ class Base:
     def load_public_state(self, state: dict[str, Tensor]) -> None:
         expect_tensors(state, self.public_state(), "public state")
         self._take_public(state)
+
+    def view(self, messages: Sequence[Message], vantage: Vantage, victim: int = 0) -> View:
+        """What the messages decode to, as if it were the whole gradient: the least that an attacker knows."""
+        decoded = self.decode(messages, vantage)
+        return identity_view(decoded[victim] if len(decoded) > 1 else decoded[0])
+
+    def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
+        raise NotImplementedError
 
     def state_dict(self) -> State:
         return {

@@ -10,7 +10,7 @@ from torch import Tensor
 from raytrust.compress.base import Base
 from raytrust.compress.interface import FlatGradients, Layout, Reduced, Vantage, chunks
 from raytrust.compress.views import LinearView, identity_view
-from raytrust.config import DenseConfig, HalfConfig
+from raytrust.config import DenseConfig, HalfConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
@@ -26,11 +26,9 @@ class _Whole(Base):
         return identity_view(self.decode(messages, vantage)[0])
 
 
+@register.compressor(DenseConfig)
 class Dense(_Whole):
     """Sends 4 bytes an entry; own == grads."""
-
-    def __init__(self, layout: Layout):
-        super().__init__(DenseConfig(), layout)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
@@ -40,6 +38,7 @@ class Dense(_Whole):
         return Reduced(self.layout.unflatten(mean), lambda: self.layout.unflatten(flat))
 
 
+@register.compressor(HalfConfig)
 class Half(_Whole):
     """Sends 2 bytes an entry, rounded to nearest: fp16 (5 bits of exponent) or bf16 (8), as DDP's own hooks do.
 
@@ -48,7 +47,7 @@ class Half(_Whole):
     the format it is the mean of `own`, and what the view measures of the true gradient is what was observed.
     """
 
-    def __init__(self, config: HalfConfig, layout: Layout):
+    def __init__(self, config: HalfConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout)
         self._dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.dtype]
 

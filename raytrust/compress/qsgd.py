@@ -13,10 +13,11 @@ from raytrust.compress.base import Counting
 from raytrust.compress.interface import Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.packing import pack_codes, unpack_codes
 from raytrust.compress.views import IntervalView
-from raytrust.config import QSGDConfig
+from raytrust.config import QSGDConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
+@register.compressor(QSGDConfig)
 class QSGD(Counting):
     """Each bucket of d entries is sent as its norm and, an entry, a level in -s..s of s = 2^(bits-1) - 1: stochastic
     rounding of s x / norm. Bytes: ceil(N bits / 8) + 4 ceil(N / d), without the entropy code of the paper.

@@ -13,10 +13,11 @@ from raytrust.compress.interface import Layout, Reduced, Vantage
 from raytrust.compress.sparse import sparse_view
 from raytrust.compress.state import State
 from raytrust.compress.views import SparseView
-from raytrust.config import RandKConfig
+from raytrust.config import RandKConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
+@register.compressor(RandKConfig)
 class RandK(Counting):
     """Sends k entries drawn without replacement, the same ones on all workers: one all-reduce of values, 4 k bytes.
 

@@ -11,10 +11,11 @@ from raytrust.compress.base import Base
 from raytrust.compress.interface import CHUNK, FlatGradients, Layout, Reduced, Vantage, senders, sent_by
 from raytrust.compress.signs import SignCode
 from raytrust.compress.views import SignView
-from raytrust.config import ScaledSignConfig
+from raytrust.config import ScaledSignConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
+@register.compressor(ScaledSignConfig)
 class ScaledSign(Base):
     """Sends every tensor x as mean|x| sign(x): one bit an entry and a float32 a tensor, ceil(N/8) + 4 x tensors bytes.
 
@@ -22,8 +23,8 @@ class ScaledSign(Base):
     tensor of d entries (Karimireddy et al. 2019, Lemma 8). A zero counts as positive.
     """
 
-    def __init__(self, layout: Layout):
-        super().__init__(ScaledSignConfig(), layout)
+    def __init__(self, config: ScaledSignConfig, layout: Layout, seed: int = 0):
+        super().__init__(config, layout)
         self._code = SignCode(layout, self._scratch)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:

@@ -11,10 +11,11 @@ from raytrust.compress.base import Base
 from raytrust.compress.interface import FlatGradients, Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.signs import SignCode
 from raytrust.compress.views import SignView
-from raytrust.config import SignSGDConfig
+from raytrust.config import SignSGDConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
+@register.compressor(SignSGDConfig)
 class SignSGD(Base):
     """Sends the sign of every entry, one bit: ceil(N/8) bytes. The step is the majority's sign, 0 where votes tie.
 
@@ -23,8 +24,8 @@ class SignSGD(Base):
     workers count the votes of all, where Bernstein et al. have a server do so.
     """
 
-    def __init__(self, config: SignSGDConfig, layout: Layout):
-        super().__init__(config, layout, *(["momentum"] if config.momentum else []))
+    def __init__(self, config: SignSGDConfig, layout: Layout, seed: int = 0):
+        super().__init__(config, layout, memory=["momentum"] if config.momentum else [])
         self._momentum = config.momentum
         self._code = SignCode(layout, self._scratch)
 

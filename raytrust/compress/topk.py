@@ -11,10 +11,11 @@ from raytrust.compress.interface import Layout, Reduced, Vantage
 from raytrust.compress.powersgd import floats_sent
 from raytrust.compress.sparse import Sparse, largest
 from raytrust.compress.views import SparseView
-from raytrust.config import TopKConfig
+from raytrust.config import TopKConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
+@register.compressor(TopKConfig)
 class TopK(Sparse):
     """Sends the k entries of largest magnitude with their positions: float32 values and int32 indices, 8 k bytes.
 
@@ -23,7 +24,7 @@ class TopK(Sparse):
     guarantee then holds layer by layer.
     """
 
-    def __init__(self, config: TopKConfig, layout: Layout):
+    def __init__(self, config: TopKConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout)
         self.k = max(1, min(layout.entries, _k(config, layout))) if layout.entries else 0
         self._ks = _share_out(self.k, layout.sizes) if config.scope == "layer" else None

@@ -12,10 +12,11 @@ from raytrust.compress.base import Counting
 from raytrust.compress.interface import Layout, Reduced, Vantage, chunks, senders, sent_by
 from raytrust.compress.packing import pack_words, unpack_words
 from raytrust.compress.views import VertexView
-from raytrust.config import VqSGDConfig
+from raytrust.config import VqSGDConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
+@register.compressor(VqSGDConfig)
 class VqSGD(Counting):
     """The gradient, of norm n in d dimensions, lies in the hull of the 2d points +-n sqrt(d) e_i. It is sent as n and
     `samples` of these vertices, drawn so that their mean is the gradient: 4 + ceil(samples ceil(log2 2d) / 8) bytes.

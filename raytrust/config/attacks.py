@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from raytrust.config.compressors import (
     Defence,
@@ -15,6 +15,7 @@ from raytrust.config.compressors import (
     SignSGDConfig,
     VqSGDConfig,
 )
+from raytrust.config.register import ATTACKS, OBJECTIVES
 from raytrust.config.values import expect, expect_choices
 
 
@@ -62,8 +63,8 @@ class InversionConfig:
     signed: Literal["none", "hard", "soft"] = "soft"
     capture_step: int = 0
     seed: int = 0
-    method: Literal["optimise", "analytic"] = "optimise"
-    matching: Literal["cosine", "tensors", "l2", "l1"] = "cosine"
+    method: Annotated[str, ATTACKS] = "optimise"
+    matching: Annotated[str, OBJECTIVES] = "cosine"
     optimiser: Literal["adam", "lbfgs"] = "adam"
     schedule: Literal["steps", "cosine", "constant"] = "cosine"
     warmup: int = 0
