@@ -1,4 +1,4 @@
-"""What the programs in sweeps/ have in common: how they refuse, resume and end. Imports nothing that takes time."""
+"""What the programs have in common: how they refuse, resume and end. Imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from raytrust.cluster.interrupts import Terminated, exit_code, raising
+from raytrust.config.register import PLUGINS, load_plugins
 from raytrust.reports import tracking_uri
 
 STARTED = time.monotonic()  # of the program, near enough: libraries that take time load later
+CONSOLE = "raytrust "  # how the console program begins `sys.argv`, which says how a program was called
 NAMED_DATA = ("digits", "faces", "cifar10", "cifar100", "mnist")
 
 
@@ -28,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program: str, text: str | None):
         text = (text or "").split("\n\n")[0]
-        super().__init__(program, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        named = command(program)
+        super().__init__(named, f"{named} [options]", text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """One line without passwords, exit code 2."""
@@ -43,16 +46,18 @@ class Parser(argparse.ArgumentParser):
             self.error(_one_line(error))
 
     def add_places(self, noun: str) -> None:
-        """The options on where a program's results, its cluster and its log are."""
-        add = self.add_argument
-        add("--seed", type=int, metavar="N", help="of everything that is random")
+        """The options on where a program's results, its cluster and its log are, and code of the user's."""
+        add = self.add_argument_group("places").add_argument
+        add("--plugin", action="append", metavar="FILE", help="a Python file or module that registers a network, a "
+            f"compressor, an objective or an attack: docs/extend.md; repeatable; also those of {PLUGINS}")  # fmt: skip
         add("--output", type=Path, metavar="DIR", help="a new directory for the results")
         add("--resume", type=Path, metavar="DIR", help=f"go on with the {noun} in DIR")
         add("--address", metavar="ADDRESS", help="of a Ray cluster; a local one is started if none is given")
         add("--tracking-uri", metavar="URI", help="of an MLflow store; sqlite in the output directory if none is given")
 
 
-PLACES: dict[str, Any] = dict(seed=0, output=None, resume=None, address=None, tracking_uri=None)  # their defaults
+# Their defaults; chosen: the options that were given, when the run began or since.
+PLACES: dict[str, Any] = dict(output=None, resume=None, address=None, tracking_uri=None, plugin=(), chosen=())
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class Directory:
         else:
             options = new(options)
         options = {**defaults, **options}
+        options["chosen"] = sorted({*options["chosen"], *vars(given)})
         default = Path("results") / time.strftime(f"{self.program}-%Y%m%d-%H%M%S")
         root = (resume or options["output"] or default).resolve()
         return Namespace(**{**options, "tracking_uri": _tracking_uri(options["tracking_uri"], root)}), root
@@ -106,6 +112,26 @@ class Directory:
             kept["tracking_uri"] = tracking_uri.without_password(kept["tracking_uri"])
         return kept
 
+    def launch(
+        self,
+        parser: Parser,
+        arguments: Sequence[str] | None,
+        defaults: dict[str, Any],
+        new: Callable[[dict[str, Any]], dict[str, Any]],
+        begin: Callable[[Namespace, Path], Callable[[], int]],
+    ) -> int:
+        """The exit code of a program: of the work that `begin` makes of its options and directory, or 2.
+
+        begin: refuses what is wrong, as ValueError or OSError, before anything that takes time has started.
+        """
+        given = parser.parse_args(arguments)
+        with parser.refusing():
+            options, root = self.resolve(given, defaults, new)
+            options.plugin = load_plugins(options.plugin)
+            self.check_free(root, options)
+            work = begin(options, root)
+        return self.run(root, options, work)
+
     def check_free(self, root: Path, options: Namespace) -> None:
         """Raises ValueError if a new run would write into a directory that holds something, OSError if it is a file."""
         if options.resume is None and root.exists() and any(root.iterdir()):
@@ -122,7 +148,7 @@ class Directory:
             _say(f"\n{kept} Go on with: {resumption(root, options)}", sys.stdout)
             return exit_code(error)
         except (ValueError, OSError) as error:
-            _say(f"{self.program}.py: error: {tracking_uri.scrub(_one_line(error))}", sys.stderr)
+            _say(f"{command(self.program)}: error: {tracking_uri.scrub(_one_line(error))}", sys.stderr)
             return 2
 
 
@@ -172,7 +198,17 @@ def _tracking_uri(uri: str | None, root: Path) -> str | None:
 def resumption(root: Path, options: Namespace) -> str:
     """The command that goes on with the run in `root`, for a shell."""
     address = ("--address", options.address) if options.address else ()
-    return shlex.join(["python", sys.argv[0], "--resume", str(root), *address])
+    return shlex.join([*called_as(), "--resume", str(root), *address])
+
+
+def called_as() -> list[str]:
+    """The words by which this program was called, without its options."""
+    return sys.argv[0].split() if sys.argv[0].startswith(CONSOLE) else ["python", sys.argv[0]]
+
+
+def command(script: str) -> str:
+    """What errors name: a sub-command of the console program, or the script."""
+    return sys.argv[0] if sys.argv[0].startswith(CONSOLE) else f"{script}.py"
 
 
 def given(arguments: Sequence[str]) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from contextlib import suppress
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -57,20 +58,32 @@ def parse_defence(text: str) -> Defence:
 def parse_text(hint: Any, text: str) -> Any:
     """The text as a value of a field's type, whose range is not checked. Raises ValueError where it is none.
 
-    Items of tuples stand between commas.
+    Items of a tuple stand between commas; those of a pair, NAME=VALUE, beside a sign of equality.
     """
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType, Annotated):
+    if origin in (Union, types.UnionType):
+        return _first(arguments, text)
+    if origin is Annotated:
         return parse_text(arguments[0], text)
     if origin is Literal:
         return type(arguments[0])(text)
-    if origin is tuple:
+    if origin is tuple and arguments[-1] is ...:
         return tuple(parse_text(arguments[0], item) for item in text.split(",") if item)
+    if origin is tuple:
+        return tuple(parse_text(of, item) for of, item in zip(arguments, text.split("=", 1), strict=True))
     if hint is bool:
         if text not in ("True", "False"):
             raise ValueError(f"Expected {text!r} to be True or False.")
         return text == "True"
     return hint(text)
+
+
+def _first(hints: tuple[Any, ...], text: str) -> Any:
+    """As a value of the first of these types that takes the text."""
+    for hint in (h for h in hints if h is not type(None)):
+        with suppress(ValueError):
+            return parse_text(hint, text)
+    raise ValueError(f"Expected {text!r} to be of one of {len(hints)} types.")
 
 
 def _main(kind: type) -> str | None:

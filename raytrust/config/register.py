@@ -141,10 +141,10 @@ def attack(name: str) -> Callable[[C], C]:
     return _into(ATTACKS, name)
 
 
-def load_plugins(plugins: Sequence[str] = ()) -> None:
-    """Import these files and modules, and those of RAYTRUST_PLUGINS, each once. Processes started later do so, too.
+def load_plugins(plugins: Sequence[str] = ()) -> list[str]:
+    """Import these files and modules, and those of RAYTRUST_PLUGINS, each once; processes started later do so, too.
 
-    Raises ValueError for what can't be imported.
+    Returns all of them, files by their absolute path. Raises ValueError for what can't be imported.
     """
     wanted = list(dict.fromkeys([*active_plugins(), *map(_absolute, plugins)]))
     for plugin in wanted:
@@ -157,6 +157,7 @@ def load_plugins(plugins: Sequence[str] = ()) -> None:
                 raise
     if plugins:
         os.environ[PLUGINS] = os.pathsep.join(wanted)
+    return wanted
 
 
 def active_plugins() -> list[str]:

@@ -22,17 +22,17 @@ class ModelConfig:
     al., with `width` channels in its first stage (16 in their paper); lenet three convolutions of `width` channels with
     sigmoids and a linear layer (Zhu et al. 2019; 12 in their paper).
 
-    name: one of these or of those that are registered, package.module:function, or torchvision:NAME.
+    name: one of these, one that is registered, package.module:function, or torchvision:NAME.
     stem: of resnet18: "cifar" is a 3x3 convolution of stride 1 and no max-pool, "imagenet" torchvision's 7x7 stem.
     width: channels of the first stage; by default that of the paper, and 64 for convnet. Other networks are given it
         where it is set.
-    options: further ones of a network that is not shipped, as (name, value).
+    options: further options of a network that is not shipped, on a command line as depth=3,bias=False.
     """
 
     name: Annotated[str, NETWORKS] = "resnet18"
     stem: Literal["cifar", "imagenet"] = "cifar"
     width: int | None = None
-    options: tuple[tuple[str, int | float | str | bool], ...] = field(default=(), metadata=ADDED)
+    options: tuple[tuple[str, int | float | bool | str], ...] = field(default=(), metadata=ADDED)
 
     def __post_init__(self) -> None:
         expect_choices(self)
@@ -42,8 +42,17 @@ class ModelConfig:
         named = [name for name, _ in self.options]
         expect(len(set(named)) == len(named), "options", self.options, "to give each option once")
         object.__setattr__(self, "options", tuple(sorted(self.options)))  # equal networks have one digest
-        takes = not self.options or self.name not in _WIDTHS
-        expect(takes, "options", self.options, f"to be empty for {self.name}, which has stem and width")
+        expect(
+            not (self.options and self.shipped),
+            "options",
+            self.options,
+            f"to be empty for {self.name}, which has stem and width",
+        )
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is one of the package's own."""
+        return self.name in _WIDTHS
 
     @property
     def title(self) -> str:
@@ -85,8 +94,12 @@ class Threat:
 class CaptureConfig:
     """Which steps of training are captured, and for how many private batches.
 
-    The first `tuning` batches serve to choose an attack, the following `evaluation` batches to report it. The two sets
-    share no image, and both are the same for every defence of one seed, so that defences are compared in pairs.
+    The two sets of batches share no image, and both are the same for every defence of one seed, so that defences are
+    compared in pairs.
+
+    steps: of training at which messages are captured.
+    tuning: private batches on which attacks are chosen.
+    evaluation: further private batches, on which leakage is reported.
     """
 
     steps: tuple[int, ...] = (0,)
@@ -105,8 +118,15 @@ class CaptureConfig:
 class TrainConfig:
     """One training run: everything that decides what crosses the wire, but for the data.
 
-    batch_size: images a worker and step. learning_rate: the peak of a schedule that rises over the first tenth of the
-    steps and then falls linearly to zero. Optimiser: SGD with Nesterov momentum, on the mean gradient of all workers.
+    The optimiser is SGD with Nesterov momentum, on the mean gradient of all workers.
+
+    workers: how many train together.
+    batch_size: images a worker and step.
+    steps: how long training is.
+    learning_rate: the peak of a schedule that rises over the first tenth of the steps and then falls linearly to zero.
+    momentum: of the optimiser, in [0, 1).
+    weight_decay: of the optimiser, on all parameters.
+    seed: of everything that is random.
     """
 
     defence: Defence = field(default_factory=Defence)

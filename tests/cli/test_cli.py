@@ -97,7 +97,7 @@ def begin(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--colour", "red"], "--colour red"),
+        (["--flavour", "red"], "--flavour red"),
         (["--work", "1"], "--work 1"),  # no abbreviations: they change their meaning when options are added
         (["stray"], "stray"),
         (["--workers", "two"], "--workers: invalid int value: 'two'"),

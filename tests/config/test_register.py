@@ -297,7 +297,7 @@ def test_a_network_by_its_import_path() -> None:
     again, other = (build_model(config, 1, 3, seed) for seed in (1, 2))
     assert all(map(torch.equal, model.parameters(), again.parameters()))
     assert not all(map(torch.equal, model.parameters(), other.parameters()))
-    check_network(config, 1, 3, (8, 8))
+    check_network(config, (1, 8, 8), 3)
     assert digest(replace(config, options=())) != digest(config) != digest(replace(config, width=None))
     two = (("width", 2), ("bias", True))
     assert ModelConfig(PATH, options=two) == ModelConfig(PATH, options=two[::-1])
@@ -319,7 +319,7 @@ def test_a_network_by_its_import_path() -> None:
 )
 def test_a_network_that_does_not_fit(config: ModelConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_network(config, 1, 3, (9, 9))
+        check_network(config, (1, 9, 9), 3)
 
 
 def test_options_of_a_network_are_checked() -> None:
@@ -331,7 +331,7 @@ def test_options_of_a_network_are_checked() -> None:
 
 @pytest.mark.parametrize("name", ["resnet34", "mobilenet_v3_small", "squeezenet1_1"])
 def test_a_network_of_torchvision_takes_images_of_one_channel(name: str) -> None:
-    check_network(ModelConfig(f"torchvision:{name}"), 1, 7, (32, 32))
+    check_network(ModelConfig(f"torchvision:{name}"), (1, 32, 32), 7)
     assert build_model(ModelConfig(f"torchvision:{name}"), 3, 7, 0)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
 
 
