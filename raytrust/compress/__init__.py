@@ -29,7 +29,7 @@ from raytrust.compress.base import Base
 from raytrust.compress.ddp import ddp_comm_hook
 from raytrust.compress.error_feedback import ErrorFeedback
 from raytrust.compress.expansion import expansion_remark
-from raytrust.compress.interface import Compressor, Layout, Reduced, Vantage
+from raytrust.compress.interface import Compressor, Layout, Reduced, Vantage, senders
 from raytrust.compress.state import redistribute
 from raytrust.compress.views import LinearView, SparseView, View, identity_view
 from raytrust.config import Defence
@@ -50,6 +50,7 @@ __all__ = [
     "expansion_remark",
     "identity_view",
     "redistribute",
+    "senders",
 ]
 
 
