@@ -193,7 +193,8 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
     from raytrust.cli.frontier import Spaces, run_sweep
     from raytrust.reports.frontier_report import Program
 
-    called = shlex.join(cli.called_as())
+    called, given = shlex.join(cli.called_as()), cli.given(sys.argv[1:])
+    given.pop("--plugin", None)  # it is among the words of the call
     rows = run_sweep(
         sweep,
         Spaces(DEFENCE_SPACE, _attack_space(options, sweep.train.capture.steps)),
@@ -205,7 +206,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
         parallel=options.parallel,
         device=options.device,
         hours=options.hours,
-        program=Program(called, cli.given(sys.argv[1:]), RUN.keep(options), cli.STARTED),
+        program=Program(called, given, RUN.keep(options), cli.STARTED),
     )
     return 0 if any(row["status"] == "finished" for row in rows) else 1
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from raytrust.cluster.interrupts import Terminated, exit_code, raising
-from raytrust.config.register import PLUGINS, load_plugins
+from raytrust.config.register import PLUGINS, active_plugins, load_plugins, module_of
 from raytrust.reports import tracking_uri
 
 STARTED = time.monotonic()  # of the program, near enough: libraries that take time load later
@@ -104,7 +104,7 @@ class Directory:
 
     def keep(self, options: Namespace, dropped: Sequence[str] = ()) -> dict[str, Any]:
         """The options that a resumed run takes over, from whatever directory it is resumed."""
-        dropped = ("output", "resume", "address", *dropped)
+        dropped = ("output", "resume", "address", "plugin", *dropped)  # a directory brings in no code
         kept = {k: v for k, v in vars(options).items() if k not in dropped}
         if kept.get("data", "digits") not in NAMED_DATA:
             kept["data"] = str(Path(kept["data"]).expanduser().resolve())
@@ -127,7 +127,9 @@ class Directory:
         given = parser.parse_args(arguments)
         with parser.refusing():
             options, root = self.resolve(given, defaults, new)
-            options.plugin = load_plugins(options.plugin)
+            # Who names a function on the command line has it imported; a directory that names one has not.
+            named = {module_of(str(vars(given).get(name))) for name in ("network", "matching", "method")}
+            load_plugins([*options.plugin, *sorted(module for module in named if module not in (None, "torchvision"))])
             self.check_free(root, options)
             work = begin(options, root)
         return self.run(root, options, work)
@@ -202,8 +204,9 @@ def resumption(root: Path, options: Namespace) -> str:
 
 
 def called_as() -> list[str]:
-    """The words by which this program was called, without its options."""
-    return sys.argv[0].split() if sys.argv[0].startswith(CONSOLE) else ["python", sys.argv[0]]
+    """The words by which this program was called, without its options, but with the plugins that it has."""
+    program = sys.argv[0].split() if sys.argv[0].startswith(CONSOLE) else ["python", sys.argv[0]]
+    return [*program, *(word for plugin in active_plugins() for word in ("--plugin", plugin))]
 
 
 def command(script: str) -> str:

@@ -64,6 +64,8 @@ class Registry:
         """What the name stands for. Raises ValueError for an unknown name, or for a path that can't be imported."""
         if name not in self:
             raise ValueError(f"Expected name={name!r} in {self.group} to be one of {', '.join(map(repr, self))}.")
+        if name not in self._things:
+            _expect_plugin(name)
         thing = self._things.get(name, name)
         return _imported(thing) if isinstance(thing, str) else thing
 
@@ -71,11 +73,13 @@ class Registry:
         from importlib.metadata import entry_points  # takes 50 ms, which only an unknown name has to wait for
 
         for point in entry_points(group=self.group, name=name):
-            point.load()  # its decorators register what it is
+            _imported(point.value)  # its decorators register what it is
             if name not in self._things:
                 raise ValueError(f"Expected {point.value} to register {name!r} in {self.group}, as it says.")
 
 
+# Paths, as entry points of our own would say them: names have to be known here, where nothing of upper rooms may be
+# imported, and before anything is that takes time.
 _INVERSION = "raytrust.attacks.inversion."
 NETWORKS = Registry(
     "raytrust.networks",
@@ -165,6 +169,21 @@ def active_plugins() -> list[str]:
     return [plugin for plugin in os.environ.get(PLUGINS, "").split(os.pathsep) if plugin]
 
 
+def module_of(name: str) -> str | None:
+    """Of an import path, package.module:attribute."""
+    return name.partition(":")[0] if _PATH.fullmatch(name) else None
+
+
+def _expect_plugin(path: str) -> None:
+    """Raises ValueError unless the module of an import path is a plugin.
+
+    A configuration may be read from a file of somebody else's: it names what is called, and must not bring it in.
+    """
+    module = module_of(path)
+    if module not in {Path(plugin).stem if plugin.endswith(".py") else plugin for plugin in active_plugins()}:
+        raise ValueError(f"Expected {path!r} to be of a plugin: give --plugin {module}, or register.load_plugins.")
+
+
 def _absolute(plugin: str) -> str:
     return str(Path(plugin).expanduser().resolve()) if plugin.endswith(".py") else plugin
 
@@ -192,9 +211,11 @@ def _import_plugin(plugin: str) -> None:
 
 
 def _imported(path: str) -> Any:
+    """What "module:attribute" or "module" is."""
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
     except (ImportError, AttributeError) as error:
         raise ValueError(f"Expected {path!r} to be imported, but {error}.") from error
 

@@ -129,6 +129,8 @@ def test_it_runs_in_a_sweep_on_ray_by_the_command_of_the_page(folder: Path) -> N
     assert "flat" in {a["method"] for a in attacks}
     assert "tanh" in (folder / "results" / "report.html").read_text()
     assert "raytrust frontier --resume" in output  # what to do next, as it was called
-    # The directory knows the file: what is refused is the option, not the name of a method that it brought.
-    again = run(folder, "-m", "raytrust", "frontier", "--resume", "results", "--attack-trials", "-1", code=2)
+    # The directory brings in no code: the file is given again, or the method is unknown.
+    resume = ("-m", "raytrust", "frontier", "--resume", "results", "--attack-trials", "-1")
+    assert "Expected defence='grid:7:ef' to be METHOD" in run(folder, *resume, code=2)
+    again = run(folder, *resume, "--plugin", "mine.py", code=2)
     assert again == "raytrust frontier: error: Expected attack_trials=-1 to be at least 0.\n"

@@ -289,6 +289,7 @@ PATH = f"{__name__}:tiny"
 
 
 def test_a_network_by_its_import_path() -> None:
+    register.load_plugins([__name__])
     config = ModelConfig(PATH, width=5, options=(("bias", False),))
     assert from_dict(ModelConfig, to_dict(config)) == config
     assert config.title == f"{PATH} of width 5 (bias False)"
@@ -306,7 +307,10 @@ def test_a_network_by_its_import_path() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ModelConfig("nowhere:net"), r"^Expected 'nowhere:net' to be imported, but No module named 'nowhere'\.$"),
+        (
+            ModelConfig("os:kill"),
+            r"^Expected 'os:kill' to be of a plugin: give --plugin os, or register\.load_plugins\.$",
+        ),
         (ModelConfig(f"{__name__}:absent"), r"to be imported, but module .* has no attribute 'absent'\.$"),
         (
             ModelConfig(PATH, options=(("depth", 3),)),
@@ -318,6 +322,7 @@ def test_a_network_by_its_import_path() -> None:
     ],
 )
 def test_a_network_that_does_not_fit(config: ModelConfig, message: str) -> None:
+    register.load_plugins([__name__, "torch.nn"])
     with pytest.raises(ValueError, match=message):
         check_network(config, (1, 9, 9), 3)
 

@@ -1,4 +1,4 @@
-"""What a worker knows of a plugin of the driver. A program for tests: plugins.py FILE [ADDRESS]
+"""What a worker knows of a plugin of the driver. A program for tests: plugged.py FILE [ADDRESS]
 
 It hands a task an object of the plugin, pickled, and has it parse the plugin's name; prints what the task answers.
 """
