@@ -33,11 +33,13 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"raytrust: error: Expected command={name!r} to be one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    sys.argv = [f"{cli.CONSOLE}{name}", *sys.argv[2:]]  # so that the program knows how it was called
+    # The program reads from it its options, and how it was called.
+    sys.argv = [f"{cli.CONSOLE}{name}", *sys.argv[2:]]
     return cli.start(_program(COMMANDS[name][0]).main)
 
 
 def _program(name: str) -> ModuleType:
+    # A wheel has no folder beside the package, and a checkout that is only on the path has no setup.
     if find_spec("raytrust.sweeps") is not None:
         return importlib.import_module(f"raytrust.sweeps.{name}")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sweeps"))

@@ -133,6 +133,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, MembershipConfig]:
     cli.check_least(options, 1, "steps", "points", "models", "message_batch", "batch_size", "cpus")
     cli.check_least(options, 2, "messages")  # captures are tuned on one at least; here all are attacked alike
     cli.check_least(options, 0, "canaries", "property_models")
+    cli.drop_width(options)
     references, listed = _dp_sgd(options), _defences(options)
     _config(_fit(options, sys.maxsize), listed, references)  # refuses what is wrong whatever the images
     cli.check_cpus("cpus", options.cpus, options.address)

@@ -137,6 +137,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         raise ValueError(f"Expected resume={str(options.resume)!r} to be of this version, but it lacks {missing[0]}.")
     cli.check_least(options, 1, "trials", "steps")
     cli.check_hours(options)
+    cli.drop_width(options)
     if options.parallel is not None and (options.parallel < 1 or options.address is None):
         raise ValueError(f"Expected parallel={options.parallel} to be at least 1 and to be given with --address.")
     defences = tuple(map(parse_defence, options.defence or options.list))

@@ -38,11 +38,12 @@ class Fields:
 
     def __init__(self, kind: type, title: str, names: Mapping[str, str], without: Mapping[str, str]):
         self.kind, self.without, self._title, self._names = kind, without, title, names
-        self._all = tuple(_leaves(kind, "", names))
+        every = tuple(_leaves(kind, "", names))
         for path in (*names, *without):
-            if not any(_is_at(field.path, path) for field in self._all):
+            # A field that is renamed would else become an option again that nobody knows.
+            if not any(_is_at(field.path, path) for field in every):
                 raise ValueError(f"Expected {path!r} to be a field of {kind.__name__}.")
-        self.options = tuple(f for f in self._all if not any(_is_at(f.path, path) for path in without))
+        self.options = tuple(f for f in every if not any(_is_at(f.path, path) for path in without))
         self.names = tuple(field.name for field in self.options)
 
     def add_to(self, parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
@@ -52,6 +53,7 @@ class Fields:
             node = field.path.rpartition(".")[0]
             if node not in groups:
                 groups[node] = parser.add_argument_group(node.rpartition(".")[2] or self._title)
+            # argparse formats help with "%", of which there may be one in a docstring.
             text = f"{field.help} (default: {_shown(defaults[field.name])})".replace("%", "%%")
             groups[node].add_argument(f"--{field.name.replace('_', '-')}", help=text, **_argument(field.hint))
 
@@ -84,6 +86,7 @@ class Fields:
         try:
             return kind(**arguments)
         except ValueError as error:
+            # A configuration names its field, "batch_size=0", which may be of any of several options' configurations.
             field, _, rest = str(error).removeprefix("Expected ").partition("=")
             called = self._names.get(prefix + field)
             raise ValueError(f"Expected {called}={rest}" if called else str(error)) from None
@@ -113,6 +116,7 @@ def _is_at(path: str, node: str) -> bool:
 
 def field_help(kind: type) -> dict[str, str]:
     """The first sentence of what a dataclass's docstring says of each field, in lines that begin with "name: "."""
+    # Only names of fields begin an entry: a line of prose may have a word and a colon, too.
     names = "|".join(field.name for field in fields(kind))
     parts = re.split(rf"^({names}): ", inspect.getdoc(kind) or "", flags=re.MULTILINE)
     entries = {
@@ -133,7 +137,8 @@ def _argument(hint: Any) -> dict[str, Any]:
     if origin is tuple:
         return {"type": _list_of(hint), "metavar": "LIST"}
     if (registry := registry_of(hint)) is not None:
-        return {"metavar": f"{{{','.join(registry)}}}"}  # others, too: what can't be found is refused later
+        # No choices: plugins are loaded once the command line is read, and a path is a name, too.
+        return {"metavar": f"{{{','.join(registry)}}}"}
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
 
 
@@ -141,7 +146,8 @@ def _list_of(hint: Any) -> Callable[[str], Any]:
     def items(text: str) -> Any:
         return parse_text(hint, text)
 
-    items.__name__ = "list"  # as argparse calls it: "invalid list value"
+    # argparse calls a type by its name: "invalid list value".
+    items.__name__ = "list"
     return items
 
 

@@ -18,10 +18,12 @@ from typing import Any, NoReturn, TextIO
 
 from raytrust.cluster.interrupts import Terminated, exit_code, raising
 from raytrust.config.register import PLUGINS, active_plugins, load_plugins, module_of
+from raytrust.config.training import WIDTHS
 from raytrust.reports import tracking_uri
 
 STARTED = time.monotonic()  # of the program, near enough: libraries that take time load later
-CONSOLE = "raytrust "  # how the console program begins `sys.argv`, which says how a program was called
+# How the console program begins `sys.argv`, which is where errors and the command that resumes have the program's name.
+CONSOLE = "raytrust "
 NAMED_DATA = ("digits", "faces", "cifar10", "cifar100", "mnist")
 
 
@@ -160,6 +162,7 @@ def start(main: Callable[[], int]) -> int:
     What the program and its children write is their owner's alone, and they leave no core files: all of it shows
     private images.
     """
+    # Not left to each file: libraries write some, too.
     os.umask(0o077)
     _leave_no_core_files()
     try:
@@ -247,6 +250,12 @@ def check_least(options: Namespace, least: int, *names: str) -> None:
     for name in names:
         if (value := getattr(options, name)) is not None and value < least:
             raise ValueError(f"Expected {name}={value} to be at least {least}.")
+
+
+def drop_width(options: Namespace) -> None:
+    """Leave the width of a network that is not shipped to itself, unless it was given: a preset's is of the shipped."""
+    if options.network not in WIDTHS and "width" not in options.chosen:
+        options.width = None
 
 
 def check_hours(options: Namespace) -> None:

@@ -99,7 +99,8 @@ def take_steps(
         holds("the gradients stay as they are", all(map(torch.equal, grads, before)))
         holds("the global generator stays as it is", torch.equal(torch.random.get_rng_state(), generator))
         steps.append(Step(inputs, mean, own, _residual(compressor), tap.messages, state))
-        if overwrite:  # as an optimiser does that works in place
+        # As an optimiser does that works in place.
+        if overwrite:
             for tensor in (*reduced.mean, *grads):
                 tensor.fill_(torch.nan)
             holds(
@@ -128,6 +129,7 @@ def _check_decoding(defence: Defence, step: Step, workers: Sequence[Sequence[Ten
 
 
 def _check_state(defence: Defence, channel: Channel, holds: _Guarantees) -> None:
+    # Another seed, so that a state which forgets the dice is found out.
     compressor, resumed = build(defence, SHAPES, seed=5), build(defence, SHAPES, seed=6)
     for i in range(2):
         compressor.reduce(gradients(i + channel.rank), channel)

@@ -134,7 +134,8 @@ class RandKConfig(CompressorConfig):
 
     @property
     def takes_error_feedback(self) -> bool:
-        return not self.unbiased  # else the residual would grow without bound
+        # Its error exceeds the gradient where level < 1/2: the residual would grow without bound.
+        return not self.unbiased
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,7 @@ def _expect_level(level: float) -> None:
     expect(0 < level <= 1, "level", level, "in (0, 1], the fraction of entries that is sent")
 
 
+# Their order is that of error messages; classes register themselves where they are (raytrust/compress).
 for _kind in (
     DenseConfig,
     HalfConfig,

@@ -19,7 +19,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
-PLUGINS = "RAYTRUST_PLUGINS"  # the environment variable: files and modules, as PATH has directories
+# In the environment, as all processes that this one starts have it: files and modules, as PATH has directories.
+PLUGINS = "RAYTRUST_PLUGINS"
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # package.module:attribute
 _loaded: set[str] = set()
 
@@ -153,7 +154,8 @@ def load_plugins(plugins: Sequence[str] = ()) -> list[str]:
     wanted = list(dict.fromkeys([*active_plugins(), *map(_absolute, plugins)]))
     for plugin in wanted:
         if plugin not in _loaded:
-            _loaded.add(plugin)  # first, as the plugin itself may ask for a name
+            # Before it is imported: the plugin itself may ask for a name, and so come here again.
+            _loaded.add(plugin)
             try:
                 _import_plugin(plugin)
             except BaseException:
@@ -196,9 +198,9 @@ def _import_plugin(plugin: str) -> None:
             raise ValueError(f"Expected plugin={plugin!r} to be a file, but there is none.")
         name = path.stem
         # By its plain name, and not under one of our own: another process that is handed an object of it, pickled,
-        # imports it by that name.
+        # imports it by that name. At the end of the path, so that its neighbours hide no installed package.
         if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))  # at the end: its neighbours hide no installed package
+            sys.path.append(str(path.parent))
         spec = PathFinder.find_spec(name)
         if name in sys.builtin_module_names or spec is None or spec.origin is None or Path(spec.origin) != path:
             raise ValueError(f"Expected plugin={plugin!r} to have a name of its own, but {name} is another module.")
@@ -230,5 +232,6 @@ def _into(registry: Registry, name: str) -> Callable[[C], C]:
 
 def _same_definition(one: Any, other: Any) -> bool:
     """Whether both are what one definition made: a cell of a notebook that runs again, or a module that is reloaded."""
+    # Refusing these would make every second run of a cell fail; two methods of one name have different homes.
     names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (one, other)]
     return one is other or (names[0] == names[1] and None not in names[0])

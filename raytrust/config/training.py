@@ -10,7 +10,7 @@ from raytrust.config.compressors import Defence
 from raytrust.config.register import NETWORKS
 from raytrust.config.values import ADDED, expect, expect_choices
 
-_WIDTHS = {"resnet18": 64, "convnet": 64, "resnet20": 16, "lenet": 12}
+WIDTHS = {"resnet18": 64, "convnet": 64, "resnet20": 16, "lenet": 12}
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         expect_choices(self)
         if self.width is None:
-            object.__setattr__(self, "width", _WIDTHS.get(self.name))
+            object.__setattr__(self, "width", WIDTHS.get(self.name))
         expect(self.width is None or 1 <= self.width <= 1024, "width", self.width, "in [1, 1024]")
         named = [name for name, _ in self.options]
         expect(len(set(named)) == len(named), "options", self.options, "to give each option once")
-        object.__setattr__(self, "options", tuple(sorted(self.options)))  # equal networks have one digest
+        # In one order, so that equal networks have one digest.
+        object.__setattr__(self, "options", tuple(sorted(self.options)))
         expect(
             not (self.options and self.shipped),
             "options",
@@ -52,7 +53,7 @@ class ModelConfig:
     @property
     def shipped(self) -> bool:
         """Whether it is one of the package's own."""
-        return self.name in _WIDTHS
+        return self.name in WIDTHS
 
     @property
     def title(self) -> str:

@@ -97,6 +97,7 @@ def parse_value(hint: Any, value: Any, name: str) -> Any:
         of_each = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
         expect(len(value) == len(of_each), name, value, f"to be a list of {len(of_each)}")
         return tuple(parse_value(hint, item, name) for hint, item in zip(of_each, value, strict=True))
+    # JSON writes 1.0 as 1 in other languages, and people do.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expect(type(value) is hint, name, value, f"to be of type {hint.__name__}")

@@ -32,11 +32,13 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
     if config.name == "resnet18":
         options["stem"] = config.stem
     make = _maker(config.name)
+    # Asked of the signature, as a TypeError of the call may be a fault inside the network.
     try:
         inspect.signature(make).bind(channels, classes, **options)
     except TypeError as error:
         given = ", ".join(["channels", "classes", *options])
         raise ValueError(f"Expected network={config.name!r} to take {given}, but {error}.") from None
+    # torch's initialisation knows no generator but the global one, which is the user's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make(channels, classes, **options)

@@ -21,16 +21,7 @@ PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 (COMMAND,) = re.findall(r"^raytrust frontier .*$", PAGE, flags=re.MULTILINE)
 
-# The page's file, in the tests' process group of two, and under DistributedDataParallel.
-IN_TWO_WORKERS = """
-import sys
-sys.path[:0] = sys.argv[2:]
-from pathlib import Path
-from two_workers import run_workers
-from plugin_in_a_group import in_a_group
-if __name__ == "__main__":
-    assert run_workers(in_a_group, 2, Path(sys.argv[1])) == [0, 1]
-"""
+# The page's file in a process group, and under DistributedDataParallel.
 GROUP = """
 import torch
 from torch import nn
@@ -39,6 +30,7 @@ import mine
 from raytrust import build, ddp_comm_hook, parse_defence
 from raytrust.compress.contract import check
 from raytrust.wire.channel import GroupChannel
+from raytrust.wire.processes import in_processes
 
 def in_a_group(channel):
     for name in ("grid:15", "grid:15:ef"):
@@ -48,6 +40,9 @@ def in_a_group(channel):
     ddp(torch.full((1, 5), 1.0 + channel.rank)).sum().backward()
     torch.testing.assert_close(ddp.module.weight.grad, torch.full((3, 5), 1.5))
     return channel.rank
+
+if __name__ == "__main__":
+    assert in_processes(in_a_group, 2, 120.0) == [0, 1]
 """
 
 
@@ -81,10 +76,8 @@ def test_it_passes_the_contract(folder: Path) -> None:
 
 
 def test_it_passes_the_contract_and_trains_in_two_workers(folder: Path) -> None:
-    (folder / "plugin_in_a_group.py").write_text(GROUP)
-    (folder / "two.py").write_text(IN_TWO_WORKERS)
-    (folder / "group").mkdir()
-    run(folder, "two.py", str(folder / "group"), str(ROOT / "tests"))
+    (folder / "group.py").write_text(GROUP)
+    run(folder, "group.py")
 
 
 def test_its_objective_and_its_attack_reconstruct(folder: Path) -> None:
@@ -124,7 +117,7 @@ def test_it_runs_in_a_sweep_on_ray_by_the_command_of_the_page(folder: Path) -> N
     assert (grid["compressor"], grid["error_feedback"]) == ("grid", True)
     entries = rows["none"]["bytes_per_step"] / 4
     assert grid["bytes_per_step"] == entries + 4  # a byte an entry, and the largest
-    attacks = [json.loads(path.read_text())["attack"] for path in (folder / "results").rglob("attacks/*.json")]
+    attacks = [json.loads(path.read_text())["attack"] for path in (folder / "results" / "captures").glob("*/*/*.json")]
     assert {a["matching"] for a in attacks if a["method"] == "optimise"} == {"huber"}
     assert "flat" in {a["method"] for a in attacks}
     assert "tanh" in (folder / "results" / "report.html").read_text()

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
 
+from raytrust.cli import options as cli
 from raytrust.cli.fields import Field, Fields, field_help
 from raytrust.cli.options import Parser
 from raytrust.config import InversionConfig, MembershipConfig, TrainConfig
@@ -212,6 +213,18 @@ def test_an_attack_option_sets_all_attacks_and_leaves_the_search_the_rest() -> N
     assert (with_history[-1].residual, with_history[-1].capture_step) == ("avoid", 20)
     assert set(wider) - set(space) == {"residual"}
     assert len(portfolio("--history", "2", "--capture-step", "0")[0]) == len(attacks)
+
+
+def test_the_width_of_a_preset_is_of_the_networks_that_are_shipped() -> None:
+    for arguments, width in (
+        (["--network", "lenet"], 16),
+        (["--network", "torchvision:resnet34"], None),
+        (["--network", "torchvision:resnet34", "--width", "8"], 8),
+    ):
+        given = FRONTIER._parser().parse_args(arguments)
+        options, _ = FRONTIER.RUN.resolve(given, FRONTIER.DEFAULTS, FRONTIER._with_preset)
+        cli.drop_width(options)
+        assert FRONTIER.TRAIN.make(vars(options)).model.width == width
 
 
 # At once
