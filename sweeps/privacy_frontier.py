@@ -12,26 +12,27 @@ The tables below are the whole search: edit them to ask another question.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from raytrust.cli import options as cli
+from raytrust.cli.fields import Fields, by_preset
 from raytrust.config import (
-    CaptureConfig,
     Choice,
     InversionConfig,
     LogInteger,
     LogUniform,
-    ModelConfig,
     Space,
     SweepConfig,
-    Threat,
     TrainConfig,
     parse_defence,
 )
 from raytrust.config.attacks import NAMED
-from raytrust.config.parsing import SYNTAX
+from raytrust.config.parsing import syntax
 
 # Audited always, in this order. Methods whose paper has error feedback are audited with it; Top-K sends the bytes of
 # the PowerSGD whose rank stands behind it.
@@ -46,7 +47,8 @@ DEFENCE_SPACE: Space = {
     "error_feedback": Choice((False, True)),
 }
 
-# The inner search, for each defence: maximise SSIM on the tuning images. "capture_step" is added from the preset.
+# The inner search, for each defence: maximise SSIM on the tuning images. "capture_step" is added from the preset; what
+# an option sets is left out.
 ATTACK_SPACE: Space = {
     "objective": Choice(("naive", "aware")),
     "matching": Choice(("cosine", "tensors")),
@@ -66,93 +68,54 @@ PRESETS: dict[str, dict[str, Any]] = {
                   capture_steps=(0, 200), tv=0.01, step_size=0.8),
 }  # fmt: skip
 
-AGAIN = ("attack_trials", "iterations", "attack")  # what a resumed sweep may change: its captures are attacked again
-PLACE = ("address", "parallel", "tracking_uri", "device", "hours")
+# Every field of these configurations is an option, too; here is which are called otherwise, and which are none.
+TRAIN = Fields(
+    TrainConfig,
+    "training",
+    names={"model.name": "network", "model.options": "network_options", "threat.batch_size": "private_batch",
+           "capture.steps": "capture_steps", "capture.evaluation": "images"},
+    without={"defence": "--defence lists them"},
+)  # fmt: skip
+ATTACK = Fields(InversionConfig, "attacks", names={}, without={"seed": "--seed is of everything"})
+
+# What else is an option, apart from what the preset says; None: not given.
+DEFAULTS: dict[str, Any] = {
+    **TRAIN.values(TrainConfig()),
+    **ATTACK.values(InversionConfig()),
+    **dict(data="digits", image_size=None, preset="quick", defence=None, trials=None, attack=None),
+    **dict(minimise_bytes=False, hours=None, parallel=None, device="auto"),
+    **cli.PLACES,
+}
+PLACE = ("address", "parallel", "tracking_uri", "device", "hours", "plugin")
+AGAIN = ("attack_trials", "attack", *ATTACK.names)  # what may change: the captures are attacked again
 RUN = cli.Directory("privacy_frontier", "a sweep", "sweep.json", ("trials", *AGAIN, *PLACE))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    given = parser.parse_args(arguments)
-    with parser.refusing():
-        options, root = RUN.resolve(given, DEFAULTS, _with_preset)
-        data, sweep = _prepare(options)
-        from raytrust.studies.frontier.store import (
-            open_store,  # imports the attacks: not needed to refuse a wrong option
-        )
-
-        RUN.check_free(root, options)
-        store = open_store(root, sweep, data.fingerprint(), RUN.keep(options, ("parallel", "device", "hours")))
-    return _run(options, data, sweep, store)
-
-
-def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any) -> int:
-    from raytrust.cli.frontier import Spaces, run_sweep
-    from raytrust.reports.frontier_report import Program
-
-    more: Space = {"capture_step": Choice(sweep.train.capture.steps)}
-    if options.history:
-        more["residual"] = Choice(("ignore", "avoid"))
-    spaces = Spaces(DEFENCE_SPACE, ATTACK_SPACE | more)
-
-    def work() -> int:
-        rows = run_sweep(
-            sweep,
-            spaces,
-            data,
-            store,
-            address=options.address,
-            cpus=max(sweep.train.workers, cli.cpus()),
-            tracking_uri=options.tracking_uri,
-            parallel=options.parallel,
-            device=options.device,
-            hours=options.hours,
-            program=Program(f"python {sys.argv[0]}", cli.given(sys.argv[1:]), RUN.keep(options), cli.STARTED),
-        )
-        return 0 if any(row["status"] == "finished" for row in rows) else 1
-
-    return RUN.run(store.root, options, work)
+    return RUN.launch(_parser(), arguments, DEFAULTS, _with_preset, _begin)
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser("privacy_frontier.py", __doc__)
-    add = parser.add_argument
+    parser = cli.Parser("privacy_frontier", __doc__)
+    add = parser.add_argument_group("sweep").add_argument
     add("--data", metavar="SOURCE", help="digits, faces, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
     add("--preset", choices=list(PRESETS), help="quick: minutes on a laptop; paper: full ResNet-18, 10 images")
     add("--trials", type=int, metavar="N", help="defences in all; those beyond the list are chosen by the search")
-    add("--defence", action="append", metavar="NAME", help=f"audit this instead of the list; repeatable; {SYNTAX}")
-    add("--workers", type=int, metavar="N", help="Ray Train workers")
-    add("--network", choices=["resnet18", "convnet", "resnet20", "lenet"], help="what is trained")
-    add("--stem", choices=["cifar", "imagenet"], help="of ResNet-18")
-    add("--width", type=int, metavar="N", help="channels of the network's first stage")
-    add("--steps", type=int, metavar="N", help="training steps")
-    add("--images", type=int, metavar="N", help="private batches on which leakage is reported")
-    add("--private-batch", type=int, metavar="N", help="images in a private batch")
-    add("--iterations", type=int, metavar="N", help="of each attack; may be given with --resume")
+    add("--defence", action="append", metavar="NAME", help=f"audit this instead of the list; repeatable; {syntax()}")
+    add("--minimise-bytes", action="store_true", help="bytes per step as a third objective of the search")
     add("--attack-trials", type=int, metavar="N", help="further attacks that the search tries on each defence; with "
         "--resume, attacks the captures again")  # fmt: skip
-    add("--attack", action="append", choices=list(NAMED), help="an attack of the literature that every defence meets, "
-        "too, with --iterations of its own optimiser; repeatable")  # fmt: skip
-    add("--vantage", choices=["link", "peer"], help="a worker's messages, or the collective's result")
-    add("--batch-norm", choices=["eval", "train"], help="mode of batch norm when the private gradient is taken")
-    add("--batch-statistics", choices=["unknown", "known"], help="whether the attacker gets those of the private batch")
-    add("--labels", choices=["known", "unknown"], help="whether the attacker knows the private labels")
-    add("--history", type=int, metavar="N", help="steps before, whose messages the attacker has, too")
-    add("--minimise-bytes", action="store_true", help="bytes per step as a third objective of the search")
+    add("--attack", action="append", metavar="NAME", help="an attack that every defence meets, too: with --iterations, "
+        f"its own settings otherwise; repeatable; {', '.join(NAMED)}, or one that is registered")  # fmt: skip
     add("--hours", type=float, metavar="H", help="begin no further trial after H hours; --resume goes on from there")
     add("--parallel", type=int, metavar="N", help="trials at once on a cluster that starts nodes for them")
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train and attack; auto: GPUs that torch can use")
     parser.add_places("sweep")
+    shown = by_preset({**DEFAULTS, "objective": "both", "matching": "cosine and tensors"}, PRESETS)
+    TRAIN.add_to(parser, shown)
+    ATTACK.add_to(parser, shown)
     return parser
-
-
-# Options and their defaults, apart from what the preset says; None: not given.
-DEFAULTS: dict[str, Any] = dict(
-    data="digits", image_size=None, preset="quick", defence=None, workers=2, network="resnet18", stem="cifar",
-    private_batch=1, attack=None, vantage="link", batch_norm="eval", batch_statistics="unknown", labels="known",
-    history=0, minimise_bytes=False, parallel=None, hours=None, device="auto", trials=None, **cli.PLACES,
-)  # fmt: skip
 
 
 def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
@@ -160,61 +123,93 @@ def _with_preset(given: dict[str, Any]) -> dict[str, Any]:
     return options | {"listed": given.get("trials")}  # a sweep that goes on with other trials keeps its list
 
 
+def _begin(options: argparse.Namespace, root: Path) -> Callable[[], int]:
+    data, sweep = _prepare(options)
+    from raytrust.studies.frontier.store import open_store  # imports the attacks: not needed to refuse a wrong option
+
+    store = open_store(root, sweep, data.fingerprint(), RUN.keep(options, ("parallel", "device", "hours")))
+    return lambda: _run(options, data, sweep, store)
+
+
 def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     """The data and the configuration, both checked: what is wrong shows before Ray starts."""
     if missing := [name for name in (*DEFAULTS, *PRESETS["quick"]) if not hasattr(options, name)]:
         raise ValueError(f"Expected resume={str(options.resume)!r} to be of this version, but it lacks {missing[0]}.")
-    cli.check_least(options, 1, "trials", "steps", "images", "private_batch", "iterations")
+    cli.check_least(options, 1, "trials", "steps")
     cli.check_hours(options)
+    cli.drop_width(options)
     if options.parallel is not None and (options.parallel < 1 or options.address is None):
         raise ValueError(f"Expected parallel={options.parallel} to be at least 1 and to be given with --address.")
     defences = tuple(map(parse_defence, options.defence or options.list))
     if options.defence is None and options.listed is not None:
         defences = defences[: options.listed]
-    steps = tuple(step for step in options.capture_steps if step < options.steps)
+    steps = tuple(options.capture_steps)
+    if "capture_steps" not in options.chosen:  # else one after the end is refused
+        steps = tuple(step for step in steps if step < options.steps)
     sweep = SweepConfig(
         name="privacy_frontier",
-        train=TrainConfig(
-            model=ModelConfig(name=options.network, stem=options.stem, width=options.width),
-            threat=Threat(
-                vantage=options.vantage,
-                batch_size=options.private_batch,
-                batch_norm=options.batch_norm,
-                batch_statistics=options.batch_statistics,
-                labels=options.labels,
-                history=options.history,
-            ),
-            capture=CaptureConfig(steps, tuning=options.tuning, evaluation=options.images),
-            workers=options.workers,
-            batch_size=options.batch_size,
-            steps=options.steps,
-            seed=options.seed,
-        ),
+        train=TRAIN.make(vars(options), {"capture.steps": steps}),
         defences=defences,
         trials=max(options.trials or 0, len(defences)),
         portfolio=_portfolio(options, steps),
         attack_trials=options.attack_trials,
         bytes_objective=options.minimise_bytes,
     )
+    if sweep.attack_trials and not _attack_space(options, steps):
+        raise ValueError(f"Expected attack_trials={sweep.attack_trials} to be 0: options set all that a search varies.")
     cli.check_cpus("workers", options.workers, options.address)
     from raytrust.data import load
+    from raytrust.networks.build import check_network
     from raytrust.train.loop import check_sizes
 
     data = load(options.data, image_size=options.image_size, seed=options.seed)
     check_sizes(sweep.train, len(data.train_labels))
+    check_network(sweep.train.model, data.train_images.shape[1:], data.classes)
     return data, sweep
 
 
 def _portfolio(options: argparse.Namespace, steps: tuple[int, ...]) -> tuple[InversionConfig, ...]:
     """The attacks that every defence meets: that ignore and that know the compressor, by the cosine of the whole
-    gradient and tensor by tensor; where the attacker has earlier messages, one that avoids the residual by them; and
-    those that were asked for."""
-    common: dict[str, Any] = dict(iterations=options.iterations, seed=options.seed)
-    strong = InversionConfig(tv=options.tv, step_size=options.step_size, **common)
-    attacks = [replace(strong, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
-    if options.history and steps[-1] > 0:  # step 0 has no residual
-        attacks.append(replace(strong, capture_step=steps[-1], residual="avoid"))
-    return (*attacks, *(replace(NAMED[name], **common) for name in options.attack or ()))
+    gradient and tensor by tensor, unless an option says which; where the attacker has earlier messages, one that avoids
+    the residual by them; and those that were asked for."""
+    strong = ATTACK.make(vars(options), {"seed": options.seed})
+    objectives = (strong.objective,) if "objective" in options.chosen else ("naive", "aware")
+    matchings = (strong.matching,) if "matching" in options.chosen else ("cosine", "tensors")
+    attacks = [replace(strong, objective=o, matching=m) for o in objectives for m in matchings]
+    if options.history and steps[-1] > 0 and not {"residual", "capture_step"} & {*options.chosen}:
+        attacks.append(replace(strong, capture_step=steps[-1], residual="avoid"))  # step 0 has no residual
+    own = {"iterations": options.iterations, "seed": options.seed}
+    named = [NAMED[name] if name in NAMED else InversionConfig("naive", method=name) for name in options.attack or ()]
+    return (*attacks, *(replace(attack, **own) for attack in named))
+
+
+def _attack_space(options: argparse.Namespace, steps: tuple[int, ...]) -> Space:
+    space: Space = {**ATTACK_SPACE, "capture_step": Choice(steps)}
+    if options.history:
+        space["residual"] = Choice(("ignore", "avoid"))
+    return {name: values for name, values in space.items() if name not in options.chosen}
+
+
+def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any) -> int:
+    from raytrust.cli.frontier import Spaces, run_sweep
+    from raytrust.reports.frontier_report import Program
+
+    called, given = shlex.join(cli.called_as()), cli.given(sys.argv[1:])
+    given.pop("--plugin", None)  # it is among the words of the call
+    rows = run_sweep(
+        sweep,
+        Spaces(DEFENCE_SPACE, _attack_space(options, sweep.train.capture.steps)),
+        data,
+        store,
+        address=options.address,
+        cpus=max(sweep.train.workers, cli.cpus()),
+        tracking_uri=options.tracking_uri,
+        parallel=options.parallel,
+        device=options.device,
+        hours=options.hours,
+        program=Program(called, given, RUN.keep(options), cli.STARTED),
+    )
+    return 0 if any(row["status"] == "finished" for row in rows) else 1
 
 
 if __name__ == "__main__":

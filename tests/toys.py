@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raytrust.compress import build
+from raytrust.compress import build, contract
 from raytrust.config import (
     AtomoConfig,
     CompressorConfig,
@@ -30,9 +31,8 @@ from raytrust.config import (
 from raytrust.data import Dataset
 from raytrust.wire.channel import LocalChannel, Message
 
-# A convolution, a bias, a matrix, one entry, a column, a row, a 1x1 convolution: 245 entries.
-SHAPES = [torch.Size(s) for s in [(6, 3, 3, 3), (6,), (4, 10), (1,), (9, 1), (1, 7), (5, 4, 1, 1)]]
-ENTRIES = 245
+SHAPES, gradients = contract.SHAPES, contract.gradients
+ENTRIES = 245  # of all shapes
 
 COMPRESSORS: dict[str, CompressorConfig] = {
     "dense": DenseConfig(),
@@ -72,6 +72,21 @@ DEFENCES = {name: Defence(config) for name, config in COMPRESSORS.items()} | {
     if name not in NO_FEEDBACK
 }
 LOSSLESS = [name for name in DEFENCES if "full" in name or "dense" in name]
+
+
+def rounding(config: CompressorConfig) -> float:
+    """Of a mean that is summed in the format of the wire, relative to the largest entries (about 4)."""
+    match config:
+        case HalfConfig(dtype=dtype):
+            return 4 * torch.finfo(getattr(torch, dtype)).eps
+        case _:
+            return 1e-5
+
+
+def contract_of(defence: Defence) -> dict[str, Any]:
+    """What `raytrust.compress.contract.check` has to know of a defence."""
+    majority = isinstance(defence.compressor, SignSGDConfig)
+    return {"mean_of_own": not majority, "exact": rounding(defence.compressor)}
 
 
 def is_gathered(config: CompressorConfig) -> bool:
@@ -153,11 +168,6 @@ class Echo:
 
     def all_gather(self, xs: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
         return [tuple(x.clone() for x in xs) for _ in range(self.world_size)]
-
-
-def gradients(seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in SHAPES]
 
 
 def norm(xs: Sequence[Tensor]) -> float:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from toys import COMPRESSORS, DEFENCES, SHAPES, gradients, synthetic
+from toys import COMPRESSORS, DEFENCES, SHAPES, contract_of, gradients, synthetic
 
 from raytrust.compress import ErrorFeedback, Layout, build
+from raytrust.compress.contract import check
 from raytrust.compress.powersgd import PowerSGD
 from raytrust.config import (
     CaptureConfig,
@@ -41,11 +42,21 @@ def everything(channel: Channel) -> dict[str, Any]:
         "subgroup": subgroup(channel),
         "reductions": {name: reductions(channel, defence) for name, defence in DEFENCES.items()},
         "same gradient": {name: same_gradient(channel, config) for name, config in COMPRESSORS.items()},
+        "contract": {name: broken_guarantee(defence, channel) for name, defence in DEFENCES.items()},
         "nothing": {name: nothing(channel, defence) for name, defence in DEFENCES.items()},
         "low rank": low_rank_mean(channel),
         "dense training": list(train(DENSE_TRAINING, synthetic(), channel)),
         "peer training": list(train(PEER_TRAINING, synthetic(), channel)),
     }
+
+
+def broken_guarantee(defence: Defence, channel: Channel) -> str:
+    """Which one of `contract.check`, or nothing."""
+    try:
+        check(defence, channel, **contract_of(defence))
+    except AssertionError as error:
+        return str(error)
+    return ""
 
 
 def collectives(channel: Channel) -> dict[str, Any]:
@@ -141,8 +152,8 @@ class Reduction:
     wire_bytes: int
 
 
-def reductions(channel: Channel, defence: Defence, scribble: bool = False) -> list[Reduction]:
-    """Some steps, with other gradients on each worker. scribble: write over whatever a step returned."""
+def reductions(channel: Channel, defence: Defence) -> list[Reduction]:
+    """Some steps, with other gradients on each worker."""
     compressor, memory = build(defence, SHAPES, seed=5), Memory(defence.compressor)
     found = []
     for step in range(STEPS):
@@ -165,11 +176,6 @@ def reductions(channel: Channel, defence: Defence, scribble: bool = False) -> li
             kept = compressor.state_dict()
             residual = [kept[f"v.{name}"] for name in compressor.layout.names]
         found.append(Reduction(inputs, mean, own, residual, tap.messages, state, tap.sent_bytes, sum(payloads)))
-        if scribble:
-            for tensor in (*reduced.mean, *grads):
-                tensor.fill_(torch.nan)
-            assert all(map(torch.equal, reduced.decoded_own, own)), "own depends on what the caller may write to"
-            assert all(m.isnan().all() for m in reduced.mean), "reading own wrote to the mean"
     return found
 
 

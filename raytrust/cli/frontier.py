@@ -107,8 +107,7 @@ class _Run:
         store.keep_references(data.test_images[others])  # none is private: private images are training images
         for line in data.summary().splitlines():
             say(line)
-        model = sweep.train.model
-        say(f"{sweep.trials} defences, {model.name} of width {model.width}, {sweep.train.workers} workers")
+        say(f"{sweep.trials} defences, {sweep.train.model.title}, {sweep.train.workers} workers")
         # A store that is there may refuse, and must before a cluster starts; a new one is made while that starts.
         log = SweepLog(sweep, store, data, self._uri, say) if _is_there(self._uri) or not spread else None
         if not spread:

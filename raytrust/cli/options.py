@@ -1,4 +1,4 @@
-"""What the programs in sweeps/ have in common: how they refuse, resume and end. Imports nothing that takes time."""
+"""What the programs have in common: how they refuse, resume and end. Imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from raytrust.cluster.interrupts import Terminated, exit_code, raising
+from raytrust.config.register import PLUGINS, active_plugins, load_plugins, module_of
+from raytrust.config.training import WIDTHS
 from raytrust.reports import tracking_uri
 
 STARTED = time.monotonic()  # of the program, near enough: libraries that take time load later
+# How the console program begins `sys.argv`, which is where errors and the command that resumes have the program's name.
+CONSOLE = "raytrust "
 NAMED_DATA = ("digits", "faces", "cifar10", "cifar100", "mnist")
 
 
@@ -28,7 +32,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, program: str, text: str | None):
         text = (text or "").split("\n\n")[0]
-        super().__init__(program, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        named = command(program)
+        super().__init__(named, f"{named} [options]", text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """One line without passwords, exit code 2."""
@@ -43,16 +48,18 @@ class Parser(argparse.ArgumentParser):
             self.error(_one_line(error))
 
     def add_places(self, noun: str) -> None:
-        """The options on where a program's results, its cluster and its log are."""
-        add = self.add_argument
-        add("--seed", type=int, metavar="N", help="of everything that is random")
+        """The options on where a program's results, its cluster and its log are, and code of the user's."""
+        add = self.add_argument_group("places").add_argument
+        add("--plugin", action="append", metavar="FILE", help="a Python file or module that registers a network, a "
+            f"compressor, an objective or an attack: docs/extend.md; repeatable; also those of {PLUGINS}")  # fmt: skip
         add("--output", type=Path, metavar="DIR", help="a new directory for the results")
         add("--resume", type=Path, metavar="DIR", help=f"go on with the {noun} in DIR")
         add("--address", metavar="ADDRESS", help="of a Ray cluster; a local one is started if none is given")
         add("--tracking-uri", metavar="URI", help="of an MLflow store; sqlite in the output directory if none is given")
 
 
-PLACES: dict[str, Any] = dict(seed=0, output=None, resume=None, address=None, tracking_uri=None)  # their defaults
+# Their defaults; chosen: the options that were given, when the run began or since.
+PLACES: dict[str, Any] = dict(output=None, resume=None, address=None, tracking_uri=None, plugin=(), chosen=())
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Directory:
         else:
             options = new(options)
         options = {**defaults, **options}
+        options["chosen"] = sorted({*options["chosen"], *vars(given)})
         default = Path("results") / time.strftime(f"{self.program}-%Y%m%d-%H%M%S")
         root = (resume or options["output"] or default).resolve()
         return Namespace(**{**options, "tracking_uri": _tracking_uri(options["tracking_uri"], root)}), root
@@ -98,13 +106,35 @@ class Directory:
 
     def keep(self, options: Namespace, dropped: Sequence[str] = ()) -> dict[str, Any]:
         """The options that a resumed run takes over, from whatever directory it is resumed."""
-        dropped = ("output", "resume", "address", *dropped)
+        dropped = ("output", "resume", "address", "plugin", *dropped)  # a directory brings in no code
         kept = {k: v for k, v in vars(options).items() if k not in dropped}
         if kept.get("data", "digits") not in NAMED_DATA:
             kept["data"] = str(Path(kept["data"]).expanduser().resolve())
         if kept.get("tracking_uri"):
             kept["tracking_uri"] = tracking_uri.without_password(kept["tracking_uri"])
         return kept
+
+    def launch(
+        self,
+        parser: Parser,
+        arguments: Sequence[str] | None,
+        defaults: dict[str, Any],
+        new: Callable[[dict[str, Any]], dict[str, Any]],
+        begin: Callable[[Namespace, Path], Callable[[], int]],
+    ) -> int:
+        """The exit code of a program: of the work that `begin` makes of its options and directory, or 2.
+
+        begin: refuses what is wrong, as ValueError or OSError, before anything that takes time has started.
+        """
+        given = parser.parse_args(arguments)
+        with parser.refusing():
+            options, root = self.resolve(given, defaults, new)
+            # Who names a function on the command line has it imported; a directory that names one has not.
+            named = {module_of(str(vars(given).get(name))) for name in ("network", "matching", "method")}
+            load_plugins([*options.plugin, *sorted(module for module in named if module not in (None, "torchvision"))])
+            self.check_free(root, options)
+            work = begin(options, root)
+        return self.run(root, options, work)
 
     def check_free(self, root: Path, options: Namespace) -> None:
         """Raises ValueError if a new run would write into a directory that holds something, OSError if it is a file."""
@@ -122,7 +152,7 @@ class Directory:
             _say(f"\n{kept} Go on with: {resumption(root, options)}", sys.stdout)
             return exit_code(error)
         except (ValueError, OSError) as error:
-            _say(f"{self.program}.py: error: {tracking_uri.scrub(_one_line(error))}", sys.stderr)
+            _say(f"{command(self.program)}: error: {tracking_uri.scrub(_one_line(error))}", sys.stderr)
             return 2
 
 
@@ -132,6 +162,7 @@ def start(main: Callable[[], int]) -> int:
     What the program and its children write is their owner's alone, and they leave no core files: all of it shows
     private images.
     """
+    # Not left to each file: libraries write some, too.
     os.umask(0o077)
     _leave_no_core_files()
     try:
@@ -172,7 +203,18 @@ def _tracking_uri(uri: str | None, root: Path) -> str | None:
 def resumption(root: Path, options: Namespace) -> str:
     """The command that goes on with the run in `root`, for a shell."""
     address = ("--address", options.address) if options.address else ()
-    return shlex.join(["python", sys.argv[0], "--resume", str(root), *address])
+    return shlex.join([*called_as(), "--resume", str(root), *address])
+
+
+def called_as() -> list[str]:
+    """The words by which this program was called, without its options, but with the plugins that it has."""
+    program = sys.argv[0].split() if sys.argv[0].startswith(CONSOLE) else ["python", sys.argv[0]]
+    return [*program, *(word for plugin in active_plugins() for word in ("--plugin", plugin))]
+
+
+def command(script: str) -> str:
+    """What errors name: a sub-command of the console program, or the script."""
+    return sys.argv[0] if sys.argv[0].startswith(CONSOLE) else f"{script}.py"
 
 
 def given(arguments: Sequence[str]) -> dict[str, list[str]]:
@@ -208,6 +250,12 @@ def check_least(options: Namespace, least: int, *names: str) -> None:
     for name in names:
         if (value := getattr(options, name)) is not None and value < least:
             raise ValueError(f"Expected {name}={value} to be at least {least}.")
+
+
+def drop_width(options: Namespace) -> None:
+    """Leave the width of a network that is not shipped to itself, unless it was given: a preset's is of the shipped."""
+    if options.network not in WIDTHS and "width" not in options.chosen:
+        options.width = None
 
 
 def check_hours(options: Namespace) -> None:

@@ -34,6 +34,7 @@ from ray._private import ray_constants  # noqa: E402
 from ray.autoscaler.sdk import request_resources  # noqa: E402
 
 from raytrust.cluster.interrupts import raising  # noqa: E402
+from raytrust.config.register import PLUGINS, active_plugins  # noqa: E402
 
 SLOT = "trial_slot"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -90,6 +91,7 @@ def _start(cpus: int, slots: int) -> None:
             include_dashboard=False,
             object_store_memory=512 * 2**20,
             _temp_dir=_short_temporary_directory(),
+            runtime_env=_with_plugins({}) or None,
             **QUIET,
         )
 
@@ -122,10 +124,24 @@ def _no_exit_on_sigterm() -> Iterator[None]:
         ray._private.utils.set_sigterm_handler = before
 
 
+def _with_plugins(runtime_env: dict[str, Any], elsewhere: bool = False) -> dict[str, Any]:
+    """With what lets every worker import the plugins of this process before it does anything: it may be handed objects
+    of theirs. elsewhere: on machines that don't have the files."""
+    if plugins := active_plugins():
+        if elsewhere:
+            files = [plugin for plugin in plugins if plugin.endswith(".py")]
+            runtime_env["py_modules"] = [*runtime_env["py_modules"], *files]
+            plugins = [Path(plugin).stem if plugin in files else plugin for plugin in plugins]
+        runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), PLUGINS: os.pathsep.join(plugins)}
+        runtime_env["worker_process_setup_hook"] = "raytrust.config.register.load_plugins"
+    return runtime_env
+
+
 def _connect(address: str) -> None:
     import raytrust
 
-    runtime_env = {"py_modules": [str(Path(raytrust.__file__).parent)], "env_vars": ENVIRONMENT}
+    package = str(Path(raytrust.__file__).parent)
+    runtime_env = _with_plugins({"py_modules": [package], "env_vars": ENVIRONMENT}, elsewhere=True)
     try:
         _expect_listener(address)
         ray.init(address=address, runtime_env=runtime_env, **QUIET)

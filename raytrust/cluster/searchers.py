@@ -6,7 +6,8 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import optuna
@@ -14,7 +15,8 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from raytrust.config import Choice, Defence, LogInteger, LogUniform, PowerSGDConfig, TopKConfig, to_dict
+from raytrust.config import Choice, Defence, LogInteger, LogUniform, TopKConfig, to_dict
+from raytrust.config.register import COMPRESSORS
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 WINDOW = 256  # runs that take turns; the driver holds the studies of these alone
@@ -98,7 +100,7 @@ class DefenceSearch(OptunaSearch):
 
     def _learn(self, defence: Defence, results: Results) -> None:
         """Add a finished trial that Optuna didn't suggest; one outside the space can't teach it anything."""
-        parameters = _parameters(defence)
+        parameters = _parameters(defence, self._domains)
         if parameters is None or not _inside(parameters, self._domains):
             return
         self._ot_study.add_trial(
@@ -185,26 +187,24 @@ class AttackSearch(Searcher):
 
 
 def sampled_defence(parameters: dict[str, Any]) -> Defence:
-    """The defence that a point of the search space stands for."""
-    rank = int(parameters["rank"])
-    makers: dict[str, Callable[[], Any]] = {
-        "powersgd": lambda: PowerSGDConfig(rank),
-        "topk": lambda: TopKConfig(equal_to_rank=rank),
-    }
-    return Defence(makers[parameters["compressor"]](), bool(parameters["error_feedback"]))
+    """The defence that a point of the search space stands for: "compressor" is its method, other parameters are options
+    of those methods that have them. "rank" is of PowerSGD, or the rank whose bytes Top-K sends."""
+    kind = COMPRESSORS[parameters["compressor"]]
+    options = parameters | ({"equal_to_rank": parameters["rank"]} if kind is TopKConfig else {})
+    compressor = kind(**{field.name: options[field.name] for field in fields(kind) if field.name in options})
+    return Defence(compressor, bool(parameters["error_feedback"]) and compressor.takes_error_feedback)
 
 
-def _parameters(defence: Defence) -> dict[str, Any] | None:
+def _parameters(defence: Defence, names: Iterable[str]) -> dict[str, Any] | None:
     """Inverse of `sampled_defence`, None where there is none."""
-    match defence.compressor:
-        case PowerSGDConfig(rank=rank) | TopKConfig(equal_to_rank=int(rank)):
-            parameters = {
-                "compressor": defence.compressor.method,
-                "rank": rank,
-                "error_feedback": defence.error_feedback,
-            }
-            return parameters if sampled_defence(parameters) == defence else None
-    return None
+    options = {field.name: getattr(defence.compressor, field.name) for field in fields(defence.compressor)}  # type: ignore[arg-type]
+    point = options | {"compressor": defence.compressor.method, "error_feedback": defence.error_feedback}
+    if isinstance(defence.compressor, TopKConfig):
+        point["rank"] = defence.compressor.equal_to_rank
+    if not set(names) <= {name for name, value in point.items() if value is not None}:
+        return None
+    parameters = {name: point[name] for name in names}
+    return parameters if sampled_defence(parameters) == defence else None
 
 
 def _inside(parameters: dict[str, Any], domains: dict[str, Any]) -> bool:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from raytrust.compress.base import Payload, Stochastic
 from raytrust.compress.interface import Layout, Reduced, Vantage, payloads_by_worker
-from raytrust.config import AtomoConfig
+from raytrust.config import AtomoConfig, register
 from raytrust.wire.channel import Channel, Message
 
 Triples = list[tuple[Tensor, Tensor, Tensor]]  # of each matrix: (r,), (r, n), (r, m)
 
 
+@register.compressor(AtomoConfig)
 class Atomo(Stochastic):
     """Each gradient, as the n x m matrix view(shape[0], -1), is sent as singular triples (s_i / p_i, u_i, v_i), each
     kept by a coin of its own with probability p_i, on average `rank` of them; tensors of one dimension are sent whole.

@@ -21,11 +21,12 @@ class Base:
     A method defines `reduce` and `_add`, which decodes a payload; with these it has `decode`, `_sum` of what all
     workers sent, and `_reduced`. It may override `_write` where that is faster than adding to zeros.
 
-    memory: kinds of vectors that a worker keeps to itself, `self._memory`. A method with more state overrides
+    seed: of what is random in the method, the same on all workers. memory: kinds of vectors that a worker keeps to
+    itself, `self._memory`. A method with more state overrides
     `public_state` and `_take_public`, or, of what is not public, `_tensors` and `_take`: they get what fits.
     """
 
-    def __init__(self, config: Any, layout: Layout, *memory: str):
+    def __init__(self, config: Any, layout: Layout, seed: int = 0, memory: Sequence[str] = ()):
         self.layout = layout
         self._config = config
         self._memory = Memory(layout, *memory)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raytrust.compress.base import Base, Payload
 from raytrust.compress.interface import FlatGradients, Layout, Reduced, chunks
-from raytrust.config import DenseConfig, HalfConfig
+from raytrust.config import DenseConfig, HalfConfig, register
 from raytrust.wire.channel import Channel
 
 
@@ -21,11 +21,9 @@ class _Whole(Base):
         return x.add_(flat, alpha=share)
 
 
+@register.compressor(DenseConfig)
 class Dense(_Whole):
     """Sends 4 bytes an entry; decoded_own == grads."""
-
-    def __init__(self, layout: Layout):
-        super().__init__(DenseConfig(), layout)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
@@ -36,6 +34,7 @@ class Dense(_Whole):
         return self._reduced(mean, (flat,))
 
 
+@register.compressor(HalfConfig)
 class Half(_Whole):
     """Sends 2 bytes an entry, rounded to nearest: fp16 (5 bits of exponent) or bf16 (8), as DDP's own hooks do.
 
@@ -44,7 +43,7 @@ class Half(_Whole):
     of `decoded_own` to rounding in the format.
     """
 
-    def __init__(self, config: HalfConfig, layout: Layout):
+    def __init__(self, config: HalfConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout)
         self._dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}[config.dtype]
 

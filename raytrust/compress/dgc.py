@@ -10,10 +10,11 @@ from torch import Tensor
 from raytrust.compress.interface import Layout, Reduced
 from raytrust.compress.sparse import Sparse, largest
 from raytrust.compress.state import State
-from raytrust.config import DGCConfig
+from raytrust.config import DGCConfig, register
 from raytrust.wire.channel import Channel
 
 
+@register.compressor(DGCConfig)
 class DGC(Sparse):
     """Sends the k largest entries of v, the local sum of momentum-corrected gradients: 8 k bytes.
 
@@ -26,8 +27,8 @@ class DGC(Sparse):
     reveal v: at the first step the gradient itself, later the gradient with what is left of earlier ones.
     """
 
-    def __init__(self, config: DGCConfig, layout: Layout):
-        super().__init__(config, layout, "u", "v")
+    def __init__(self, config: DGCConfig, layout: Layout, seed: int = 0):
+        super().__init__(config, layout, memory=("u", "v"))
         self._config: DGCConfig = config
         self._step = 0
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from raytrust.compress.base import Base, Payload
 from raytrust.compress.interface import Layout, Reduced, Vantage, payloads_by_worker
 from raytrust.compress.state import State
-from raytrust.config import PowerSGDConfig
+from raytrust.config import PowerSGDConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
@@ -30,6 +30,7 @@ class Factors(NamedTuple):
 _TINY = torch.finfo(torch.float32).tiny
 
 
+@register.compressor(PowerSGDConfig)
 class PowerSGD(Base):
     """Each gradient, as the n x m matrix M = view(shape[0], -1), is sent as P = M Q and Q' = M^T P^, where P^ is an
     orthonormal basis of the mean of P over workers; it decodes to P^ Q'^T. Tensors of one dimension are sent whole.

@@ -12,10 +12,11 @@ from torch import Tensor
 from raytrust.compress.base import Payload, Stochastic
 from raytrust.compress.interface import Layout, Reduced, chunks
 from raytrust.compress.packing import pack_codes, unpack_codes
-from raytrust.config import QSGDConfig
+from raytrust.config import QSGDConfig, register
 from raytrust.wire.channel import Channel
 
 
+@register.compressor(QSGDConfig)
 class QSGD(Stochastic):
     """Each bucket of d entries is sent as its norm and, an entry, a level in -s..s of s = 2^(bits-1) - 1: stochastic
     rounding of s x / norm. Bytes: ceil(N bits / 8) + 4 ceil(N / d), without the entropy code of the paper.

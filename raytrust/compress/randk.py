@@ -11,10 +11,11 @@ from torch import Tensor
 from raytrust.compress.base import Payload, Stochastic
 from raytrust.compress.interface import Layout, Reduced, Vantage, payloads_by_worker
 from raytrust.compress.state import State
-from raytrust.config import RandKConfig
+from raytrust.config import RandKConfig, register
 from raytrust.wire.channel import Channel, Message
 
 
+@register.compressor(RandKConfig)
 class RandK(Stochastic):
     """Sends k entries drawn without replacement, the same ones on all workers: one all-reduce of values, 4 k bytes.
 

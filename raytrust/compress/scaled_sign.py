@@ -10,10 +10,11 @@ from torch import Tensor
 from raytrust.compress.base import Base, Payload
 from raytrust.compress.interface import CHUNK, FlatGradients, Layout, Reduced
 from raytrust.compress.signs import SignCode
-from raytrust.config import ScaledSignConfig
+from raytrust.config import ScaledSignConfig, register
 from raytrust.wire.channel import Channel
 
 
+@register.compressor(ScaledSignConfig)
 class ScaledSign(Base):
     """Sends every tensor x as mean|x| sign(x): one bit an entry and a float32 a tensor, ceil(N/8) + 4 x tensors bytes.
 
@@ -21,8 +22,8 @@ class ScaledSign(Base):
     for a tensor of d entries (Karimireddy et al. 2019, Lemma 8). A zero counts as positive.
     """
 
-    def __init__(self, layout: Layout):
-        super().__init__(ScaledSignConfig(), layout)
+    def __init__(self, config: ScaledSignConfig, layout: Layout, seed: int = 0):
+        super().__init__(config, layout)
         self._code = SignCode(layout, self._scratch)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:

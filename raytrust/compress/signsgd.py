@@ -9,10 +9,11 @@ from torch import Tensor
 from raytrust.compress.base import Base, Payload
 from raytrust.compress.interface import FlatGradients, Layout, Reduced, chunks
 from raytrust.compress.signs import SignCode
-from raytrust.config import SignSGDConfig
+from raytrust.config import SignSGDConfig, register
 from raytrust.wire.channel import Channel
 
 
+@register.compressor(SignSGDConfig)
 class SignSGD(Base):
     """Sends the sign of every entry, one bit: ceil(N/8) bytes. The step is the majority's sign, 0 where votes tie.
 
@@ -21,8 +22,8 @@ class SignSGD(Base):
     All workers count the votes of all, where Bernstein et al. have a server do so.
     """
 
-    def __init__(self, config: SignSGDConfig, layout: Layout):
-        super().__init__(config, layout, *(["momentum"] if config.momentum else []))
+    def __init__(self, config: SignSGDConfig, layout: Layout, seed: int = 0):
+        super().__init__(config, layout, memory=["momentum"] if config.momentum else [])
         self._momentum = config.momentum
         self._code = SignCode(layout, self._scratch)
 

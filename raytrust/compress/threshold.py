@@ -9,10 +9,11 @@ from torch import Tensor
 
 from raytrust.compress.interface import Layout, Reduced
 from raytrust.compress.sparse import Sparse, above
-from raytrust.config import ThresholdConfig
+from raytrust.config import ThresholdConfig, register
 from raytrust.wire.channel import Channel
 
 
+@register.compressor(ThresholdConfig)
 class Threshold(Sparse):
     """Sends the entries whose magnitude is at least the (1 - level) quantile of a sample's magnitudes, zeros never.
 
@@ -21,7 +22,7 @@ class Threshold(Sparse):
     entries tied with the threshold are all sent. The sample is every (1/sample)-th entry.
     """
 
-    def __init__(self, config: ThresholdConfig, layout: Layout):
+    def __init__(self, config: ThresholdConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout)
         self._level = config.level
         self._stride = max(1, round(1 / config.sample))

@@ -10,10 +10,11 @@ from torch import Tensor
 from raytrust.compress.interface import Layout, Reduced
 from raytrust.compress.powersgd import floats_sent
 from raytrust.compress.sparse import Sparse, largest
-from raytrust.config import TopKConfig
+from raytrust.config import TopKConfig, register
 from raytrust.wire.channel import Channel
 
 
+@register.compressor(TopKConfig)
 class TopK(Sparse):
     """Sends the k entries of largest magnitude with their positions: float32 values and int32 indices, 8 k bytes.
 
@@ -21,7 +22,7 @@ class TopK(Sparse):
     the k are shared out in proportion to the layers' sizes, at least one to each; the guarantee then holds by layer.
     """
 
-    def __init__(self, config: TopKConfig, layout: Layout):
+    def __init__(self, config: TopKConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout)
         self.k = max(1, min(layout.entries, _k(config, layout))) if layout.entries else 0
         self.scope = config.scope

@@ -11,10 +11,11 @@ from torch import Tensor
 from raytrust.compress.base import Payload, Stochastic
 from raytrust.compress.interface import Layout, Reduced, chunks
 from raytrust.compress.packing import pack_words, unpack_words
-from raytrust.config import VqSGDConfig
+from raytrust.config import VqSGDConfig, register
 from raytrust.wire.channel import Channel
 
 
+@register.compressor(VqSGDConfig)
 class VqSGD(Stochastic):
     """The gradient, of norm n in d dimensions, lies in the hull of the 2d points +-n sqrt(d) e_i. It is sent as n and
     `samples` of these vertices, drawn so that their mean is the gradient: 4 + ceil(samples ceil(log2 2d) / 8) bytes.

@@ -7,6 +7,7 @@ loss (`to_dict`, `from_dict`). The type of `TrainConfig.compressor` selects the 
 
 from __future__ import annotations
 
+from raytrust.config import register
 from raytrust.config.attacks import InversionConfig, LearnedInverterConfig
 from raytrust.config.compressors import (
     AtomoConfig,
@@ -63,5 +64,6 @@ __all__ = [
     "digest",
     "from_dict",
     "parse_defence",
+    "register",
     "to_dict",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from raytrust.config.compressors import (
     Defence,
@@ -15,6 +15,7 @@ from raytrust.config.compressors import (
     SignSGDConfig,
     VqSGDConfig,
 )
+from raytrust.config.register import ATTACKS, OBJECTIVES
 from raytrust.config.values import expect, expect_choices
 
 
@@ -30,20 +31,27 @@ class InversionConfig:
         what the compressor let through (`View.distance`).
     tv: weight of the mean absolute difference of neighbouring pixels, in normalised pixel units.
     step_size: in normalised pixel units for Adam; the learning rate of L-BFGS.
+    iterations: steps of the optimiser.
     restarts: independent random starts, run as one batch; the one with the least objective is returned.
     signed: what the optimiser is fed: the gradient ("none"), its sign ("hard"), or tanh(s u) / s ("soft") of the
         gradient u in units of its mean magnitude, where s falls from 1 to 0 over the iterations.
     capture_step: the training step whose messages are attacked.
-    method: "analytic" solves for the input of a linear first layer (Phong et al. 2018) and ignores what follows here.
+    seed: of the starts.
+    method: "optimise" looks for the images; "analytic" solves for the input of a linear first layer (Phong et al. 2018)
+        and heeds no other setting; or an attack that is registered.
     matching: the distance on decoded gradients and on linear views: 1 - cosine of the whole, or of each tensor by
-        itself and averaged by their entries ("tensors"), relative squared L2 or relative L1. Signs and quantised
-        gradients are compared tensor by tensor in any case, and know no other than "cosine" and "tensors", which are
-        one there.
+        itself and averaged by their entries ("tensors"), relative squared L2 or relative L1; or an objective that is
+        registered. Signs and quantised gradients are compared tensor by tensor in any case, and know no other than
+        "cosine" and "tensors", which are one there.
+    optimiser: Adam, or L-BFGS without line search.
     bound: weight of the excess of entries that sparsification left out over the smallest that it sent, for "aware"
         (`SparseView.excess`).
     schedule: the step size falls by 10 after 3/8, 5/8 and 7/8 of the iterations, along half a cosine, or not at all.
     warmup: iterations over which the step size rises linearly first.
-    l2, colour, bn, group: weights of further priors (`raytrust.attacks.inversion.priors`).
+    l2: weight of the mean square of the pixels (this and the next are in `raytrust.attacks.inversion.priors`).
+    colour: weight of the difference between colour channels.
+    bn: weight of the distance from what batch norm knows of the features.
+    group: weight of the distance of each restart from the mean of all.
     label_recovery: how labels are found where the threat withholds them: by one of `attacks.inversion.labels`, or as
         soft labels that are optimised with the images ("joint", Zhu et al. 2019). Granted labels are used as they are.
     precision: of the passes through the model; sums and distances are in float32. Soft labels and models without a
@@ -62,8 +70,8 @@ class InversionConfig:
     signed: Literal["none", "hard", "soft"] = "soft"
     capture_step: int = 0
     seed: int = 0
-    method: Literal["optimise", "analytic"] = "optimise"
-    matching: Literal["cosine", "tensors", "l2", "l1"] = "cosine"
+    method: Annotated[str, ATTACKS] = "optimise"
+    matching: Annotated[str, OBJECTIVES] = "cosine"
     optimiser: Literal["adam", "lbfgs"] = "adam"
     schedule: Literal["steps", "cosine", "constant"] = "cosine"
     warmup: int = 0

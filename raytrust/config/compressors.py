@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal
 
+from raytrust.config.register import COMPRESSORS
 from raytrust.config.values import expect, expect_choices
 
 
+class CompressorConfig:
+    """Options of a compression method: what every method's frozen dataclass is derived from.
+
+    method: its name in files and on command lines. `raytrust.config.register.compressor` gives it to a class.
+    """
+
+    method: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """A short name for tables and plots: the method, its first option, and others that are not default."""
+        options = [(f.name, getattr(self, f.name), f.default) for f in fields(self)]  # type: ignore[arg-type]
+        first = [str(value) for _, value, _ in options[:1]]
+        changed = [f"{name}={value}" for name, value, default in options[1:] if value != default]
+        return " ".join([self.method, *first, *changed])
+
+    def name_with(self, fraction: float | None) -> str:
+        """`name`, where it is known which fraction of the entries was sent."""
+        return self.name
+
+    @property
+    def takes_error_feedback(self) -> bool:
+        """Whether error feedback may be put around it: not around a method with a memory of its own."""
+        return True
+
+
 @dataclass(frozen=True)
-class DenseConfig:
+class DenseConfig(CompressorConfig):
     """No compression: the gradient crosses the wire as it is."""
 
     method: ClassVar[str] = "none"
 
 
 @dataclass(frozen=True)
-class PowerSGDConfig:
+class PowerSGDConfig(CompressorConfig):
     """PowerSGD of the given rank (Vogels et al. 2019, Algorithm 1), at most min(n, m) for an n x m matrix."""
 
     method: ClassVar[str] = "powersgd"
@@ -27,9 +54,13 @@ class PowerSGDConfig:
     def __post_init__(self) -> None:
         expect(self.rank >= 1, "rank", self.rank, "to be at least 1")
 
+    @property
+    def name(self) -> str:
+        return f"PowerSGD rank {self.rank}" + ("" if self.warm_start else " cold")
+
 
 @dataclass(frozen=True)
-class TopKConfig:
+class TopKConfig(CompressorConfig):
     """Top-K (Aji & Heafield 2017). Exactly one of the two levels is given.
 
     level: the fraction of entries that is sent, in (0, 1].
@@ -55,9 +86,21 @@ class TopKConfig:
             expect(self.equal_to_rank >= 1, "equal_to_rank", self.equal_to_rank, "to be at least 1")
         expect_choices(self)
 
+    @property
+    def name(self) -> str:
+        return self.name_with(None)
+
+    def name_with(self, fraction: float | None) -> str:
+        if self.level is not None:
+            size = f"{100 * self.level:.3g} %"
+        else:
+            sent = "" if fraction is None else f"{100 * fraction:.2g} % "
+            size = f"{sent}({self.equal_by} of rank {self.equal_to_rank})"
+        return f"Top-K {size}" + (" per layer" if self.scope == "layer" else "")
+
 
 @dataclass(frozen=True)
-class HalfConfig:
+class HalfConfig(CompressorConfig):
     """The plain baseline: the gradient in 16 bits."""
 
     method: ClassVar[str] = "half"
@@ -66,9 +109,13 @@ class HalfConfig:
     def __post_init__(self) -> None:
         expect_choices(self)
 
+    @property
+    def name(self) -> str:
+        return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype]
+
 
 @dataclass(frozen=True)
-class RandKConfig:
+class RandKConfig(CompressorConfig):
     """Rand-K (Stich et al. 2018). level: the fraction of entries that is sent, in (0, 1].
 
     unbiased: scale by 1 / level (Wangni et al. 2018): for use without error feedback, with which it is refused.
@@ -81,9 +128,18 @@ class RandKConfig:
     def __post_init__(self) -> None:
         _expect_level(self.level)
 
+    @property
+    def name(self) -> str:
+        return f"Rand-K {100 * self.level:.3g} %" + (" unbiased" if self.unbiased else "")
+
+    @property
+    def takes_error_feedback(self) -> bool:
+        # Its error exceeds the gradient where level < 1/2: the residual would grow without bound.
+        return not self.unbiased
+
 
 @dataclass(frozen=True)
-class ThresholdConfig:
+class ThresholdConfig(CompressorConfig):
     """Threshold dropping (Aji & Heafield 2017). level: the fraction of entries that is to be sent, in (0, 1].
 
     sample: the fraction of entries from which the threshold is estimated, in (0, 1]; 1 is exact.
@@ -97,9 +153,13 @@ class ThresholdConfig:
         _expect_level(self.level)
         expect(0 < self.sample <= 1, "sample", self.sample, "in (0, 1], a fraction of the entries")
 
+    @property
+    def name(self) -> str:
+        return f"Threshold {100 * self.level:.3g} %"
+
 
 @dataclass(frozen=True)
-class DGCConfig:
+class DGCConfig(CompressorConfig):
     """Deep gradient compression (Lin et al. 2018). level: the fraction of entries sent after the warm-up, in (0, 1].
 
     momentum: of the correction; the optimiser should then have none. masking: momentum factor masking. clip: the norm
@@ -119,9 +179,17 @@ class DGCConfig:
         expect(self.clip is None or 0 < self.clip < math.inf, "clip", self.clip, "to be positive and finite, or None")
         expect(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "to be at least 0")
 
+    @property
+    def name(self) -> str:
+        return f"DGC {100 * self.level:.3g} %"
+
+    @property
+    def takes_error_feedback(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
-class SignSGDConfig:
+class SignSGDConfig(CompressorConfig):
     """signSGD with majority vote; with a momentum, in [0, 1), Signum (Bernstein et al. 2018)."""
 
     method: ClassVar[str] = "signsgd"
@@ -130,16 +198,28 @@ class SignSGDConfig:
     def __post_init__(self) -> None:
         expect(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
 
+    @property
+    def name(self) -> str:
+        return f"Signum {self.momentum:.2g}" if self.momentum else "signSGD"
+
+    @property
+    def takes_error_feedback(self) -> bool:
+        return self.momentum == 0
+
 
 @dataclass(frozen=True)
-class ScaledSignConfig:
+class ScaledSignConfig(CompressorConfig):
     """mean|x| sign(x) for each tensor: with error feedback, EF-signSGD (Karimireddy et al. 2019)."""
 
     method: ClassVar[str] = "scaledsign"
 
+    @property
+    def name(self) -> str:
+        return "scaled sign"
+
 
 @dataclass(frozen=True)
-class QSGDConfig:
+class QSGDConfig(CompressorConfig):
     """QSGD (Alistarh et al. 2017) with 2^(bits - 1) - 1 levels, by buckets of `bucket` consecutive entries.
 
     norm: "l2" as in the paper's theory, or "max", the largest magnitude, as in its experiments.
@@ -154,9 +234,14 @@ class QSGDConfig:
         expect_choices(self)
         expect(1 <= self.bucket <= 2**18, "bucket", self.bucket, "in [1, 262144]")
 
+    @property
+    def name(self) -> str:
+        bucket = "" if self.bucket == 512 else f" bucket {self.bucket}"
+        return f"QSGD {self.bits} bits{bucket}" + (" max" if self.norm == "max" else "")
+
 
 @dataclass(frozen=True)
-class VqSGDConfig:
+class VqSGDConfig(CompressorConfig):
     """vqSGD with the cross-polytope (Gandikota et al. 2022). samples: how many vertices are sent a step."""
 
     method: ClassVar[str] = "vqsgd"
@@ -165,9 +250,13 @@ class VqSGDConfig:
     def __post_init__(self) -> None:
         expect(1 <= self.samples <= 2**24, "samples", self.samples, "in [1, 16777216]")
 
+    @property
+    def name(self) -> str:
+        return f"vqSGD {self.samples}"
+
 
 @dataclass(frozen=True)
-class AtomoConfig:
+class AtomoConfig(CompressorConfig):
     """Spectral ATOMO (Wang et al. 2018). rank: the expected number of singular triples sent of each matrix."""
 
     method: ClassVar[str] = "atomo"
@@ -176,30 +265,36 @@ class AtomoConfig:
     def __post_init__(self) -> None:
         expect(self.rank >= 1, "rank", self.rank, "to be at least 1")
 
+    @property
+    def name(self) -> str:
+        return f"ATOMO {self.rank}"
+
 
 def _expect_level(level: float) -> None:
     expect(0 < level <= 1, "level", level, "in (0, 1], the fraction of entries that is sent")
 
 
-CompressorConfig: TypeAlias = (
-    DenseConfig
-    | HalfConfig
-    | PowerSGDConfig
-    | TopKConfig
-    | RandKConfig
-    | ThresholdConfig
-    | DGCConfig
-    | SignSGDConfig
-    | ScaledSignConfig
-    | QSGDConfig
-    | VqSGDConfig
-    | AtomoConfig
-)
+# Their order is that of error messages; classes register themselves where they are (raytrust/compress).
+for _kind in (
+    DenseConfig,
+    HalfConfig,
+    PowerSGDConfig,
+    TopKConfig,
+    RandKConfig,
+    ThresholdConfig,
+    DGCConfig,
+    SignSGDConfig,
+    ScaledSignConfig,
+    QSGDConfig,
+    VqSGDConfig,
+    AtomoConfig,
+):
+    COMPRESSORS.add(_kind.method, _kind)
 
 
 def compressor_types() -> tuple[type, ...]:
-    """The types that `Defence` takes for its compressor: of every method that `raytrust.compress.build` knows."""
-    return get_args(CompressorConfig)
+    """The types that `Defence` takes for its compressor: of every method that is registered."""
+    return tuple(COMPRESSORS[method] for method in COMPRESSORS)
 
 
 @dataclass(frozen=True)
@@ -212,19 +307,13 @@ class Defence:
     is what is no config of a method, such as its name: `parse_defence` makes a `Defence` of text.
     """
 
-    compressor: CompressorConfig = field(default_factory=DenseConfig)
+    compressor: Annotated[CompressorConfig, COMPRESSORS] = field(default_factory=DenseConfig)
     error_feedback: bool = False
 
     def __post_init__(self) -> None:
         _expect_compressor(self.compressor)
         expect(isinstance(self.error_feedback, bool), "error_feedback", self.error_feedback, "to be True or False")
-        match self.compressor:
-            case DGCConfig() | RandKConfig(unbiased=True):
-                refused = self.error_feedback
-            case SignSGDConfig(momentum=momentum):
-                refused = self.error_feedback and momentum > 0
-            case _:
-                refused = False
+        refused = self.error_feedback and not self.compressor.takes_error_feedback
         expect(not refused, "error_feedback", self.error_feedback, f"to be False with {self.compressor}")
 
     @property
@@ -234,11 +323,9 @@ class Defence:
 
     def name_with(self, fraction: float | None) -> str:
         """`name`, such as "Top-K 1.4 % (bytes of rank 4)", where it is known which fraction of the entries was sent."""
-        match self.compressor, self.error_feedback:
-            case ScaledSignConfig(), True:
-                return "EF-signSGD"
-            case compressor, feedback:
-                return _name(compressor, fraction) + (" + EF" if feedback else "")
+        if isinstance(self.compressor, ScaledSignConfig) and self.error_feedback:
+            return "EF-signSGD"
+        return self.compressor.name_with(fraction) + (" + EF" if self.error_feedback else "")
 
 
 def _expect_compressor(compressor: Any) -> None:
@@ -246,38 +333,3 @@ def _expect_compressor(compressor: Any) -> None:
     types = compressor_types()
     names = ", ".join(sorted(kind.__name__ for kind in types))
     expect(type(compressor) in types, "compressor", compressor, f"to be one of {names}")
-
-
-def _name(compressor: CompressorConfig, fraction: float | None) -> str:
-    match compressor:
-        case DenseConfig():
-            return "none"
-        case HalfConfig(dtype=dtype):
-            return {"float16": "fp16", "bfloat16": "bf16"}[dtype]
-        case PowerSGDConfig(rank=rank, warm_start=warm_start):
-            return f"PowerSGD rank {rank}" + ("" if warm_start else " cold")
-        case TopKConfig(level=level, equal_to_rank=rank, equal_by=equal_by, scope=scope):
-            if level is None:
-                sent = "" if fraction is None else f"{100 * fraction:.2g} % "
-                size = f"{sent}({equal_by} of rank {rank})"
-            else:
-                size = f"{100 * level:.3g} %"
-            return f"Top-K {size}" + (" per layer" if scope == "layer" else "")
-        case RandKConfig(level=level, unbiased=unbiased):
-            return f"Rand-K {100 * level:.3g} %" + (" unbiased" if unbiased else "")
-        case ThresholdConfig(level=level):
-            return f"Threshold {100 * level:.3g} %"
-        case DGCConfig(level=level):
-            return f"DGC {100 * level:.3g} %"
-        case SignSGDConfig(momentum=momentum):
-            return f"Signum {momentum:.2g}" if momentum else "signSGD"
-        case ScaledSignConfig():
-            return "scaled sign"
-        case QSGDConfig(bits=bits, bucket=bucket, norm=norm):
-            return (
-                f"QSGD {bits} bits" + ("" if bucket == 512 else f" bucket {bucket}") + (" max" if norm == "max" else "")
-            )
-        case VqSGDConfig(samples=samples):
-            return f"vqSGD {samples}"
-        case AtomoConfig(rank=rank):
-            return f"ATOMO {rank}"

@@ -39,12 +39,17 @@ class MembershipConfig:
     train: what all models share; its `defence` is ignored, its seed is that of the first model, and the following
         models take the following seeds, the same for every defence. Its captures are the attacked messages: at each
         step `capture.tuning + capture.evaluation` batches of `threat.batch_size` training images.
-    points: of the pool. Of these, `mislabelled` have a wrong label and `duplicates` come `copies` times where they come
-        at all: canaries, the most vulnerable points there are (Aerni, Zhang & Tramer 2024).
+    defences: compressors, each with its models.
+    dp_sgd: DP-SGD as a reference, each with its models.
+    models: of each defence; one is attacked with the others as its shadows, in turn.
+    points: images of the pool, of which each model is trained on about half.
+    mislabelled: points with a wrong label: canaries, the most vulnerable there are (Aerni, Zhang & Tramer 2024).
+    duplicates: points that come `copies` times where they come at all: canaries, too.
+    copies: of a point that is duplicated.
     controls: candidates of each kind (held-out points, other training points) that a message is tested on.
     guesses: of the one-run epsilon, fixed here and so before any score is seen.
     property_models: how many models, of a task of two classes, property inference is measured on; 0 leaves it out.
-        property_batches: victims' batches of each, and twice as many auxiliary ones of the attacker's own.
+    property_batches: victims' batches of each of these, and twice as many auxiliary ones of the attacker's own.
     """
 
     name: str = "membership"

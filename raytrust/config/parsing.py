@@ -1,71 +1,92 @@
-"""Defences as text, for command lines: "powersgd:4:ef", "topk:rank4:scope=layer", "qsgd:8:norm=max"."""
+"""Configurations as text, for command lines: "powersgd:4:ef", "topk:rank4:scope=layer", "qsgd:8:norm=max"."""
 
 from __future__ import annotations
 
+import types
+from contextlib import suppress
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from raytrust.config.compressors import CompressorConfig, Defence
-from raytrust.config.values import from_dict
+from raytrust.config.compressors import Defence, TopKConfig
+from raytrust.config.register import COMPRESSORS
+from raytrust.config.values import from_dict, type_hints
 
-# What may follow the name without saying what it is: the option, and its name in the help.
-_MAIN = {
-    "powersgd": ("rank", "RANK"),
-    "topk": ("level", "LEVEL or rankN"),
-    "randk": ("level", "LEVEL"),
-    "threshold": ("level", "LEVEL"),
-    "dgc": ("level", "LEVEL"),
-    "signsgd": ("momentum", "MOMENTUM"),
-    "qsgd": ("bits", "BITS"),
-    "vqsgd": ("samples", "SAMPLES"),
-    "atomo": ("rank", "RANK"),
-}
 _SHORT = {"fp16": "half:dtype=float16", "bf16": "half:dtype=bfloat16", "ef-signsgd": "scaledsign:ef"}
-_METHODS = {config.method: config for config in get_args(CompressorConfig)}
 
-SYNTAX = "METHOD[:VALUE][:NAME=VALUE ...][:ef] with METHOD among " + ", ".join(
-    sorted([*_SHORT, *(f"{m} ({_MAIN[m][1]})" if m in _MAIN else m for m in _METHODS)])
-)
+
+def syntax() -> str:
+    """What `parse_defence` takes, with every method and what may follow its name."""
+    mains = {method: _main(COMPRESSORS[method]) for method in COMPRESSORS}
+    words = {method: main.upper() for method, main in mains.items() if main} | {"topk": "LEVEL or rankN"}
+    names = [f"{method} ({words[method]})" if method in words else method for method in mains]
+    return "METHOD[:VALUE][:NAME=VALUE ...][:ef] with METHOD among " + ", ".join(sorted([*_SHORT, *names]))
 
 
 def parse_defence(text: str) -> Defence:
-    """METHOD[:VALUE][:NAME=VALUE ...][:ef]: a method, its main option, further options, and error feedback.
+    """METHOD[:VALUE][:NAME=VALUE ...][:ef]: a method, its first option, further options, and error feedback.
 
     Raises ValueError for what is no defence.
     """
     method, *rest = _SHORT.get(text.split(":")[0], text.split(":")[0]).split(":") + text.split(":")[1:]
-    if method not in _METHODS or rest.count("ef") > 1:
-        raise ValueError(f"Expected defence={text!r} to be {SYNTAX}.")
+    if method not in COMPRESSORS or rest.count("ef") > 1:
+        raise ValueError(f"Expected defence={text!r} to be {syntax()}.")
+    kind = COMPRESSORS[method]
     values: dict[str, Any] = {"method": method}
     for part in rest:
         name, equals, value = part.partition("=")
         if part == "ef":
             continue
         if not equals:
-            if method not in _MAIN or part != rest[0]:
-                raise ValueError(f"Expected defence={text!r} to be {SYNTAX}.")
-            name, value = _MAIN[method][0], part
-            if method == "topk" and part.startswith("rank"):
+            main = _main(kind)
+            if main is None or part != rest[0]:
+                raise ValueError(f"Expected defence={text!r} to be {syntax()}.")
+            name, value = main, part
+            if kind is TopKConfig and part.startswith("rank"):
                 name, value = "equal_to_rank", part.removeprefix("rank")
         if name in values:
             raise ValueError(f"Expected defence={text!r} to give {name} once.")
-        values[name] = _value(_METHODS[method], name, value)
+        try:
+            values[name] = parse_text(type_hints(kind).get(name, str), value)
+        except ValueError:
+            values[name] = value  # as it is: `from_dict` says what is wrong with it
     try:
         return from_dict(Defence, {"compressor": values, "error_feedback": "ef" in rest})
     except ValueError as error:
         raise ValueError(f"In defence={text!r}: {error}") from None
 
 
-def _value(config: type, name: str, text: str) -> Any:
-    """The text as what the option takes, or as it is: `from_dict` then says what is wrong."""
-    kinds = get_type_hints(config).get(name) if name in {f.name for f in fields(config)} else str
-    if text in ("True", "False"):
+def parse_text(hint: Any, text: str) -> Any:
+    """The text as a value of a field's type, whose range is not checked. Raises ValueError where it is none.
+
+    Items of a tuple stand between commas; those of a pair, NAME=VALUE, beside a sign of equality.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _first(arguments, text)
+    if origin is Annotated:
+        return parse_text(arguments[0], text)
+    if origin is Literal:
+        return type(arguments[0])(text)
+    if origin is tuple and arguments[-1] is ...:
+        return tuple(parse_text(arguments[0], item) for item in text.split(",") if item)
+    if origin is tuple:
+        return tuple(parse_text(of, item) for of, item in zip(arguments, text.split("=", 1), strict=True))
+    if hint is bool:
+        if text not in ("True", "False"):
+            raise ValueError(f"Expected {text!r} to be True or False.")
         return text == "True"
-    for kind in (int, float):
-        options = (kinds, *get_args(kinds))
-        if kind in options or any(type(option) is kind for option in options):
-            try:
-                return kind(text)
-            except ValueError:
-                return text
-    return text
+    return hint(text)
+
+
+def _first(hints: tuple[Any, ...], text: str) -> Any:
+    """As a value of the first of these types that takes the text."""
+    # In their order, from the narrowest: "3" is a number before it is text.
+    for hint in (h for h in hints if h is not type(None)):
+        with suppress(ValueError):
+            return parse_text(hint, text)
+    raise ValueError(f"Expected {text!r} to be of one of {len(hints)} types.")
+
+
+def _main(kind: type) -> str | None:
+    """The option whose name may be left out: the first."""
+    return next((f.name for f in fields(kind)), None)

@@ -4,34 +4,63 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from raytrust.config.compressors import Defence
-from raytrust.config.values import expect, expect_choices
+from raytrust.config.register import NETWORKS
+from raytrust.config.values import ADDED, expect, expect_choices
 
-_WIDTHS = {"resnet18": 64, "convnet": 64, "resnet20": 16, "lenet": 12}
+WIDTHS = {"resnet18": 64, "convnet": 64, "resnet20": 16, "lenet": 12}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """resnet18: torchvision's ResNet-18 with `width` channels in its first stage (64 in the paper of He et al.).
-    convnet: three convolutions of `width` channels and a linear layer, without batch norm.
-    resnet20: the ResNet-20 for CIFAR of He et al., with `width` channels in its first stage (16 in their paper).
-    lenet: three convolutions of `width` channels with sigmoids and a linear layer (Zhu et al. 2019; 12 in their paper).
+    """The network that is trained.
 
-    stem: of resnet18; "cifar" is a 3x3 convolution of stride 1 and no max-pool; "imagenet" is torchvision's 7x7 stem.
-    width: by default that of the paper, and 64 for convnet.
+    resnet18 is torchvision's, with `width` channels in its first stage (64 in the paper of He et al.); convnet three
+    convolutions of `width` channels and a linear layer, without batch norm; resnet20 the ResNet-20 for CIFAR of He et
+    al., with `width` channels in its first stage (16 in their paper); lenet three convolutions of `width` channels with
+    sigmoids and a linear layer (Zhu et al. 2019; 12 in their paper).
+
+    name: one of these, one that is registered, package.module:function, or torchvision:NAME.
+    stem: of resnet18: "cifar" is a 3x3 convolution of stride 1 and no max-pool, "imagenet" torchvision's 7x7 stem.
+    width: channels of the first stage; by default that of the paper, and 64 for convnet. Other networks are given it
+        where it is set.
+    options: further options of a network that is not shipped, on a command line as depth=3,bias=False.
     """
 
-    name: Literal["resnet18", "convnet", "resnet20", "lenet"] = "resnet18"
+    name: Annotated[str, NETWORKS] = "resnet18"
     stem: Literal["cifar", "imagenet"] = "cifar"
-    width: int = None  # type: ignore[assignment]  # set below, so that it is always an integer
+    width: int | None = None
+    options: tuple[tuple[str, int | float | bool | str], ...] = field(default=(), metadata=ADDED)
 
     def __post_init__(self) -> None:
         expect_choices(self)
         if self.width is None:
-            object.__setattr__(self, "width", _WIDTHS[self.name])
-        expect(1 <= self.width <= 1024, "width", self.width, "in [1, 1024]")
+            object.__setattr__(self, "width", WIDTHS.get(self.name))
+        expect(self.width is None or 1 <= self.width <= 1024, "width", self.width, "in [1, 1024]")
+        named = [name for name, _ in self.options]
+        expect(len(set(named)) == len(named), "options", self.options, "to give each option once")
+        # In one order, so that equal networks have one digest.
+        object.__setattr__(self, "options", tuple(sorted(self.options)))
+        expect(
+            not (self.options and self.shipped),
+            "options",
+            self.options,
+            f"to be empty for {self.name}, which has stem and width",
+        )
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it is one of the package's own."""
+        return self.name in WIDTHS
+
+    @property
+    def title(self) -> str:
+        """In words, such as "resnet18 of width 16"."""
+        options = ", ".join(f"{name} {value}" for name, value in self.options)
+        width = "" if self.width is None else f" of width {self.width}"
+        return f"{self.name}{width}" + (f" ({options})" if options else "")
 
 
 @dataclass(frozen=True)
@@ -66,8 +95,12 @@ class Threat:
 class CaptureConfig:
     """Which steps of training are captured, and for how many private batches.
 
-    The first `tuning` batches serve to choose an attack, the following `evaluation` batches to report it. The two sets
-    share no image, and both are the same for every defence of one seed, so that defences are compared in pairs.
+    The two sets of batches share no image, and both are the same for every defence of one seed, so that defences are
+    compared in pairs.
+
+    steps: of training at which messages are captured.
+    tuning: private batches on which attacks are chosen.
+    evaluation: further private batches, on which leakage is reported.
     """
 
     steps: tuple[int, ...] = (0,)
@@ -86,8 +119,15 @@ class CaptureConfig:
 class TrainConfig:
     """One training run: everything that decides what crosses the wire, but for the data.
 
-    batch_size: images a worker and step. learning_rate: the peak of a schedule that rises over the first tenth of the
-    steps and then falls linearly to zero. Optimiser: SGD with Nesterov momentum, on the mean gradient of all workers.
+    The optimiser is SGD with Nesterov momentum, on the mean gradient of all workers.
+
+    workers: how many train together.
+    batch_size: images a worker and step.
+    steps: how long training is.
+    learning_rate: the peak of a schedule that rises over the first tenth of the steps and then falls linearly to zero.
+    momentum: of the optimiser, in [0, 1).
+    weight_decay: of the optimiser, on all parameters.
+    seed: of everything that is random.
     """
 
     defence: Defence = field(default_factory=Defence)

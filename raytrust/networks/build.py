@@ -1,38 +1,93 @@
-"""The networks: torchvision's ResNet-18 at any width and with either stem, ResNet-20, LeNet and a small ConvNet."""
+"""The networks: torchvision's ResNet-18 at any width and with either stem, ResNet-20, LeNet, a small ConvNet, others.
+
+Others are registered, or named by an import path; `torchvision:NAME` is torchvision's, with a first layer and a last
+one that fit the images.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrust.config import ModelConfig
+from raytrust.config.register import NETWORKS
 
 
 def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> nn.Module:
     """A freshly initialised network that maps (n, channels, height, width) to logits (n, classes).
 
-    The weights depend on the arguments alone; the global random number generator is left as it was.
+    The weights depend on the arguments alone; the global random number generator is left as it was. Raises ValueError
+    for a network that can't be imported or does not take its options.
     """
+    options: dict[str, Any] = dict(config.options)
+    if config.width is not None:
+        options["width"] = config.width
+    if config.name == "resnet18":
+        options["stem"] = config.stem
+    make = _maker(config.name)
+    # Asked of the signature, as a TypeError of the call may be a fault inside the network.
+    try:
+        inspect.signature(make).bind(channels, classes, **options)
+    except TypeError as error:
+        given = ", ".join(["channels", "classes", *options])
+        raise ValueError(f"Expected network={config.name!r} to take {given}, but {error}.") from None
+    # torch's initialisation knows no generator but the global one, which is the user's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        match config.name:
-            case "resnet18":
-                return _resnet18(config, channels, classes)
-            case "convnet":
-                return _ConvNet(config.width, channels, classes)
-            case "resnet20":
-                return _ResNet20(config.width, channels, classes)
-            case "lenet":
-                return _LeNet(config.width, channels, classes)
+        return make(channels, classes, **options)
 
 
-def _resnet18(config: ModelConfig, channels: int, classes: int) -> nn.Module:
+def check_network(config: ModelConfig, image_shape: Sequence[int], classes: int) -> None:
+    """Raises ValueError unless the network can be built and maps two such images, (channels, height, width), to logits.
+
+    Those that are shipped need no check.
+    """
+    if config.shipped:
+        return
+    images = torch.zeros(2, *image_shape)
+    model = build_model(config, image_shape[0], classes, seed=0).eval()
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    except Exception as error:  # whatever the network raises for images that it can't take
+        shape = tuple(images.shape)
+        raise ValueError(f"Expected network={config.name!r} to take images {shape}, but {error}") from error
+    if tuple(logits.shape) != (2, classes):
+        raise ValueError(f"Expected network={config.name!r} to give logits (2, {classes}), got {tuple(logits.shape)}.")
+
+
+def _maker(name: str) -> Callable[..., nn.Module]:
+    library, _, network = name.partition(":")
+    if library == "torchvision":
+        return partial(_of_torchvision, network)
+    make: Callable[..., nn.Module] = NETWORKS[name]
+    return make
+
+
+def _of_torchvision(network: str, channels: int, classes: int, **options: Any) -> nn.Module:
+    """One of `torchvision.models.list_models()`, untrained; its first convolution is made to fit the channels."""
+    from torchvision.models import get_model
+
+    model: nn.Module = get_model(network, weights=None, num_classes=classes, **options)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            if layer.in_channels != channels:
+                like: dict[str, Any] = {key: getattr(layer, key) for key in ("kernel_size", "stride", "padding")}
+                first = nn.Conv2d(channels, layer.out_channels, bias=layer.bias is not None, **like)
+                model.set_submodule(name, first)
+            break
+    return model
+
+
+def resnet18(channels: int, classes: int, width: int = 64, stem: str = "cifar") -> nn.Module:
     from torchvision.models.resnet import BasicBlock, ResNet  # 1.5 s to import, and attacks on a ConvNet don't need it
-
-    width = config.width
 
     class ScaledResNet(ResNet):
         """torchvision's ResNet, whose first stage has 64 channels, with every stage scaled to `width` / 64."""
@@ -43,7 +98,7 @@ def _resnet18(config: ModelConfig, channels: int, classes: int) -> nn.Module:
             return super()._make_layer(block, planes // 64 * width, *args, **kwargs)
 
     model = ScaledResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes)
-    if config.stem == "cifar":
+    if stem == "cifar":
         model.conv1 = nn.Conv2d(channels, width, kernel_size=3, stride=1, padding=1, bias=False)
         model.maxpool = nn.Identity()
     else:
@@ -54,10 +109,10 @@ def _resnet18(config: ModelConfig, channels: int, classes: int) -> nn.Module:
     return model
 
 
-class _ConvNet(nn.Module):
+class ConvNet(nn.Module):
     """Three 3x3 convolutions with ReLU, the last two of stride 2, then 4x4 mean pooling and a linear layer."""
 
-    def __init__(self, width: int, channels: int, classes: int):
+    def __init__(self, channels: int, classes: int, width: int):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1),
@@ -75,11 +130,11 @@ class _ConvNet(nn.Module):
         return self.classifier(self.features(x))
 
 
-class _ResNet20(nn.Module):
+class ResNet20(nn.Module):
     """He et al. 2016, section 4.2, with n = 3: 3x3 convolutions in three stages of `width`, 2 and 4 times as many
     channels, shortcuts without parameters (option A), and a linear layer on the mean over all positions."""
 
-    def __init__(self, width: int, channels: int, classes: int):
+    def __init__(self, channels: int, classes: int, width: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -113,13 +168,13 @@ class _BasicBlock(nn.Module):
         return F.relu(x + y)
 
 
-class _LeNet(nn.Module):
+class LeNet(nn.Module):
     """The network of Deep Leakage from Gradients (Zhu et al. 2019) and Learning to Invert (Wu et al. 2023): three 5x5
     convolutions with sigmoids, the first two of stride 2, and a linear layer on 8x8 positions, to which images of other
     sizes than 32x32 are pooled. Weights and biases are uniform in [-1/2, 1/2], without which sigmoids pass no gradient.
     """
 
-    def __init__(self, width: int, channels: int, classes: int):
+    def __init__(self, channels: int, classes: int, width: int):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 5, stride=2, padding=2),

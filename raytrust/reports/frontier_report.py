@@ -94,10 +94,7 @@ def write_report(
 
 def _trained(sweep: SweepConfig) -> str:
     train = sweep.train
-    return (
-        f"{train.model.name} of width {train.model.width}, {train.steps} steps of {train.workers} workers with "
-        f"{train.batch_size} images each."
-    )
+    return f"{train.model.title}, {train.steps} steps of {train.workers} workers with {train.batch_size} images each."
 
 
 def _failed_attacks(store: Store, sweep: SweepConfig, rows: Sequence[Row]) -> list[tuple[str, str]]:

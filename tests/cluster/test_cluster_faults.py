@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -96,6 +97,37 @@ def test_two_sweeps_on_one_cluster(cluster: Cluster, tmp_path: Path, sweeps: lis
         assert row["status"] == "finished"
     first, second = (load_rows(tmp_path / name / "frontier.json")[0] for name in ("first", "second"))
     assert first["accuracy"] == second["accuracy"]  # the same sweep, whatever ran beside it
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+from raytrust.compress import Base
+from raytrust.config import CompressorConfig, register
+
+@dataclass(frozen=True)
+class Options(CompressorConfig):
+    method: ClassVar[str] = "doubled"
+    level: float = 0.5
+
+@register.compressor(Options)
+class Doubled(Base):
+    pass
+"""
+
+
+def test_a_plugin_reaches_workers_on_other_machines(cluster: Cluster, tmp_path: Path) -> None:
+    """The file itself is handed to them; on this machine they import the user's own."""
+    path = tmp_path / "doubled_plugin.py"
+    path.write_text(PLUGIN)
+    program = [sys.executable, str(Path(__file__).parents[1] / "plugged.py"), str(path)]
+    for address in ([], [cluster.address]):
+        done = subprocess.run([*program, *address], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        known = json.loads(done.stdout)
+        assert known["same"]
+        assert known["config"]["compressor"] == {"method": "doubled", "level": 0.25}
+        assert (known["file"] == str(path)) == (address == [])
 
 
 # As the kernel writes 127.0.0.1, ::1 and the first in a socket of both kinds.

@@ -11,7 +11,7 @@ from ray.tune.search import Searcher
 
 from raytrust.cluster import searchers
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch, sampled_defence
-from raytrust.config import Defence, PowerSGDConfig, TopKConfig, from_dict
+from raytrust.config import Defence, DGCConfig, PowerSGDConfig, TopKConfig, from_dict
 
 SPACE = {
     "compressor": tune.choice(["powersgd", "topk"]),
@@ -159,6 +159,29 @@ def test_a_sampled_topk_is_equal_in_bytes_to_the_rank() -> None:
     point = {"compressor": "topk", "rank": 5, "error_feedback": True}
     assert sampled_defence(point) == Defence(TopKConfig(equal_to_rank=5, equal_by="bytes"), True)
     assert sampled_defence(point | {"compressor": "powersgd"}) == Defence(PowerSGDConfig(5), True)
+
+
+def test_a_space_of_any_methods() -> None:
+    """Each takes the options that it has, and error feedback if it may have it; those of the list teach the study."""
+    space = {
+        "compressor": tune.choice(["randk", "dgc", "qsgd"]),
+        "level": tune.loguniform(0.01, 0.5),
+        "bits": tune.choice([2, 4, 8]),
+        "error_feedback": tune.choice([True]),
+    }
+    listed = Defence(DGCConfig(level=0.25))
+    searcher = search(known=[(listed, GOOD)], space=space)
+    found = [suggested(searcher, f"{i}") for i in range(30)]
+    by_method = {d.compressor.method: d for d in found if d is not None}
+    assert set(by_method) == {"randk", "dgc", "qsgd"}
+    for method, defence in by_method.items():
+        assert defence.error_feedback == (method != "dgc")
+        assert 0.01 <= getattr(defence.compressor, "level", 0.1) <= 0.5
+    no_bits = {name: domain for name, domain in space.items() if name != "bits"} | {
+        "error_feedback": tune.choice([False])
+    }
+    assert states(search(known=[(listed, GOOD)], space=no_bits)._ot_study) == [TrialState.COMPLETE]
+    assert states(searcher._ot_study)[:1] != [TrialState.COMPLETE]  # it has no bits
 
 
 # The search over attacks

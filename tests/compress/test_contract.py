@@ -5,6 +5,7 @@ Views are in test_views.py, states in test_state.py, unusual gradients in test_c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,21 +18,24 @@ from toys import (
     SHAPES,
     Echo,
     bytes_by_formula,
+    contract_of,
     distance,
     gradients,
     is_estimate,
     is_gathered,
     mean_over_workers,
+    rounding,
 )
-from two_workers import Reduction, alone, reductions
+from two_workers import Reduction, alone
 
-from raytrust.compress import build
+from raytrust.compress import Reduced, build
+from raytrust.compress.contract import check
+from raytrust.compress.topk import TopK
 from raytrust.config import (
     AtomoConfig,
     CompressorConfig,
     Defence,
     DenseConfig,
-    HalfConfig,
     ModelConfig,
     PowerSGDConfig,
     QSGDConfig,
@@ -41,21 +45,13 @@ from raytrust.config import (
     TopKConfig,
     VqSGDConfig,
 )
+from raytrust.config.register import METHODS
 from raytrust.leak import view_of
 from raytrust.leak.observation import seen_messages
 from raytrust.networks.build import build_model
-from raytrust.wire.channel import LocalChannel, Tap
+from raytrust.wire.channel import Channel, LocalChannel, Tap
 
 every_defence = pytest.mark.parametrize("name", DEFENCES)
-
-
-def rounding(config: CompressorConfig) -> float:
-    """Of a mean that is summed in the format of the wire, relative to the largest entries (about 4)."""
-    match config:
-        case HalfConfig(dtype=dtype):
-            return 4 * torch.finfo(getattr(torch, dtype)).eps
-        case _:
-            return 1e-5
 
 
 @every_defence
@@ -154,24 +150,62 @@ def test_bytes_of_one_step() -> None:
     assert {name: found[name] for name in known} == known
 
 
-def assert_same(some: list[Reduction], others: list[Reduction]) -> None:
-    """To the bit."""
-    for a, b in zip(some, others, strict=True):
-        assert all(map(torch.equal, (*a.mean, *a.own), (*b.mean, *b.own)))
-        for m, n in zip(a.messages, b.messages, strict=True):
-            assert all(map(torch.equal, (*m.sent, *m.received), (*n.sent, *n.received)))
-
-
 @every_defence
-def test_a_run_is_a_function_of_gradients_and_seed(name: str) -> None:
-    torch.manual_seed(123)  # whatever the global generator holds
-    assert_same(reductions(LocalChannel(), DEFENCES[name]), alone(name))
+def test_the_contract(name: str, workers: int, request: pytest.FixtureRequest) -> None:
+    """What a method from outside the package is held to."""
+    if workers == 1:
+        check(DEFENCES[name], **contract_of(DEFENCES[name]))
+    else:
+        assert [worker["contract"][name] for worker in request.getfixturevalue("group")] == ["", ""]
 
 
-@every_defence
-def test_the_mean_may_be_overwritten(name: str) -> None:
-    """As an optimiser does that works in place."""
-    assert_same(reductions(LocalChannel(), DEFENCES[name], scribble=True), alone(name))
+class Broken(TopK):
+    """Top-K that breaks one guarantee."""
+
+    fault = ""
+
+    def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
+        if self.fault == "refusal":
+            grads = [g.nan_to_num(0.0, 0.0) for g in grads]
+        if self.fault == "global generator":
+            torch.rand(1)
+        if self.fault == "gradients":
+            for g in grads:
+                g.zero_()
+        reduced = super().reduce(grads, channel)
+        if self.fault == "mean":
+            reduced.mean = [2 * m for m in reduced.mean]
+        if self.fault == "own":
+            return Reduced(reduced.mean, lambda: list(grads))
+        if self.fault == "repeats":
+            calls.append(0)
+            reduced.mean = [m + len(calls) for m in reduced.mean]
+        return reduced
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return state | {"step": torch.zeros(1)} if self.fault == "state" else state
+
+
+calls: list[int] = []
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("refusal", r"a gradient that holds nan is refused"),
+        ("global generator", r"the global generator stays as it is"),
+        ("gradients", r"the gradients stay as they are"),
+        ("mean", r"the mean is that of what the workers sent"),
+        ("own", r"the mean is that of what the workers sent|the wire alone says what was sent"),
+        ("repeats", r"the mean is that of what the workers sent|a step depends on"),
+    ],
+)
+def test_a_method_that_breaks_the_contract(monkeypatch: pytest.MonkeyPatch, fault: str, said: str) -> None:
+    monkeypatch.setitem(METHODS._things, "topk", Broken)
+    monkeypatch.setattr(Broken, "fault", fault)
+    with pytest.raises(AssertionError, match=rf"^Expected of Top-K 10 %: ({said})\.$"):
+        check(Defence(TopKConfig(level=0.1)))
 
 
 def sends(config: CompressorConfig, seed: int = 5, rank: int = 0, steps: int = 1) -> Tensor:

@@ -393,6 +393,8 @@ def variations(config: Any) -> list[Any]:
         others: list[Any]
         if is_dataclass(value):
             others = variations(value)
+        elif (type(config), field.name) == (ModelConfig, "options"):
+            others = []  # a network that is shipped has none
         elif isinstance(value, bool):
             others = [not value]
         elif isinstance(value, int):

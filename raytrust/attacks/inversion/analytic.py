@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from raytrust.attacks.inversion.engine import Candidates
 from raytrust.attacks.inversion.objectives import target_view
 from raytrust.config import InversionConfig
 from raytrust.leak import LinearView
@@ -19,6 +20,15 @@ from raytrust.leak.observation import Observation, decoded
 
 ITERATIONS = 200
 TOLERANCE = 1e-7  # of the residual, relative to its beginning
+
+
+def analytic(seen: Observation, config: InversionConfig, device: str = "cpu") -> Candidates:
+    """The one candidate that the first layer's gradient gives; its objective is the residual, infinite without bias.
+
+    Raises ValueError as `solve_first_layer` does.
+    """
+    image, residual = solve_first_layer(seen, config, device)
+    return Candidates(image[None], torch.tensor([residual]).nan_to_num(torch.inf))
 
 
 def solve_first_layer(seen: Observation, config: InversionConfig, device: str = "cpu") -> tuple[Tensor, float]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from raytrust.attacks.inversion.analytic import solve_first_layer
 from raytrust.attacks.inversion.labels import recover_labels
 from raytrust.attacks.inversion.objectives import target_view
 from raytrust.attacks.inversion.priors import known_statistics
 from raytrust.attacks.inversion.search import Found, Piece, search
 from raytrust.attacks.inversion.stacks import stack_key
 from raytrust.config import InversionConfig
+from raytrust.config.register import ATTACKS
 from raytrust.leak.observation import Observation
 from raytrust.persample.memory import candidate_bytes, free_bytes, is_out_of_memory
 
@@ -88,9 +88,8 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
     found: dict[int, list[Candidates]] = {}
     programs: dict[tuple[object, ...], list[Piece]] = {}
     for i, (seen, config) in enumerate(jobs):
-        if config.method == "analytic":
-            image, residual = solve_first_layer(seen, config, device)
-            found[i] = [Candidates(image[None], torch.tensor([residual]).nan_to_num(torch.inf))]
+        if config.method != "optimise":  # a method of its own, one observation at a time
+            found[i] = [ATTACKS[config.method](seen, config, device)]
         else:
             piece = _prepare(i, seen, config, device)
             programs.setdefault(piece.program, []).append(piece)

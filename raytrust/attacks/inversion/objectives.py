@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from raytrust.config import InversionConfig
+from raytrust.config.register import OBJECTIVES
 from raytrust.leak import LinearView, SparseView, View, identity_view, view_of
 from raytrust.leak.history import pure_view, weighed_view
 from raytrust.leak.observation import Observation, decoded
@@ -55,17 +55,26 @@ def _matching(view: View, kind: str) -> Distance:
         raise ValueError(f"Expected matching={kind!r} to be 'cosine': what was sent is no linear view.")
     if kind == "tensors":
         return TensorwiseView(view).distance
-    return partial(relative_distance, view, 2 if kind == "l2" else 1)
+    objective = OBJECTIVES[kind]
+    return lambda grads: objective(view.measure(grads), view.observed)
 
 
-def relative_distance(view: LinearView, power: int, grads: Sequence[Tensor]) -> Tensor:
-    """sum |measured - observed|^power / sum |observed|^power, (candidates,), at least 0 and 0 at the true gradient.
+def l2(measured: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
+    """sum (measured - observed)^2 / sum observed^2, (candidates,).
 
-    power 2 is the distance of Zhu et al. 2019 (Algorithm 1), power 1 the L1 distance, both but for a factor that makes
-    the weights of priors comparable between models. An observation that is zero throughout is not divided by.
+    The distance of Zhu et al. 2019 (Algorithm 1), but for a factor that makes priors comparable between models.
     """
-    measured = view.measure(grads)
-    pairs = list(zip(measured, view.observed, strict=True))
+    return _relative_distance(measured, observed, power=2)
+
+
+def l1(measured: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
+    """sum |measured - observed| / sum |observed|, (candidates,)."""
+    return _relative_distance(measured, observed, power=1)
+
+
+def _relative_distance(measured: Sequence[Tensor], observed: Sequence[Tensor], power: int) -> Tensor:
+    """At least 0, and 0 at the true gradient. An observation that is zero throughout is not divided by."""
+    pairs = list(zip(measured, observed, strict=True))
     apart = torch.stack([(m - o).flatten(1).abs().pow(power).sum(1) for m, o in pairs]).sum(0)
-    size = torch.stack([o.abs().pow(power).sum() for o in view.observed]).sum()
+    size = torch.stack([o.abs().pow(power).sum() for o in observed]).sum()
     return apart / torch.where(size > 0, size, torch.ones_like(size))

@@ -13,7 +13,7 @@ from raytrust.attacks.inversion.engine import same_model
 from raytrust.attacks.learned.encoding import Encoder
 from raytrust.attacks.learned.messages import auxiliary_messages
 from raytrust.attacks.learned.network import Fit, fit
-from raytrust.config import DenseConfig, HalfConfig, LearnedInverterConfig, PowerSGDConfig, RandKConfig
+from raytrust.config import LearnedInverterConfig
 from raytrust.leak.observation import Observation, decoded
 
 
@@ -91,8 +91,8 @@ def _check(seen: Observation, auxiliary: Auxiliary, config: LearnedInverterConfi
     images, labels = auxiliary.images, auxiliary.labels
     if seen.threat.batch_size != 1:
         raise ValueError(f"Expected batch_size={seen.threat.batch_size} to be 1 for a learned inverter.")
-    mean_alone = (DenseConfig, HalfConfig, PowerSGDConfig, RandKConfig)
-    if seen.threat.vantage == "peer" and seen.world_size > 1 and isinstance(seen.defence.compressor, mean_alone):
+    mean_alone = all(message.op == "all_mean" for message in seen.messages)
+    if seen.threat.vantage == "peer" and seen.world_size > 1 and mean_alone:
         raise ValueError(
             f"Expected vantage='peer' to be 'link' for a learned inverter: of {seen.defence.name} a peer sees only the "
             "mean over workers."

@@ -48,7 +48,7 @@ def setting(config: MembershipConfig, data: Dataset) -> str:
     """What was trained and attacked, in words."""
     train, threat = config.train, config.train.threat
     return (
-        f"{data.name}: {config.models} models a defence, {train.model.name} of width {train.model.width}, "
+        f"{data.name}: {config.models} models a defence, {train.model.title}, "
         f"{train.steps} steps of {train.batch_size} images, each on about half of {config.points} points, "
         f"{config.mislabelled} of them mislabelled and {config.duplicates} coming {config.copies} times. Messages: "
         f"batches of {threat.batch_size} images, vantage {threat.vantage}, batch norm in {threat.batch_norm} mode. "

@@ -81,15 +81,33 @@ def attack_name(attack: InversionConfig) -> str:
 class Budget:
     """How much is tried.
 
-    images: evaluated in each cell; tuning: others, on which settings are chosen. chunk: images of a unit of work.
-    stems, norms, states (steps of training), tvs, iterations, restarts: the search for the paper's setting takes every
-    combination, with the attack as it was published and with the strong one; of victims that are trained or have batch
+    The search for the paper's setting takes every combination of `stems`, `norms`, `states`, `tvs`, `iterations` and
+    `restarts`, with the attack as it was published and with the strong one; of victims that are trained or have batch
     norm in training mode only the longest, with `search_tvs`.
-    training: steps of the training run from which the states are taken, in batches of `batch_size`.
+
+    name: of the budget.
+    images: evaluated in each cell.
+    tuning: other images, on which settings are chosen.
+    chunk: images of a unit of work.
+    iterations: lengths of the attack that are searched.
+    tuning_iterations: the length of the search for the worst case.
+    restarts: numbers of restarts that are searched.
+    stems: of ResNet-18 that are searched.
+    norms: modes of batch norm that are searched.
+    states: steps of training behind the weights that are searched.
+    tvs: TV weights that are searched.
+    search_tvs: TV weights that are searched for victims that are trained or have batch norm in training mode.
     portfolio: TV weights of the strong attacks that are tried for the worst case, beside the one that was best without
-    compression; `tuning_iterations` the length of its search.
-    theory_steps, theory_width, theory_images: when, at which width and on how many images section 3 is tested.
-    membership: options of `MembershipConfig` and its training for table 2.
+        compression.
+    training: steps of the training run from which the states are taken.
+    batch_size: images of a step of that run.
+    width: of the network.
+    precision: of the passes through the model.
+    theory_steps: when section 3 is tested.
+    theory_width: of the network that section 3 is tested on.
+    theory_images: on how many images section 3 is tested.
+    theory_iterations: of the attacks that section 3 is tested with.
+    membership: options of `MembershipConfig` and its training, for table 2.
     """
 
     name: str

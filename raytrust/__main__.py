@@ -1,0 +1,50 @@
+"""The console program: `raytrust frontier | membership | paper`, or `python -m raytrust ...`.
+
+A sub-command is a program of sweeps/, with that file's tables. An installed package has these files as
+`raytrust.sweeps` (setup.py); in a checkout they lie beside the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from raytrust.cli import options as cli
+
+COMMANDS = {
+    "frontier": ("privacy_frontier", "what compression costs in accuracy and buys in privacy"),
+    "membership": ("membership", "who was in the training set, by the model and by what crossed the wire"),
+    "paper": ("paper_tables", "every figure of the paper beside ours"),
+}
+
+
+def main() -> int:
+    """The exit code of the sub-command that `sys.argv` names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: raytrust COMMAND [options]\n")
+        for command, (_, purpose) in COMMANDS.items():
+            print(f"  raytrust {command:<12} {purpose}")
+        print("\nraytrust COMMAND --help shows the options of a command.")
+        return 0
+    if name not in COMMANDS:
+        print(f"raytrust: error: Expected command={name!r} to be one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    # The program reads from it its options, and how it was called.
+    sys.argv = [f"{cli.CONSOLE}{name}", *sys.argv[2:]]
+    return cli.start(_program(COMMANDS[name][0]).main)
+
+
+def _program(name: str) -> ModuleType:
+    # A wheel has no folder beside the package, and a checkout that is only on the path has no setup.
+    if find_spec("raytrust.sweeps") is not None:
+        return importlib.import_module(f"raytrust.sweeps.{name}")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sweeps"))
+    return importlib.import_module(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
