@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from scipy.stats import binom
 
-from raytrust.metrics.statistics import bootstrap_interval
+from raytrust.metrics.statistics import Figure, bootstrap_interval
 
 Verdict: TypeAlias = Literal["leaks", "resists", "undecided"]
 LEAKS: Verdict = "leaks"
@@ -73,9 +73,8 @@ class Evidence:
     def __str__(self) -> str:
         """The numbers, with their interval and their n."""
         parts = [f"{self.measure} {self.value:.2f} (n = {self.n})"]
-        if self.floor is not None and self.excess is not None:
-            ends = "" if self.interval is None else f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
-            parts.append(f"{self.excess:+.2f}{ends} over the floor {self.floor:.2f}")
+        if self.floor is not None:
+            parts.append(f"{Figure.of(self.excess, self.interval):+.2f} over the floor {self.floor:.2f}")
         if self.identified is not None:
             parts.append(f"{self.identified} of {self.n} identified among {self.candidates}")
         return ", ".join(parts)
