@@ -11,11 +11,11 @@ from typing import Any
 from raytrust.config import InversionConfig, SweepConfig, to_dict
 from raytrust.data import Dataset
 from raytrust.jobs.files import write_file
-from raytrust.reports.drawn_attacks import drawn_attacks
 from raytrust.reports.frontier_figure import frontier_figure
 from raytrust.reports.frontier_page import FrontierContext, write_page
-from raytrust.reports.frontier_table import Row, frontier_table, write_rows
-from raytrust.reports.reconstructions import Drawn, reconstructions_figure, strip_figure
+from raytrust.reports.frontier_table import frontier_table
+from raytrust.reports.reconstructions import Drawn, drawn_attacks, reconstructions_figure, strip_figure
+from raytrust.studies.frontier.row import Row, write_rows
 from raytrust.studies.frontier.rows import train_of
 from raytrust.studies.frontier.store import Store
 
@@ -65,7 +65,7 @@ def write_report(
     report.html; returns those that could be written."""
     paths = {name: store.root / name for name in ("frontier.json", "frontier.png", "frontier.txt", "report.html")}
     write_rows(paths["frontier.json"], rows)
-    frontier_figure(rows, paths["frontier.png"], title=f"{data.name}: accuracy against leakage")
+    frontier_figure(rows, paths["frontier.png"], title=f"{data.name}: what each defence leaks and costs")
     write_file(paths["frontier.txt"], (frontier_table(rows) + "\n").encode())
     drawn: list[Drawn] = []
     originals = None

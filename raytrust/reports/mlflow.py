@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,10 @@ CURABLE = {"ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL_ERROR", "IO_ER
 CURABLE |= {"RESOURCE_EXHAUSTED", "TEMPORARILY_UNAVAILABLE"}
 INCURABLE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
+Metrics = Mapping[str, float]
+
 PARENT = "sweep"
+SWEEP = "raytrust.sweep"  # a tag: the parent of all, of which a run may not be a child itself
 FAILURE = "raytrust.failure"
 GIVE_IT_AGAIN = "; no password is kept: give --tracking-uri with it again, or MLFLOW_TRACKING_URI in the environment"
 MAX_CAPTURE_BYTES = 64 * 2**20  # a larger capture is not copied into the artifact store, only named
@@ -111,14 +114,16 @@ class Tracker:
             self._client.update_run(run.info.run_id, status="RUNNING")
         return run.info.run_id
 
-    def end_sweep(self, status: str, artifacts: Iterable[Path] = (), metrics: dict[str, float] | None = None) -> None:
+    def end_sweep(
+        self, status: str, artifacts: Iterable[Path] = (), metrics: Metrics | None = None
+    ) -> None:
         """End the parent run as "FINISHED", "FAILED" or "KILLED". What is still open below it did not finish."""
         run = self._begin()
         self._log(run, metrics=metrics)
         for path in artifacts:
             self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, status)
-        still_open = f"attributes.status = 'RUNNING' and tags.`raytrust.sweep` = '{run}'"
+        still_open = f"attributes.status = 'RUNNING' and tags.`{SWEEP}` = '{run}'"
         while children := self._client.search_runs([self._experiment], still_open):  # a page of them
             for child in children:
                 self._client.set_terminated(child.info.run_id, "FAILED" if status == "FINISHED" else status)
@@ -227,7 +232,7 @@ class Tracker:
             return run
         before = self._runs.get(key)
         if parent is not None:
-            tags = {**tags, "mlflow.parentRunId": parent, "raytrust.sweep": self._runs[PARENT]}
+            tags = {**tags, "mlflow.parentRunId": parent, SWEEP: self._runs[PARENT]}
         created = self._client.create_run(
             self._experiment, run_name=name, tags={k: str(v) for k, v in tags.items() if v is not None}
         )
@@ -238,7 +243,7 @@ class Tracker:
         return created
 
     def _move(self, before: str, after: str) -> None:
-        for tag in ("mlflow.parentRunId", "raytrust.sweep"):
+        for tag in ("mlflow.parentRunId", SWEEP):
             while runs := self._client.search_runs([self._experiment], f"tags.`{tag}` = '{before}'"):  # a page of them
                 for run in runs:
                     self._client.set_tag(run.info.run_id, tag, after)
@@ -247,7 +252,7 @@ class Tracker:
         self,
         run: str,
         parameters: dict[str, Any] | None = None,
-        metrics: dict[str, float] | None = None,
+        metrics: Metrics | None = None,
         tags: dict[str, Any] | None = None,
     ) -> None:
         now = int(time.time() * 1000)

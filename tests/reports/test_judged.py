@@ -7,9 +7,16 @@ import json
 import pytest
 from frontier_rows import audited, control, failed, finished, sweep
 
-from raytrust.reports.frontier_table import judge_rows
-from raytrust.reports.judged import control_of_rows, control_sentence, only_looks_private, remarks_of, starkest
-from raytrust.reports.summary import answer, headline, seeming, summary_lines, threat_sentence
+from raytrust.reports.summary import (
+    answer,
+    control_sentence,
+    headline,
+    remarks_of,
+    seeming,
+    summary_lines,
+    threat_sentence,
+)
+from raytrust.studies.frontier.verdicts import control_of_rows, judge_rows, only_looks_private, starkest
 
 
 def verdicts(rows):

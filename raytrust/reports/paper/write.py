@@ -10,6 +10,7 @@ from raytrust.config import to_dict
 from raytrust.jobs.files import write_file, write_json
 from raytrust.reports.paper.figures import frontier, reconstruction_grid, theory_figure
 from raytrust.reports.paper.page import page
+from raytrust.studies.membership.row import plain
 from raytrust.studies.paper.assemble import Report
 from raytrust.studies.paper.rows import TABLE_1_COLUMNS, TABLE_2_COLUMNS, to_csv
 from raytrust.studies.published import DATASETS
@@ -55,6 +56,6 @@ def results(report: Report) -> dict[str, Any]:
         "nearest": {name: to_dict(s) for name, s in report.nearest.items()},
         "common_nearest": None if report.common is None else to_dict(report.common[0]),
         "theory": report.theory,
-        "audits": report.audits,
+        "audits": plain(report.audits),
         "claims": [asdict(claim) for claim in report.claims],
     }
