@@ -37,7 +37,7 @@ STYLES = {  # verdict: colour, marker, name in the legend
 ALARM = "#a3002b"
 _NAIVE = "0.45"
 # Inches; 1400 pixels across, legible when shrunk to 400. Both panels: left end and width.
-_WIDTH, _DPI, _LEAKAGE, _ACCURACY, _LINE = 8.0, 175, (2.2, 2.9), (5.35, 1.05), 0.33
+_WIDTH, _DPI, _LEAKAGE, _ACCURACY, _LINE = 8.0, 175, (2.2, 2.9), (5.3, 1.0), 0.33
 
 
 def frontier_figure(
@@ -134,7 +134,7 @@ def _draw(panels: Sequence[Axes], rows: Sequence[Row], stark: Row | None) -> Non
         _draw_floor(leaks, float(np.mean(known)))
     before: dict[str, Any] = {"transform": leaks.get_yaxis_transform(), "va": "center", "ha": "right"}
     behind = before | {"transform": accuracies.get_yaxis_transform()}
-    accuracies.text(2.4, -0.75, "bytes a step", fontsize=10, color="0.3", **behind)
+    accuracies.text(2.58, -0.75, "bytes a step", fontsize=10, color="0.3", **behind)
     for y, row in enumerate(rows):
         _draw_marks(leaks, leakage(row), y, row)
         _draw_marks(accuracies, accuracy(row), y, row)
@@ -147,7 +147,7 @@ def _draw(panels: Sequence[Axes], rows: Sequence[Row], stark: Row | None) -> Non
         weight = "bold" if row is stark or is_plain(row) else "normal"
         leaks.text(-0.03, y, name, fontsize=11, weight=weight, parse_math=False, **before)
         accuracies.text(1.7, y, f"{100 * row['accuracy']:.1f} %", fontsize=11, **behind)
-        accuracies.text(2.4, y, human_bytes(row.get("bytes_per_step")), fontsize=11, **behind)
+        accuracies.text(2.58, y, human_bytes(row.get("bytes_per_step")), fontsize=11, **behind)
 
 
 def _draw_marks(ax: Axes, figure: statistics.Figure, y: float, row: Row) -> None:

@@ -17,16 +17,10 @@ from raytrust.config import InversionConfig, SweepConfig, TrainConfig, digest, f
 from raytrust.data import Dataset
 from raytrust.jobs.listener import Silent
 from raytrust.reports.mlflow import Tracker
-from raytrust.reports.outbox import Outbox
+from raytrust.reports.outbox import Outbox, tracked
 from raytrust.reports.reconstructions import drawn_attacks, reconstructions_figure
-from raytrust.reports.tracked_run import tracked
 from raytrust.studies.frontier.row import Row
-from raytrust.studies.frontier.rows import (
-    audited_defences,
-    compressor_columns,
-    train_of,
-    trained_defences,
-)
+from raytrust.studies.frontier.rows import audited_defences, compressor_columns, train_of, trained_defences
 from raytrust.studies.frontier.store import Store
 
 _METRICS = (
@@ -67,7 +61,8 @@ class SweepLog(Silent):
 
     def failed(self, phase: str, key: str, reason: str) -> None:
         train = self._train(key)
-        if phase != "attacks":  # one failed attack fails no defence
+        # One failed attack fails no defence.
+        if phase != "attacks":
             self._outbox.send(lambda: self._tracker.failed(key, train.defence.name, self._parameters(train), reason))
 
     def finish(self, rows: list[Row], artifacts: list[Path], metrics: dict[str, float], status: str) -> None:
@@ -85,7 +80,8 @@ class SweepLog(Silent):
     def _evaluated(self, finished: Row) -> None:
         train = train_of(self._store, self._sweep, finished)
         key = finished["run"]
-        if self._tracker.lacks(key):  # deleted meanwhile
+        # Somebody may have deleted its run meanwhile.
+        if self._tracker.lacks(key):
             self._trained(key, train)
         drawn, originals = drawn_attacks(self._store, self._sweep, finished)
         figure = self._store.run_directory(train) / "reconstructions.png"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from raytrust.reports.mlflow import Tracker
 
 PAUSE = 5.0  # seconds between two tries to reach a tracking store that is away
 PATIENCE = 120.0  # seconds to wait for it when everything else is done
@@ -80,3 +84,17 @@ class Outbox:
         if reason not in self._refusals:  # once, however many entries it befalls
             self._say(f"MLflow refused an entry, the {self._noun} goes on: {reason}")
         self._refusals.add(reason)
+
+
+@contextmanager
+def tracked(
+    tracker: Tracker, outbox: Outbox, name: str, parameters: dict[str, Any], tags: dict[str, Any]
+) -> Iterator[None]:
+    """The parent run in MLflow, ended as KILLED or FAILED if the block raises; else the block ends it."""
+    tracker.begin_sweep(name, parameters, tags)
+    try:
+        yield
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        outbox.send(lambda: tracker.end_sweep(status))
+        raise
