@@ -10,9 +10,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 from skimage.metrics import structural_similarity as skimage_ssim
 
-T = TypeVar("T", bound=Any)  # an array or a tensor: this room knows no torch
+# An array or a tensor: this room must not wait seconds for torch.
+T = TypeVar("T", bound=Any)
 
-_TOLERANCE = 1e-6  # slack of the [0, 1] check, for images that went through float32 arithmetic
+# Slack of the [0, 1] check, for images that went through float32 arithmetic.
+_TOLERANCE = 1e-6
 WINDOW = 7  # side of the uniform SSIM window, in pixels
 BESSEL = WINDOW**2 / (WINDOW**2 - 1)
 
@@ -114,7 +116,8 @@ def _image_pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArra
 
 def _check_range(image: NDArray[np.float64]) -> None:
     low, high = float(image.min()), float(image.max())
-    if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):  # also refuses NaN
+    # This way round it refuses NaN, too.
+    if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):
         raise ValueError(f"Expected values in [0, 1], got [{low}, {high}].")
 
 

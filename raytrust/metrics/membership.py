@@ -109,6 +109,7 @@ def pooled_audit(
 def _pooled_tpr(s: Array, m: Mask, fpr: float, confidence: float, seed: int) -> Figure:
     if not resolvable(int((~m).sum()), fpr):
         return Figure(None, n=len(s))
+    # How often each distinct score of the pool occurs in each model, so that resampling models is one product.
     values, _, _ = tied_groups(s.ravel(), m.ravel())
     place = np.searchsorted(-values, -s)
     counts = [
@@ -121,7 +122,8 @@ def _pooled_tpr(s: Array, m: Mask, fpr: float, confidence: float, seed: int) -> 
         return Figure(value, n=1)
     generator = np.random.default_rng(seed)
     rates = []
-    for _ in range(RESAMPLES // 50):  # tables of 50 resamples at a time
+    # Fifty at a time: a table of all resamples by all distinct scores would be gigabytes.
+    for _ in range(RESAMPLES // 50):
         weights = generator.multinomial(len(s), np.full(len(s), 1 / len(s)), size=50).astype(np.float64)
         rates.append(tpr_of_groups(weights @ counts[0], weights @ counts[1], fpr))
     return Figure(value, *percentiles(rates, confidence), len(s))

@@ -68,19 +68,11 @@ def _text(number: float, spec: str) -> str:
 
 
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval | None:
-    """Two-sided Student-t interval for the mean of ``values``, centred on their sample mean.
+    """Two-sided Student-t interval for the mean of (n,) values, centred on their mean; None if n == 1.
 
-    Exact for independent normal values. It isn't clipped: the interval of a bounded metric may pass its bound.
-
-    Args:
-        values: (n,), finite, n >= 1.
-        confidence: coverage in (0, 1).
-
-    Returns:
-        (low, high), of width 0 if all values are equal; None if n == 1, when no interval exists.
-
-    Raises:
-        ValueError: ``values`` is empty, not 1-dimensional or not finite, or ``confidence`` is outside (0, 1).
+    Exact for independent normal values; of width 0 if all are equal. It isn't clipped: the interval of a bounded metric
+    may pass its bound. Raises ValueError if the values are none, not finite or not 1-dimensional, or if the confidence
+    is outside (0, 1).
     """
     x = _finite_values(values)
     _check_confidence(confidence)
@@ -88,23 +80,18 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval | Non
     if n == 1:
         return None
     mean = float(x.mean())
-    # SciPy's `t.interval` is NaN where all values are equal, and its checks take 40 times as long: an audit of a
-    # hundred classes asks for tens of thousands of intervals.
+    # SciPy's `t.interval` is NaN where all values are equal, and takes 20 times as long: an audit of a hundred classes
+    # asks for tens of thousands of intervals.
     half = float(stdtrit(n - 1, 0.5 + confidence / 2) * x.std(ddof=1) / math.sqrt(n))
     return mean - half, mean + half
 
 
 def bootstrap_interval(values: ArrayLike, confidence: float = 0.95) -> Interval | None:
-    """Two-sided bootstrap interval for the mean of ``values``: the expanded percentile interval (Hesterberg, 2015,
-    "What Teachers Should Know About the Bootstrap", sec. 3.3), from 10,000 resamples by a fixed seed.
+    """Two-sided bootstrap interval for the mean of (n,) values: the expanded percentile interval (Hesterberg, 2015,
+    "What Teachers Should Know About the Bootstrap", sec. 3.3), from 10,000 resamples by a fixed seed; None if n == 1.
 
-    The interval lies within the range of the values, so with very few of them (up to 4) it is about this range.
-
-    Args, raises:
-        As in :func:`mean_interval`.
-
-    Returns:
-        (low, high), of width 0 if all values are equal; None if n == 1.
+    It lies within the range of the values, so with very few of them (up to 4) it is about this range; of width 0 if all
+    are equal. Raises ValueError as `mean_interval`.
     """
     x = _finite_values(values)
     _check_confidence(confidence)
@@ -138,17 +125,11 @@ class Paired:
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Paired:
-    """The mean of ``a - b`` over pairs, with its interval and its p-value.
+    """The mean of ``a - b`` over pairs (n,), in the same order, with its interval and its p-value.
 
     The p-value is the share of sign patterns whose mean is at least as far from 0 as what was measured (Fisher's
     randomisation test): over all 2^n patterns up to n = 14, else over 10,000 drawn by a fixed seed and the one that was
-    measured. With n pairs it can't fall below 2^(1 - n).
-
-    Args:
-        a, b: (n,), finite, n >= 1, in the same order.
-
-    Raises:
-        ValueError: the lengths differ; as in :func:`mean_interval`.
+    measured. With n pairs it can't fall below 2^(1 - n). Raises ValueError for two lengths, and as `mean_interval`.
     """
     x, y = _finite_values(a), _finite_values(b)
     if x.size != y.size:
@@ -171,11 +152,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> P
 def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Wilson score interval (Wilson, 1927, without continuity correction) for a proportion.
 
-    Returns:
-        (low, high) with 0 <= low <= successes / n <= high <= 1; of positive width, even at 0 and n successes.
-
-    Raises:
-        ValueError: ``n`` < 1, ``successes`` outside [0, n], or ``confidence`` outside (0, 1).
+    0 <= low <= successes / n <= high <= 1, and of positive width, even at 0 and n successes. Raises ValueError unless
+    0 <= successes <= n, n >= 1 and the confidence is in (0, 1).
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"Expected successes={successes} in [0, n={n}] and n >= 1.")

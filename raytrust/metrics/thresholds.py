@@ -40,6 +40,7 @@ def yeom_thresholds(scores: ArrayLike, member: ArrayLike, groups: ArrayLike | No
     s, m = checked(scores, member)
     g = _groups(groups, s)
     overall = float(s[m].mean())
+    # A group without a member has no mean of its own.
     means = [float(s[m & (g == k)].mean()) if (m & (g == k)).any() else overall for k in range(int(g.max()) + 1)]
     return np.array(means)
 

@@ -35,8 +35,10 @@ UNDECIDED: Verdict = "undecided"
 VERDICTS = (LEAKS, RESISTS, UNDECIDED)
 LONG = {LEAKS: "leaks", RESISTS: "resists the attacks tried", UNDECIDED: "undecided"}
 
-FEWEST = 5  # images, below which a bootstrap interval is little more than their range, and luck may look private
-SIGNIFICANCE = 0.025  # one-sided, as one end of a 95 % interval
+# Of fewer images a bootstrap interval is little more than their range, and luck may look private.
+FEWEST = 5
+# One-sided, as one end of a 95 % interval.
+SIGNIFICANCE = 0.025
 CONTROL_SHARE = 0.5  # of its images that a working attack identifies without compression
 
 
@@ -119,6 +121,7 @@ def image_evidence(
     if len(ssim) == 0 or {len(values) for values in lists} != {len(ssim)}:
         raise ValueError(f"Expected figures of at least one image and of equal length, got {[len(v) for v in lists]}.")
     floor = floor_of_images(mean_image, other_image)
+    # One number a batch, as its images are not independent.
     excess = None if floor is None else (np.asarray(ssim) - np.asarray(floor)).reshape(-1, batch).mean(1)
     interval = None if excess is None else bootstrap_interval(excess)
     return Evidence(
@@ -127,6 +130,7 @@ def image_evidence(
         interval=interval,
         n=len(ssim),
         identified=None if identified is None else int(sum(identified)),
+        # Each reconstruction was assigned to the most similar of a batch, which is as many guesses.
         candidates=max(1, candidates // batch),
     )
 

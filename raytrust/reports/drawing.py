@@ -23,6 +23,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 
 def to_png(fig: Figure) -> bytes:
     buffer = BytesIO()
+    # Not transparent: whoever shows it may do so on black.
     fig.savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()
 
@@ -65,6 +66,7 @@ def tiles_figure(
     tall = side * high / wide
     pitch, top = max(tall, 0.8) + foot, margin + 0.4 * bool(heads)
     width = left + max(len(tiles) for _, tiles in rows) * (side + gap) + margin
+    # Letters of 8 points are about 0.075 inches wide.
     lines = textwrap.wrap(note, int(width / 0.075))
     height = top + margin + len(rows) * pitch + 0.16 * len(lines)
     fig = Figure(figsize=(width, height), dpi=120)
@@ -88,6 +90,7 @@ def tiles_figure(
 
 def _draw_tile(ax: Axes, tile: Tile, x: float, y: float, side: float, tall: float) -> None:
     style: dict[str, Any] = {"color": ORANGE, "weight": "bold"} if tile.marked else {"color": "0.3"}
+    # Pixel by pixel: smoothed, a reconstruction would look like more than it is.
     ax.imshow(picture(tile.image), extent=(x, x + side, y + tall, y), interpolation="nearest")
     ax.text(x + side / 2, y + tall + 0.03, tile.caption, fontsize=8, ha="center", va="top", **style)
     if tile.marked:

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from raytrust.metrics import statistics
 from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED
-from raytrust.reports.drawing import GREEN, GREY, ORANGE, plain_axes, save, to_png
+from raytrust.reports.drawing import GREEN, GREY, ORANGE, plain_axes, save
 from raytrust.reports.frontier_table import provenance, reason_of
 from raytrust.reports.summary import failure_words, seeming
 from raytrust.reports.text import human_bytes
@@ -36,7 +36,7 @@ STYLES = {  # verdict: colour, marker, name in the legend
 }
 ALARM = "#a3002b"
 _NAIVE = "0.45"
-# Inches; 1400 pixels across, legible when shrunk to 400. Both panels: left end and width.
+# Inches, that are 1400 pixels across and legible when shrunk to the 400 of a phone. Both panels: left end and width.
 _WIDTH, _DPI, _LEAKAGE, _ACCURACY, _LINE = 8.0, 175, (2.2, 2.9), (5.3, 1.0), 0.33
 
 
@@ -52,15 +52,11 @@ def frontier_figure(
     Raises:
         ValueError: as in `raytrust.studies.frontier.row.write_rows`.
     """
-    save(_drawn(rows, title), path)
+    save(draw_frontier(rows, title), path)
 
 
-def frontier_png(rows: Sequence[Row], title: str) -> bytes:
-    """The same figure as the bytes of a PNG; without a heading where the title is empty."""
-    return to_png(_drawn(rows, title))
-
-
-def _drawn(rows: Sequence[Row], title: str) -> Figure:
+def draw_frontier(rows: Sequence[Row], title: str) -> Figure:
+    """The same figure, not yet written; without a heading where the title is empty."""
     rows = judge_rows(rows)
     finished, failed = split(rows)
     works = control_works(rows)
@@ -106,6 +102,7 @@ def _words(rows: Sequence[Row], title: str, alarm: bool) -> list[tuple[str, floa
         state, consequence = failure_words(rows)
         words.append((state.upper(), 24.0, bold | {"color": ALARM}))
         return words + [(line, 14.0, bold | {"color": ALARM}) for line in textwrap.wrap(consequence, 60)]
+    # By an attack that does not work, nothing can seem.
     point = seeming(rows) if control_works(rows) else None
     return words + [(line, 11.5, {}) for line in textwrap.wrap(point or "", 88)]
 
@@ -154,11 +151,13 @@ def _draw_marks(ax: Axes, figure: statistics.Figure, y: float, row: Row) -> None
     """A figure with its interval."""
     colour, marker, _ = STYLES[row["verdict"] or UNDECIDED]
     if figure.low is not None and figure.high is not None:
+        # Round ends would make an interval look longer than it is.
         ax.plot([figure.low, figure.high], [y, y], color=colour, alpha=0.25, linewidth=6, solid_capstyle="butt")
     marker, size = ("*", 16) if is_plain(row) else (marker, 9)
     edge = "black" if row["pareto"] else colour
     style: dict[str, Any] = {"markersize": size, "color": colour, "markeredgecolor": edge, "markeredgewidth": 1.3}
     assert figure.value is not None
+    # A mark at the end of an axis, at 100 %, is drawn whole.
     ax.plot(figure.value, y, marker, clip_on=False, zorder=3, **style)
 
 
@@ -168,7 +167,7 @@ def _set_limits(ax: Axes, figures: Sequence[statistics.Figure], others: Sequence
     ends = np.array([end for f in figures for end in (f.low, f.high) if end is not None])
     shown = np.concatenate([marks, ends.clip(min(0.0, marks.min()), max(most, marks.max()))])
     room = max(0.05 * np.ptp(shown), 0.01 * most)
-    # No tick stands above what can be reached; a mark there may.
+    # No tick stands above what can be reached, 100 % or a copy.
     ax.set_xlim(shown.min() - room, min(shown.max() + room, max(most, marks.max())))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -13,12 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raytrust.jobs.files import write_file
-from raytrust.metrics.statistics import Figure
 from raytrust.metrics.verdict import LONG, VERDICTS, Verdict
-from raytrust.reports.drawing import Tile, picture
-from raytrust.reports.frontier_figure import frontier_png
-from raytrust.reports.frontier_table import attack_text, provenance, reason_of
+from raytrust.reports.drawing import Tile, picture, to_png
+from raytrust.reports.frontier_figure import draw_frontier
+from raytrust.reports.frontier_table import provenance, reason_of, row_texts
 from raytrust.reports.html import png_uri, render
 from raytrust.reports.reconstructions import MOST_SHOWN, Drawn, check_drawn
 from raytrust.reports.summary import (
@@ -31,11 +28,12 @@ from raytrust.reports.summary import (
     threat_sentence,
     with_verdict,
 )
-from raytrust.reports.text import Lines, capital, human_bytes
-from raytrust.studies.frontier.row import Row, accuracy, is_plain, leakage, split
+from raytrust.reports.text import Lines, capital
+from raytrust.studies.frontier.row import Row, is_plain, leakage, split
 from raytrust.studies.frontier.verdicts import control_works, judge_rows, starkest
 
-_MOST_PIXELS = 96  # a side of an embedded image: as large as it is shown, so that a page of photographs stays small
+# A side of an embedded image: as large as it is shown, so that a page of photographs stays small.
+_MOST_PIXELS = 96
 _WORDS = {"": "strongest attack", "naive": "ignores the compressor", "aware": "knows the compressor"}
 _HEAD = "defence|verdict|accuracy %|leakage, SSIM|floor|excess|identified|naive attack|aware attack|n|bytes/step|ratio|"
 _HEAD += "strongest attack|attacks tried|why, and remarks"
@@ -65,17 +63,12 @@ class FrontierContext:
     classes: int | None = None
 
 
-def write_page(path: str | os.PathLike[str], rows: Sequence[Row], context: FrontierContext) -> None:
-    """Writes the page as HTML, atomically. Verdicts are computed anew from the rows' evidence.
+def page(rows: Sequence[Row], context: FrontierContext) -> str:
+    """The page as text. Verdicts are computed anew from the rows' evidence.
 
     Raises:
         ValueError: as in `raytrust.studies.frontier.row.write_rows`, and as in `reconstructions.check_drawn`.
     """
-    write_file(path, page(rows, context).encode())
-
-
-def page(rows: Sequence[Row], context: FrontierContext) -> str:
-    """The page as text. Raises ValueError as `write_page`."""
     rows = judge_rows(rows)
     finished, failed = split(rows)
     works = control_works(rows)
@@ -93,7 +86,7 @@ def page(rows: Sequence[Row], context: FrontierContext) -> str:
         threat=context.threat or (threat_sentence(threats[0]) if threats else ""),
         warnings=_warnings(rows, context.classes),
         cards=[(verdict, LONG[verdict], _card(rows, verdict)) for verdict in VERDICTS],
-        figure=png_uri(frontier_png(rows, "")),
+        figure=png_uri(to_png(draw_frontier(rows, ""))),
         blocks=list(_blocks(rows, context)),
         shown=min(MOST_SHOWN, 0 if context.originals is None else len(context.originals)),
         lines=lines,
@@ -117,25 +110,8 @@ def _card(rows: Sequence[Row], verdict: Verdict) -> list[str]:
 
 def _line(row: Row, rows: Sequence[Row], classes: int | None) -> list[str]:
     """The cells of a finished row."""
-    images, ratio, identified = row.get("n_images"), row.get("compression_ratio"), row.get("identified")
     why = [f"{row['verdict_reason']}.", *(f"{capital(remark)}." for remark in remarks_of(row, rows, classes))]
-    return [
-        f"* {row['name']}" if row["pareto"] else row["name"],
-        str(row["verdict"]),
-        f"{accuracy(row):.1%}",
-        str(leakage(row)),
-        str(Figure(row.get("floor_ssim"))),
-        f"{Figure.of(row.get('excess'), row.get('excess_interval')):+.2f}",
-        "-" if identified is None else f"{identified} of {images}",
-        str(Figure(row.get("naive_ssim"))),
-        str(Figure(row.get("aware_ssim"))),
-        str(images or "-"),
-        human_bytes(row.get("bytes_per_step")),
-        "-" if ratio is None else f"{ratio:.3g}x",
-        attack_text(row.get("attack")),
-        str(row.get("attacks_tried") or "-"),
-        " ".join(why),
-    ]
+    return [f"{'* ' * row['pareto']}{row['name']}", *row_texts(row).values(), " ".join(why)]
 
 
 def _blocks(rows: Sequence[Row], context: FrontierContext) -> Iterator[dict[str, Any]]:
@@ -147,6 +123,7 @@ def _blocks(rows: Sequence[Row], context: FrontierContext) -> Iterator[dict[str,
     originals = _embedded([Tile(image) for image in context.originals[:MOST_SHOWN]])
     stark = starkest(rows)
     groups = [(name, list(some)) for name, some in groupby(context.drawn, key=lambda drawn: drawn.name)]
+    # What the attack can do comes first; then what a defence hides from some attackers alone.
     groups.sort(key=lambda group: (group[1][0].attack != "", stark is None or group[0] != stark["name"]))
     for name, some in groups:
         lines = [{"label": "original", "caption": "", "tiles": originals}]
@@ -159,6 +136,7 @@ def _embedded(tiles: Sequence[Tile]) -> list[tuple[str, Tile]]:
 
     def uri(image: NDArray[Any]) -> str:
         small = Image.fromarray(np.round(255 * picture(image)).astype(np.uint8))
+        # It shrinks what is larger and leaves alone what is smaller: the pixels of digits stay as they are.
         small.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
         buffer = BytesIO()
         small.save(buffer, format="PNG")

@@ -40,27 +40,42 @@ def frontier_table(rows: Sequence[Row]) -> str:
         text_table(lines, _WIDTH, wrapped={0: 22, len(head): 16}),
         *(_filled(f"  {row['name']}  failed: {reason_of(row)}", "    ") for row in failed),
         "",
-        *(_filled(note.replace(" %", "\N{NO-BREAK SPACE}%")) for note in notes),
+        *(_filled(note) for note in notes),
     ]
     return "\n".join(parts[0 if parts[0] else 1 :])
 
 
 def _filled(text: str, indent: str = "") -> str:
+    # Neither an option such as --attack-trials nor a number and its sign are torn apart.
+    text = text.replace(" %", "\N{NO-BREAK SPACE}%")
     return textwrap.fill(text, _WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _cells(row: Row) -> list[str]:
-    identified = row.get("identified")
-    return [
-        f"{'*' if row['pareto'] else ' '} {row['name']}",
-        str(row["verdict"]),
-        f"{accuracy(row):.1%}",
-        str(leakage(row)),
-        "-" if identified is None else f"{identified}/{row['n_images']}",
-        f"{Figure(row.get('naive_ssim'))}/{Figure(row.get('aware_ssim'))}",
-        human_bytes(row.get("bytes_per_step")),
-        attack_text(row.get("attack")),
-    ]
+    texts = row_texts(row)
+    names = ("verdict", "accuracy", "leakage", "identified", "naive", "bytes", "attack")
+    texts |= {"identified": texts["identified"].replace(" of ", "/"), "naive": f"{texts['naive']}/{texts['aware']}"}
+    return [f"{'*' if row['pareto'] else ' '} {row['name']}", *(texts[name] for name in names)]
+
+
+def row_texts(row: Row) -> dict[str, str]:
+    """The numbers of a finished, judged row as text, by what they are."""
+    images, ratio, identified = row.get("n_images"), row.get("compression_ratio"), row.get("identified")
+    return {
+        "verdict": str(row["verdict"]),
+        "accuracy": f"{accuracy(row):.1%}",
+        "leakage": str(leakage(row)),
+        "floor": str(Figure(row.get("floor_ssim"))),
+        "excess": f"{Figure.of(row.get('excess'), row.get('excess_interval')):+.2f}",
+        "identified": "-" if identified is None else f"{identified} of {images}",
+        "naive": str(Figure(row.get("naive_ssim"))),
+        "aware": str(Figure(row.get("aware_ssim"))),
+        "n": str(images or "-"),
+        "bytes": human_bytes(row.get("bytes_per_step")),
+        "ratio": "-" if ratio is None else f"{ratio:.3g}x",
+        "attack": attack_text(row.get("attack")),
+        "tried": str(row.get("attacks_tried") or "-"),
+    }
 
 
 def attack_text(attack: dict[str, Any] | None) -> str:

@@ -28,6 +28,7 @@ def roc_figure(rows: Sequence[Row], path: Path) -> None:
         "messages": "messages of the last captured step: gradient difference",
     }
     for ax, (kind, title) in zip(panels, kinds.items(), strict=True):
+        # What matters is who is told with few false alarms, which a linear scale hides (Carlini et al. 2022).
         ax.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1.05), xlabel="false positive rate")
         ax.plot([1e-3, 1], [1e-3, 1], color="0.6", linestyle=":", linewidth=1, label="chance")
         for i, row in enumerate(finished(rows)):
@@ -36,6 +37,7 @@ def roc_figure(rows: Sequence[Row], path: Path) -> None:
                 continue
             fpr, tpr = np.array(curves["fpr"]), np.array(rates)
             resolved = fpr >= curves["least"][kind] * (1 - 1e-9)
+            # A logarithmic scale has no 0.
             ax.plot(fpr[resolved], np.maximum(tpr[resolved], 1e-4), color=_colour(i), linewidth=1.6, label=row["name"])
         ax.set_title(title, loc="left", fontsize=11, parse_math=False)
         plain_axes(ax)
@@ -54,6 +56,7 @@ def side_by_side_figure(rows: Sequence[Row], path: Path) -> None:
         for i, (name, auc) in enumerate(side_by_side(row).items()):
             if auc.value is None:
                 continue
+            # One below the other, or their intervals would hide each other.
             y = place + 0.15 * (i - 1.5)
             ax.plot(auc.value, y, "os^D"[i], color=_colour(i), markersize=6, label=name if place == 0 else None)
             if auc.low is not None and auc.high is not None:

@@ -78,6 +78,7 @@ def side_by_side_table(rows: Sequence[Row]) -> Lines:
         figures = [row["train_loss"], row["final"]["loss"].auc, row["final"][LIRA].auc]
         figures += [messages[0], messages[-1]] if messages else [Figure(None)] * 2
         figures += [fit["loss_auc"], fit["message_auc"]] if fit else [Figure(None)] * 2
+        # Without messages it is DP-SGD, which was trained by itself and sent nothing.
         size = human_bytes(row["bytes_per_step"]) if messages else "-"
         lines.append([row["name"], size, f"{row['accuracy']:.1%}", *map(str, figures)])
     return lines

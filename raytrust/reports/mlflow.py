@@ -41,10 +41,12 @@ INCURABLE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryE
 Metrics = Mapping[str, float]
 
 PARENT = "sweep"
-SWEEP = "raytrust.sweep"  # a tag: the parent of all, of which a run may not be a child itself
+# A tag. MLflow's own names a run's parent alone, and can't be searched for what lies two levels below.
+SWEEP = "raytrust.sweep"
 FAILURE = "raytrust.failure"
 GIVE_IT_AGAIN = "; no password is kept: give --tracking-uri with it again, or MLFLOW_TRACKING_URI in the environment"
-MAX_CAPTURE_BYTES = 64 * 2**20  # a larger capture is not copied into the artifact store, only named
+# A larger capture is only named: gradients of a large model would fill the artifact store.
+MAX_CAPTURE_BYTES = 64 * 2**20
 
 
 class Tracker:
@@ -109,6 +111,7 @@ class Tracker:
     def _begin(self) -> str:
         name, parameters, tags = self._parent
         run = self._open(PARENT, name, None, tags)
+        # MLflow refuses another value for a parameter, as of a sweep that goes on with more trials.
         if not run.data.params:
             self._log(run.info.run_id, parameters=parameters)
         if run.info.status != "RUNNING":
@@ -177,6 +180,7 @@ class Tracker:
     def log_capture(self, key: str, directory: Path) -> None:
         """The captured step as an artifact, without the truth; where it is large, only where it lies."""
         run = self._runs[key]
+        # The truth stays here: who may see the tracking store need not see private images.
         files = [p for p in sorted(directory.glob("*.pt")) if not p.name.startswith("truth")]
         self._client.set_tag(run, "raytrust.capture", str(directory))
         if sum(p.stat().st_size for p in files) <= MAX_CAPTURE_BYTES:
@@ -225,6 +229,7 @@ class Tracker:
         try:
             run = self._client.get_run(self._runs[key])
         except MlflowException as error:
+            # A store that is away may have it: a new run would split the sweep in two.
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
@@ -277,6 +282,7 @@ class _Ledger:
     def read(self) -> dict[str, str]:
         """The runs by key, the last line of a key counts. A line that was cut off is forgotten."""
         text = self._path.read_text() if self._path.exists() else ""
+        # A process that was killed may have left half a line.
         whole, _, cut = text.rpartition("\n")
         if cut:
             with atomic_write(self._path) as file:
@@ -290,5 +296,6 @@ class _Ledger:
         make_private(self._path.parent)
         with os.fdopen(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
             file.write(json.dumps({"key": key, "run": run}) + "\n")
+            # A run that MLflow has and the ledger has not would be begun again.
             file.flush()
             os.fsync(file.fileno())

@@ -16,7 +16,8 @@ from raytrust.studies.frontier.row import Row
 from raytrust.studies.frontier.rows import best, train_of
 from raytrust.studies.frontier.store import Store
 
-MOST_SHOWN = 8  # images across, so that each is large enough to be seen
+# Images across, so that each is large enough to be seen.
+MOST_SHOWN = 8
 ATTACKERS = {  # an attack's objective, in words
     "naive": "attacker ignores the compressor",
     "aware": "attacker knows the compressor",
@@ -114,6 +115,7 @@ def strip_figure(
     if names is None:
         gains = {name: float(np.mean(b.ssim) - np.mean(a.ssim)) for name, (a, b) in pairs.items()}
         by_method: dict[str, str] = {}
+        # A method that stands there at several ranks would tell the same story twice.
         for name in sorted(pairs, key=lambda name: -gains[name]):
             by_method.setdefault(name.split()[0], name)
         names = list(by_method.values())[:2]
@@ -129,5 +131,6 @@ def check_drawn(truth: Array, rows: Sequence[Drawn]) -> None:
         lengths = {len(values) for values in (row.ssim, row.identified) if values is not None}
         if np.shape(row.images) != shape or lengths != {shape[0]}:
             raise ValueError(f"Expected {row.name!r} with {shape} images, got {np.shape(row.images)} and {lengths}.")
+        # A slack for float32, and NaN is refused, too.
         if not (np.min(row.images) >= -1e-6 and np.max(row.images) <= 1 + 1e-6):
             raise ValueError(f"Expected images of {row.name!r} in [0, 1].")

@@ -16,7 +16,8 @@ ALONE = "No defence was audited beside the control."
 REMEDY = "give it more (--iterations, --attack-trials, --images)"
 NO_CONTROL = "No control"
 NEAR_CHANCE = "accuracy near chance"
-FAR_BELOW = 0.05  # of accuracy: less than that is not called far below training without compression
+# Of accuracy: a loss that nobody would pay for compression.
+FAR_BELOW = 0.05
 _NAMED = 3  # defences that a line names before it counts the others
 
 
@@ -93,9 +94,6 @@ def seeming(judged: Sequence[Row]) -> str | None:
     )
 
 
-# --- whether the attack works at all ---
-
-
 def control_sentence(rows: Sequence[Row]) -> str:
     """The first thing to say of judged rows: whether the attack works at all, and what to do where it doesn't."""
     control = control_of_rows(rows)
@@ -128,6 +126,7 @@ def remarks_of(row: Row, rows: Sequence[Row], classes: int | None = None) -> lis
     remarks = [str(remark) for remark in row.get("remarks") or []]
     if row["status"] != "finished" or (low := accuracy(row).low) is None:
         return remarks
+    # Who guesses is as good: what it costs against training without compression says nothing then.
     if classes and low <= 1 / classes:
         return [*remarks, f"{NEAR_CHANCE} ({100 / classes:.3g} %)"]
     for best in [r for r in rows if r["status"] == "finished" and is_plain(r)][:1]:

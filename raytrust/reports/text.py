@@ -15,6 +15,7 @@ def text_table(lines: Sequence[Sequence[str]], width: int = 0, wrapped: Mapping[
     width: of the terminal. wrapped: the columns that are narrowed to fit it, each with a width that it should keep.
     """
     widths = [max(len(part) for cell in column for part in cell.split("\n")) for column in zip(*lines, strict=True)]
+    # Column by column and letter by letter, from the one that exceeds its width most: few lines wrap twice.
     least = wrapped or {}
     while least and sum(widths) + 2 * (len(widths) - 1) > width:
         widths[max(least, key=lambda column: widths[column] - least[column])] -= 1

@@ -18,7 +18,8 @@ from raytrust.jobs.files import write_json
 from raytrust.jobs.job import Place
 from raytrust.jobs.runner import work
 from raytrust.jobs.store import JobStore
-from raytrust.metrics import Figure, auc
+from raytrust.metrics.roc import auc
+from raytrust.metrics.statistics import Figure
 from raytrust.reports.membership_figures import roc_figure, side_by_side_figure
 from raytrust.reports.membership_page import membership_page
 from raytrust.reports.membership_table import class_table, membership_table, reference_table, side_by_side

@@ -12,22 +12,17 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from raytrust.metrics import (
-    auc,
-    auc_interval,
-    audit,
+from raytrust.metrics.epsilon import one_run_epsilon, p_value
+from raytrust.metrics.membership import audit, pooled_audit
+from raytrust.metrics.roc import auc, auc_interval, roc, tpr_at_fpr
+from raytrust.metrics.thresholds import (
     balanced_accuracy,
     best_thresholds,
+    clopper_pearson,
     decide,
     null_floor,
-    one_run_epsilon,
-    pooled_audit,
-    roc,
-    tpr_at_fpr,
     yeom_thresholds,
 )
-from raytrust.metrics.epsilon import p_value
-from raytrust.metrics.thresholds import clopper_pearson
 
 Scores = NDArray[np.float64]
 

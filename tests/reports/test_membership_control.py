@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raytrust.metrics import Figure
+from raytrust.metrics.statistics import Figure
 from raytrust.reports.membership_table import control_lines
 from raytrust.studies.membership.row import MessageFigure
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from paper_fixtures import row, table
 
-from raytrust.metrics import Figure
+from raytrust.metrics.statistics import Figure
 from raytrust.studies.membership.row import MessageFigure
 from raytrust.studies.paper.claims import COMPRESSED, inversion_claims, theory_claims
 from raytrust.studies.paper.membership_claims import membership_claims

@@ -99,6 +99,7 @@ def _gains(report: Report) -> list[float]:
         for cell in CELLS[1:]:
             naive, aware = (report.row(dataset, cell, kind) for kind in (NAIVE, AWARE))
             before, after = (0.0 if row is None else row["ours"] or 0.0 for row in (naive, aware))
+            # The factor between two figures that are nearly 0 is one of noise.
             if min(before, after) > 0.01:
                 gains.append(after / before)
     return gains

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from raytrust.metrics import statistics
 from raytrust.reports.drawing import BLUE, GREEN, GREY, ORANGE, Tile, plain_axes, save, tiles_figure
 from raytrust.reports.text import human_bytes
 from raytrust.studies.paper.assemble import Report
@@ -35,7 +36,7 @@ def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
         if (cell, kind) not in images or (kind == AWARE and cell[0] == "none"):
             return None
         reconstructions, ssim = images[cell, kind]
-        return Tile(reconstructions[i], f"{ssim[i]:.2f}")
+        return Tile(reconstructions[i], str(statistics.Figure(ssim[i])))
 
     rows: list[tuple[str, list[Tile | None]]] = []
     for i, original in enumerate(originals[:MOST_SHOWN]):
@@ -76,6 +77,7 @@ def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
         rows = {c: r for c, r in found.items() if r is not None and r["status"] == "finished"}
         if not rows:
             continue
+        # Side by side, or their intervals would hide each other.
         x = np.array([cells.index(c) for c in rows]) + 0.16 * (shift - 1.5)
         y = np.array([r["ssim_mean" if kind == "paper" else "ours"] for r in rows.values()])
         ax.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=0.7, alpha=0.95, label=name)
@@ -90,6 +92,7 @@ def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
     ax.set_xlim(-0.6, len(cells) - 0.4)
     low, high = ax.get_ylim()
+    # At least to 0.5, or differences of nothing would look like some.
     ax.set_ylim(min(low, -0.02), max(high, 0.5))
     plain_axes(ax, "y")
 

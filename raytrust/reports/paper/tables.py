@@ -16,8 +16,6 @@ from raytrust.studies.paper.rows import nearest_rules, rule_name
 from raytrust.studies.paper.selection import AWARE, NAIVE, NOT_FINISHED, WORST
 from raytrust.studies.published import CELLS, MEMBERSHIP_ATTACKS, TABLE_1, TABLE_2, TITLES, title_of
 
-# --- table 1 ---
-
 
 def table_1(report: Report, dataset: str) -> dict[str, Any]:
     """A data set's part of table 1: the lines, the setting behind each worst case, and what a note says of them."""
@@ -61,9 +59,6 @@ def _ssim(row: SimilarityRow | None) -> str:
     return f"{figure_of(row):.3f}"
 
 
-# --- the search for the paper's setting ---
-
-
 def search(report: Report, dataset: str) -> dict[str, Any]:
     """The settings that were tried on a data set, nearest first."""
     tried = report.search[dataset]
@@ -86,9 +81,6 @@ def _tried(setting: Setting, report: Report, dataset: str) -> list[str]:
     return [*names, f"{ssim:.3f}", f"{found.mean - TABLE_1[dataset]['none', None].mean:+.3f}"]
 
 
-# --- section 3 ---
-
-
 def theory(report: Report) -> Lines:
     """All figures of section 3: means over images [least, greatest]."""
     lines: Lines = [["data set", "step", "defence", "attainable cosine", "naive reaches", "aware reaches"]]
@@ -105,9 +97,6 @@ def theory(report: Report) -> Lines:
 def _range(row: TheoryRow, name: str) -> str:
     values = theory_values([row], name)
     return f"{Figure(float(np.mean(values)), float(values.min()), float(values.max())):.3f}"
-
-
-# --- table 2 ---
 
 
 def table_2(report: Report, dataset: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def write_report(report: Report, root: Path) -> None:
     if report.theory:
         theory_figure(report, root / "theory.png")
     write_json(root / "results.json", results(report))
+    # The page comes last, as it takes in the figures.
     write_file(root / "report.html", page(report, root).encode())
 
 

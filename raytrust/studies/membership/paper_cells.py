@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raytrust.metrics import null_floor
+from raytrust.metrics.thresholds import null_floor
 from raytrust.studies.membership.row import Row, finished
 from raytrust.studies.published import MEMBERSHIP_ATTACKS, TABLE_2, Membership
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypedDict
 
-from raytrust.metrics import AuditReport, Figure
+from raytrust.metrics.membership import AuditReport
+from raytrust.metrics.statistics import Figure
 from raytrust.metrics.thresholds import Origin
 
 

@@ -19,19 +19,10 @@ from raytrust.attacks.membership.scores import AttackModel
 from raytrust.attacks.membership.signals import SIGNALS, signals
 from raytrust.config import Arm, Defence, DPSGDConfig, MembershipConfig, to_dict
 from raytrust.jobs.store import JobStore
-from raytrust.metrics import (
-    AuditReport,
-    Roc,
-    auc,
-    balanced_accuracy,
-    best_thresholds,
-    decide,
-    pooled_audit,
-    roc,
-    yeom_thresholds,
-)
+from raytrust.metrics.membership import AuditReport, pooled_audit
+from raytrust.metrics.roc import Roc, auc, roc
 from raytrust.metrics.statistics import mean_figure
-from raytrust.metrics.thresholds import ORIGINS, Origin
+from raytrust.metrics.thresholds import ORIGINS, Origin, balanced_accuracy, best_thresholds, decide, yeom_thresholds
 from raytrust.studies.membership.jobs import (
     arm_key,
     load_properties,
