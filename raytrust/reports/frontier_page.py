@@ -122,12 +122,12 @@ def _blocks(rows: Sequence[Row], context: FrontierContext) -> Iterator[dict[str,
     verdicts = {row["name"]: row["verdict"] for row in rows if row["status"] == "finished"}
     originals = _embedded([Tile(image) for image in context.originals[:MOST_SHOWN]])
     stark = starkest(rows)
-    groups = [(name, list(some)) for name, some in groupby(context.drawn, key=lambda drawn: drawn.name)]
+    groups = [(name, list(drawn)) for name, drawn in groupby(context.drawn, key=lambda one: one.name)]
     # What the attack can do comes first; then what a defence hides from some attackers alone.
     groups.sort(key=lambda group: (group[1][0].attack != "", stark is None or group[0] != stark["name"]))
-    for name, some in groups:
+    for name, drawn in groups:
         lines = [{"label": "original", "caption": "", "tiles": originals}]
-        lines += [{"label": _WORDS[d.attack], "caption": d.caption, "tiles": _embedded(d.tiles)} for d in some]
+        lines += [{"label": _WORDS[d.attack], "caption": d.caption, "tiles": _embedded(d.tiles)} for d in drawn]
         yield {"name": name, "verdict": verdicts.get(name), "lines": lines}
 
 

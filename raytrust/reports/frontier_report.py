@@ -71,8 +71,8 @@ def write_report(
     drawn: list[Drawn] = []
     originals = None
     for finished in (r for r in rows if r["status"] == "finished"):
-        found, originals = drawn_attacks(store, sweep, finished)
-        drawn += found
+        of_defence, originals = drawn_attacks(store, sweep, finished)
+        drawn += of_defence
     if originals is not None:
         paths["reconstructions.png"] = store.root / "reconstructions.png"
         reconstructions_figure(originals, drawn, paths["reconstructions.png"])

@@ -13,6 +13,7 @@ from raytrust.jobs.store import JobStore
 from raytrust.reports.html import render
 from raytrust.reports.outbox import Outbox
 from raytrust.reports.paper.answer import first_screen, means
+from raytrust.reports.paper.page import page
 from raytrust.studies.membership.row import Rule
 from raytrust.studies.paper.assemble import Report, assemble
 from raytrust.studies.paper.rows import membership_rows
@@ -153,6 +154,17 @@ def test_the_first_screen_says_where_the_attack_fails_without_compression() -> N
     assert "0 of 10 identified among 100" in screen
     assert "10 cells" in screen  # none of which is decided
     assert "Of 10 defences, 0 protect" in screen
+
+
+def test_a_reason_is_text_and_no_markup(partial: tuple[Path, Plan, JobStore]) -> None:
+    """Whatever an attack, a file or a class is called."""
+    report = report_of(partial[0])
+    for row in report.table_1:
+        if row["attack"] == WORST:
+            row.update(status="failed", reason="<script>alert('&')</script>")
+    text = page(report, partial[0])
+    assert "<script" not in text
+    assert text.count("failed: &lt;script&gt;alert(&#39;&amp;&#39;)&lt;/script&gt;") == len(CELLS)
 
 
 def with_n(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -73,8 +73,8 @@ def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
     ticks: dict[int, str] = {}
     for shift, kind in enumerate(("paper", NAIVE, AWARE, WORST)):
         colour, marker, name = STYLES[kind]
-        found = {c: report.row(dataset, c, NAIVE if kind == "paper" else kind) for c in cells}
-        rows = {c: r for c, r in found.items() if r is not None and r["status"] == "finished"}
+        every = {c: report.row(dataset, c, NAIVE if kind == "paper" else kind) for c in cells}
+        rows = {c: r for c, r in every.items() if r is not None and r["status"] == "finished"}
         if not rows:
             continue
         # Side by side, or their intervals would hide each other.

@@ -73,12 +73,12 @@ def search(report: Report, dataset: str) -> dict[str, Any]:
 
 
 def _tried(setting: Setting, report: Report, dataset: str) -> list[str]:
-    found, mark = report.search[dataset][setting], "nearest" if setting == report.nearest.get(dataset) else ""
+    tried, mark = report.search[dataset][setting], "nearest" if setting == report.nearest.get(dataset) else ""
     names = [mark, setting.victim.name, attack_name(setting.attack)]
-    if found.mean is None:
-        return [*names, f"failed: {found.reason}" if found.status == "failed" else found.status, "-"]
-    ssim = Figure.of(found.mean, bootstrap_interval(found.ssim or []))
-    return [*names, f"{ssim:.3f}", f"{found.mean - TABLE_1[dataset]['none', None].mean:+.3f}"]
+    if tried.mean is None:
+        return [*names, f"failed: {tried.reason}" if tried.status == "failed" else tried.status, "-"]
+    ssim = Figure.of(tried.mean, bootstrap_interval(tried.ssim or []))
+    return [*names, f"{ssim:.3f}", f"{tried.mean - TABLE_1[dataset]['none', None].mean:+.3f}"]
 
 
 def theory(report: Report) -> Lines:

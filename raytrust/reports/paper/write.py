@@ -51,8 +51,8 @@ def results(report: Report) -> dict[str, Any]:
         "table_1": report.table_1,
         "table_2": report.table_2,
         "search": {
-            name: [{"setting": to_dict(s), "ssim": f.ssim, "reason": f.reason} for s, f in found.items()]
-            for name, found in report.search.items()
+            name: [{"setting": to_dict(s), "ssim": f.ssim, "reason": f.reason} for s, f in tried.items()]
+            for name, tried in report.search.items()
         },
         "nearest": {name: to_dict(s) for name, s in report.nearest.items()},
         "common_nearest": None if report.common is None else to_dict(report.common[0]),
