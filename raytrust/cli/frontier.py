@@ -22,7 +22,7 @@ from raytrust.jobs.lock import exclusive
 from raytrust.jobs.runner import Local, Runner
 from raytrust.reports.frontier_log import SweepLog
 from raytrust.reports.frontier_report import FILES, Program, write_report
-from raytrust.reports.frontier_table import frontier_table, judge_rows
+from raytrust.reports.frontier_table import frontier_table
 from raytrust.reports.summary import summary_lines
 from raytrust.reports.tracking_uri import database_path, default_uri, show_command
 from raytrust.reports.versions import versions
@@ -31,8 +31,10 @@ from raytrust.studies.frontier.audit import audit_here
 from raytrust.studies.frontier.meter import Meter
 from raytrust.studies.frontier.plan import ByDefence, evaluation_bundles, totals
 from raytrust.studies.frontier.progress import FrontierProgress
-from raytrust.studies.frontier.rows import Row, audited_defences, finalists, row, trained_defences
+from raytrust.studies.frontier.row import Row
+from raytrust.studies.frontier.rows import audited_defences, finalists, row, trained_defences
 from raytrust.studies.frontier.store import Store
+from raytrust.studies.frontier.verdicts import judge_rows
 from raytrust.studies.study import too_late
 
 

@@ -14,16 +14,16 @@ from raytrust.data import Dataset
 from raytrust.jobs.files import write_file, write_json
 from raytrust.jobs.store import JobStore
 from raytrust.reports.membership_figures import roc_figure, side_by_side_figure
-from raytrust.reports.membership_page import membership_page, membership_table
+from raytrust.reports.membership_page import membership_page
+from raytrust.reports.membership_table import membership_table
 from raytrust.reports.mlflow import Tracker
 from raytrust.reports.outbox import Outbox
 from raytrust.studies.membership.jobs import load_shadows
 from raytrust.studies.membership.paper_cells import nearest_cells
 from raytrust.studies.membership.pool import Pool, draw_pool
+from raytrust.studies.membership.row import Row, plain
 from raytrust.studies.membership.rows import matched_fit, row
 from raytrust.studies.membership.study import MembershipStudy, setting
-
-Row = dict[str, Any]
 
 
 def run_membership(
@@ -94,7 +94,7 @@ class _Membership(Program[MembershipStudy]):
         rows, left_out, described = self.rows, self.study.left_out, setting(self._config, self._data)
         content: dict[str, Any] = {"setting": described, "rows": rows, "left_out": left_out}
         content["nearest_to_paper"] = nearest_cells(rows)
-        write_json(self.root / "results.json", content)
+        write_json(self.root / "results.json", plain(content))
         write_file(text, (membership_table(rows, left_out) + "\n").encode())
         if any(r["status"] == "finished" for r in rows):
             roc_figure(rows, roc)
@@ -122,7 +122,7 @@ def _log_arm(tracker: Tracker, config: MembershipConfig, data: Dataset, store: J
         return
     n = len(data.test_labels)
     training = {
-        "correct": of_arm["accuracy"]["value"] * n,
+        "correct": (of_arm["accuracy"].value or 0.0) * n,
         "n_test": n,
         "losses": np.mean([s.losses for s in shadows], axis=0).tolist(),
         "bytes_per_step": of_arm["bytes_per_step"],
@@ -130,9 +130,8 @@ def _log_arm(tracker: Tracker, config: MembershipConfig, data: Dataset, store: J
         "seconds": float(sum(s.seconds for s in shadows)),
     }
     tracker.trained(key, arm.name, parameters, training)
-    metrics = {f"auc_{name.replace(' ', '_')}": report["auc"]["value"] for name, report in of_arm["final"].items()}
+    metrics = {f"auc_{name.replace(' ', '_')}": report.auc.value for name, report in of_arm["final"].items()}
     for m in of_arm["messages"]:
-        name = f"message_auc_{m['score']}_vs_{m['control']}_step_{m['step']}"
-        metrics[name.replace(" ", "_")] = m["value"]
-    metrics = {name: value for name, value in metrics.items() if value is not None}
-    tracker.evaluated(key, metrics, {"models": len(shadows)}, [])
+        metrics[f"message_auc_{m.score}_vs_{m.control}_step_{m.step}".replace(" ", "_")] = m.value
+    known = {name: value for name, value in metrics.items() if value is not None}
+    tracker.evaluated(key, known, {"models": len(shadows)}, [])

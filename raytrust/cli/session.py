@@ -13,8 +13,7 @@ from raytrust.jobs.lock import exclusive
 from raytrust.jobs.progress import Progress, clock
 from raytrust.jobs.runner import Local, Runner
 from raytrust.reports.mlflow import Tracker, default_uri
-from raytrust.reports.outbox import Outbox
-from raytrust.reports.tracked_run import tracked
+from raytrust.reports.outbox import Outbox, tracked
 from raytrust.studies.study import Study, answer, too_late
 
 # CPU seconds a cost, until some are measured: attacks cost iterations of an image at width 64, models one each.

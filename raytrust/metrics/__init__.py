@@ -1,40 +1,7 @@
-"""From scores to a membership audit's figures: pure functions on arrays, without torch.
+"""What is measured, as pure functions on arrays: images, membership scores, intervals, and what they allow one to say.
 
-A score is one number a point, higher always means member; `member` says who was one. `roc` has curves and areas,
-`thresholds` decisions and balanced accuracy, `epsilon` the differential privacy that an attack refutes, `report` puts
-them together. All errors are a `ValueError` of one line.
+`images` has the similarity of images; `roc` curves and areas of membership scores, `thresholds` decisions by them,
+`epsilon` the differential privacy that they refute, `membership` all of these together; `statistics` figures with their
+intervals; `verdict` the rule by which a defence leaks, resists or is undecided. A membership score is one number a
+point, and higher always means member. All errors are a `ValueError` of one line.
 """
-
-from __future__ import annotations
-
-from raytrust.metrics.epsilon import EpsilonBound, one_run_epsilon
-from raytrust.metrics.membership import AuditReport, audit, pooled_audit
-from raytrust.metrics.roc import Estimate, Roc, auc, auc_interval, roc, tpr_at_fpr
-from raytrust.metrics.thresholds import (
-    BalancedAccuracy,
-    balanced_accuracy,
-    best_thresholds,
-    decide,
-    null_floor,
-    yeom_thresholds,
-)
-
-__all__ = [
-    "AuditReport",
-    "BalancedAccuracy",
-    "EpsilonBound",
-    "Estimate",
-    "Roc",
-    "auc",
-    "auc_interval",
-    "audit",
-    "balanced_accuracy",
-    "best_thresholds",
-    "decide",
-    "null_floor",
-    "one_run_epsilon",
-    "pooled_audit",
-    "roc",
-    "tpr_at_fpr",
-    "yeom_thresholds",
-]

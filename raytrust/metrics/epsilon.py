@@ -44,12 +44,14 @@ def one_run_epsilon(
     if not 0 <= delta < 1:
         raise ValueError(f"Expected delta={delta} in [0, 1).")
     half = guesses // 2
+    # A stable order, as the guesses must not depend on the coins, not even through ties.
     order = np.argsort(-s, kind="stable")
     correct = int(m[order[:half]].sum() + (~m[order[len(order) - half :]]).sum())
 
     def refuted(epsilon: float) -> bool:
         return p_value(s.size, 2 * half, correct, epsilon, delta) < 1 - confidence
 
+    # What is refuted is refuted for every smaller epsilon: double until it isn't, then bisect.
     low, high = 0.0, 1.0
     if refuted(0.0):
         while refuted(high) and high < 64:

@@ -1,20 +1,22 @@
-"""Image similarity, intervals and Pareto sets: pure functions on arrays, without torch.
-
-A number is reported with its interval, so the intervals live beside the metrics. All errors are ``ValueError``.
-"""
+"""Image similarity: functions on arrays. All errors are ``ValueError``."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
-from skimage.metrics import structural_similarity
+from skimage.metrics import structural_similarity as skimage_ssim
 
-_TOLERANCE = 1e-6  # slack of the [0, 1] check, for images that went through float32 arithmetic
-_WINDOW = 7  # side of the uniform SSIM window, in pixels
-_RESAMPLES = 10_000
+# An array or a tensor: this room must not wait seconds for torch.
+T = TypeVar("T", bound=Any)
+
+# Slack of the [0, 1] check, for images that went through float32 arithmetic.
+_TOLERANCE = 1e-6
+WINDOW = 7  # side of the uniform SSIM window, in pixels
+BESSEL = WINDOW**2 / (WINDOW**2 - 1)
 
 
 def ssim(a: ArrayLike, b: ArrayLike) -> float:
@@ -33,9 +35,9 @@ def ssim(a: ArrayLike, b: ArrayLike) -> float:
         ValueError: shapes differ, are not 3-dimensional or smaller than the window; a value is NaN or outside [0, 1].
     """
     a, b = _image_pair(a, b)
-    if min(a.shape[1:]) < _WINDOW:
-        raise ValueError(f"Expected images of at least {_WINDOW}x{_WINDOW} pixels, got shape={a.shape}.")
-    return float(structural_similarity(a, b, win_size=_WINDOW, data_range=1.0, channel_axis=0))
+    if min(a.shape[1:]) < WINDOW:
+        raise ValueError(f"Expected images of at least {WINDOW}x{WINDOW} pixels, got shape={a.shape}.")
+    return float(skimage_ssim(a, b, win_size=WINDOW, data_range=1.0, channel_axis=0))
 
 
 def ssim_table(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
@@ -52,24 +54,30 @@ def ssim_table(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     for images in (a, b):
-        if images.ndim != 4 or images.shape[1:] != a.shape[1:] or min(images.shape[2:]) < _WINDOW:
+        if images.ndim != 4 or images.shape[1:] != a.shape[1:] or min(images.shape[2:]) < WINDOW:
             raise ValueError(
-                f"Expected images of one shape, at least {_WINDOW}x{_WINDOW} pixels, got {a.shape} and {b.shape}."
+                f"Expected images of one shape, at least {WINDOW}x{WINDOW} pixels, got {a.shape} and {b.shape}."
             )
         _check_range(images)
-    n = _WINDOW * _WINDOW
-    bessel = n / (n - 1)
     mean_b = _window_means(b)
-    variance_b = bessel * (_window_means(b * b) - mean_b**2)
+    variance_b = BESSEL * (_window_means(b * b) - mean_b**2)
     table = np.empty((len(a), len(b)))
+    # The moments of `b` are taken once, which scikit-image's calls would do for each pair.
     for row, image in zip(table, a, strict=True):
         mean = _window_means(image)
-        variance = bessel * (_window_means(image * image) - mean**2)
-        covariance = bessel * (_window_means(image * b) - mean * mean_b)
-        top = (2 * mean * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
-        bottom = (mean**2 + mean_b**2 + 0.01**2) * (variance + variance_b + 0.03**2)
-        row[:] = (top / bottom).mean(axis=(1, 2, 3))
+        variance = BESSEL * (_window_means(image * image) - mean**2)
+        covariance = BESSEL * (_window_means(image * b) - mean * mean_b)
+        row[:] = ssim_of_moments(mean, mean_b, variance + variance_b, covariance)
     return table
+
+
+def ssim_of_moments(mean_a: T, mean_b: T, variances: T, covariance: T) -> T:
+    """SSIM from the moments of each window, (..., channels, height, width) -> (...); of arrays or of tensors.
+
+    variances: the sum of both. They and the covariance are sample moments, that is `BESSEL` times the plain ones.
+    """
+    top = (2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
+    return (top / ((mean_a**2 + mean_b**2 + 0.01**2) * (variances + 0.03**2))).mean((-3, -2, -1))
 
 
 def mse(a: ArrayLike, b: ArrayLike) -> float:
@@ -108,12 +116,14 @@ def _image_pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArra
 
 def _check_range(image: NDArray[np.float64]) -> None:
     low, high = float(image.min()), float(image.max())
-    if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):  # also refuses NaN
+    # This way round it refuses NaN, too.
+    if not (low >= -_TOLERANCE and high <= 1.0 + _TOLERANCE):
         raise ValueError(f"Expected values in [0, 1], got [{low}, {high}].")
 
 
 def _window_means(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Means of all 7x7 windows that lie inside, (..., height, width) -> (..., height - 6, width - 6)."""
+    # Down and then across is 14 additions a window instead of 49.
     for axis in (-1, -2):
-        x = sliding_window_view(x, _WINDOW, axis=axis).mean(-1)
+        x = sliding_window_view(x, WINDOW, axis=axis).mean(-1)
     return x

@@ -12,17 +12,17 @@ from raytrust.metrics.epsilon import EpsilonBound, one_run_epsilon
 from raytrust.metrics.roc import (
     RESAMPLES,
     Array,
-    Estimate,
     Mask,
     auc,
     auc_interval,
     checked,
+    percentiles,
     resolvable,
     tied_groups,
     tpr_at_fpr,
     tpr_of_groups,
 )
-from raytrust.metrics.statistics import mean_interval
+from raytrust.metrics.statistics import Figure, mean_figure, mean_interval
 
 LOW_FPR = (0.01, 0.001)
 
@@ -32,13 +32,13 @@ class AuditReport:
     """An attack's figures. tpr: by false positive rate. slices: AUC by the name of a part of the points.
 
     epsilon: one run's bound, or for several models the mean of their bounds with its interval.
-    unit: what the intervals take for independent, "point" or "model".
+    unit: what the intervals take for independent and the figures' n counts, "point" or "model".
     """
 
-    auc: Estimate
-    tpr: dict[float, Estimate]
-    slices: dict[str, Estimate]
-    epsilon: EpsilonBound | Estimate | None
+    auc: Figure
+    tpr: dict[float, Figure]
+    slices: dict[str, Figure]
+    epsilon: EpsilonBound | Figure | None
     unit: str
 
 
@@ -54,12 +54,10 @@ def audit(
     beforehand; none is given without it. Intervals are bootstraps over points."""
     s, m = checked(scores, member)
 
-    def area(part: Mask) -> Estimate:
-        n, others = int((m & part).sum()), int((~m & part).sum())
-        if n == 0 or others == 0:
-            return Estimate(None, None, None, n, others)
-        low, high = auc_interval(s[part], m[part], confidence, seed=seed)
-        return Estimate(auc(s[part], m[part]), low, high, n, others)
+    def area(part: Mask) -> Figure:
+        if not m[part].any() or m[part].all():
+            return Figure(None, n=int(part.sum()))
+        return Figure(auc(s[part], m[part]), *auc_interval(s[part], m[part], confidence, seed=seed), int(part.sum()))
 
     return AuditReport(
         auc=area(np.ones(s.shape, dtype=bool)),
@@ -90,39 +88,28 @@ def pooled_audit(
         raise ValueError(f"Expected scores and member of one shape (models, points), got {s.shape} and {m.shape}.")
     checked(s.ravel(), m.ravel())
 
-    def area(part: ArrayLike) -> Estimate:
+    def mean(values: Sequence[float]) -> Figure:
+        return mean_figure(values, lambda x: mean_interval(x, confidence))
+
+    def area(part: ArrayLike) -> Figure:
         mask = np.broadcast_to(np.asarray(part, dtype=bool), s.shape)
         rows = [(x[w], y[w]) for x, y, w in zip(s, m, mask, strict=True)]
-        values = [auc(x, y) for x, y in rows if y.any() and not y.all()]
-        return _mean(values, int((m & mask).sum()), int((~m & mask).sum()), confidence)
+        return mean([auc(x, y) for x, y in rows if y.any() and not y.all()])
 
     bounds = [] if guesses is None else [one_run_epsilon(x, y, guesses).epsilon for x, y in zip(s, m, strict=True)]
     return AuditReport(
         auc=area(True),
         tpr={fpr: _pooled_tpr(s, m, fpr, confidence, seed) for fpr in LOW_FPR},
         slices={name: area(part) for name, part in (slices or {}).items()},
-        epsilon=_mean(bounds, int(m.sum()), int((~m).sum()), confidence) if bounds else None,
+        epsilon=mean(bounds) if bounds else None,
         unit="model",
     )
 
 
-def mean_estimate(values: Sequence[float], n_members: int, n_others: int, confidence: float = 0.95) -> Estimate:
-    """The mean of figures of several models, with Student's t interval over them; no interval for a single model."""
-    return _mean(values, n_members, n_others, confidence)
-
-
-def _mean(values: Sequence[float], n_members: int, n_others: int, confidence: float) -> Estimate:
-    if not values:
-        return Estimate(None, None, None, n_members, n_others)
-    interval = mean_interval(values, confidence)
-    low, high = interval if interval is not None else (None, None)
-    return Estimate(float(np.mean(values)), low, high, n_members, n_others)
-
-
-def _pooled_tpr(s: Array, m: Mask, fpr: float, confidence: float, seed: int) -> Estimate:
-    n, others = int(m.sum()), int((~m).sum())
-    if not resolvable(others, fpr):
-        return Estimate(None, None, None, n, others)
+def _pooled_tpr(s: Array, m: Mask, fpr: float, confidence: float, seed: int) -> Figure:
+    if not resolvable(int((~m).sum()), fpr):
+        return Figure(None, n=len(s))
+    # How often each distinct score of the pool occurs in each model, so that resampling models is one product.
     values, _, _ = tied_groups(s.ravel(), m.ravel())
     place = np.searchsorted(-values, -s)
     counts = [
@@ -132,11 +119,11 @@ def _pooled_tpr(s: Array, m: Mask, fpr: float, confidence: float, seed: int) -> 
     ones = np.ones((1, len(s)))
     value = float(tpr_of_groups(ones @ counts[0], ones @ counts[1], fpr)[0])
     if len(s) == 1:
-        return Estimate(value, None, None, n, others)
+        return Figure(value, n=1)
     generator = np.random.default_rng(seed)
     rates = []
-    for _ in range(RESAMPLES // 50):  # tables of 50 resamples at a time
+    # Fifty at a time: a table of all resamples by all distinct scores would be gigabytes.
+    for _ in range(RESAMPLES // 50):
         weights = generator.multinomial(len(s), np.full(len(s), 1 / len(s)), size=50).astype(np.float64)
         rates.append(tpr_of_groups(weights @ counts[0], weights @ counts[1], fpr))
-    low, high = np.quantile(np.concatenate(rates), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(value, float(low), float(high), n, others)
+    return Figure(value, *percentiles(rates, confidence), len(s))

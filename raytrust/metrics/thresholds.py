@@ -16,22 +16,19 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta
 
 from raytrust.metrics.roc import Array, Mask, checked, roc
+from raytrust.metrics.statistics import Figure, Interval
 
 Origin: TypeAlias = Literal["yeom", "shadow", "in-sample"]
 ORIGINS: tuple[Origin, ...] = ("yeom", "shadow", "in-sample")
 
 
 @dataclass(frozen=True)
-class BalancedAccuracy:
-    """(TPR + TNR) / 2 of decisions, with its interval. floor: what a useless score is expected to reach with a
-    threshold of this origin, one half unless it was chosen in-sample."""
+class BalancedAccuracy(Figure):
+    """(TPR + TNR) / 2 of decisions. floor: what a useless score is expected to reach with a threshold of this origin,
+    one half unless it was chosen in-sample."""
 
-    value: float
-    low: float
-    high: float
-    origin: Origin
-    per_class: bool
-    floor: float
+    origin: Origin = "in-sample"
+    floor: float = 0.5
 
 
 def yeom_thresholds(scores: ArrayLike, member: ArrayLike, groups: ArrayLike | None = None) -> Array:
@@ -43,6 +40,7 @@ def yeom_thresholds(scores: ArrayLike, member: ArrayLike, groups: ArrayLike | No
     s, m = checked(scores, member)
     g = _groups(groups, s)
     overall = float(s[m].mean())
+    # A group without a member has no mean of its own.
     means = [float(s[m & (g == k)].mean()) if (m & (g == k)).any() else overall for k in range(int(g.max()) + 1)]
     return np.array(means)
 
@@ -56,12 +54,12 @@ def best_thresholds(scores: ArrayLike, member: ArrayLike, groups: ArrayLike | No
     s, m = checked(scores, member)
     g = _groups(groups, s)
     overall = _best(s, m)
-    found = []
+    thresholds = []
     for k in range(int(g.max()) + 1):
-        own = g == k
-        mixed = m[own].any() and not m[own].all()
-        found.append(_best(s[own], m[own]) if mixed else overall)
-    return np.array(found)
+        inside = g == k
+        mixed = m[inside].any() and not m[inside].all()
+        thresholds.append(_best(s[inside], m[inside]) if mixed else overall)
+    return np.array(thresholds)
 
 
 def decide(scores: ArrayLike, thresholds: ArrayLike, groups: ArrayLike | None = None) -> Mask:
@@ -88,7 +86,7 @@ def balanced_accuracy(
     down = math.hypot(*(r - low for r, (low, _) in zip(rates, bounds, strict=True))) / 2
     up = math.hypot(*(high - r for r, (_, high) in zip(rates, bounds, strict=True))) / 2
     floor = null_floor(n, others, groups) if origin == "in-sample" else 0.5
-    return BalancedAccuracy(value, max(0.0, value - down), min(1.0, value + up), origin, groups > 1, floor)
+    return BalancedAccuracy(value, max(0.0, value - down), min(1.0, value + up), n + others, origin, floor)
 
 
 def null_floor(n_members: int, n_others: int, thresholds: int = 1) -> float:
@@ -101,10 +99,11 @@ def null_floor(n_members: int, n_others: int, thresholds: int = 1) -> float:
     return min(1.0, 0.5 + math.sqrt(math.pi / 32) * math.sqrt(thresholds * (1 / n_members + 1 / n_others)))
 
 
-def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """The exact two-sided interval for a proportion (Clopper & Pearson 1934); covers at least `confidence`."""
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"Expected successes={successes} in [0, n={n}] and n >= 1.")
+    # SciPy's `binomtest(...).proportion_ci("exact")` seeks these quantiles by bisection, which takes 10 ms.
     tail = (1 - confidence) / 2
     low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, n - successes + 1))
     high = 1.0 if successes == n else float(beta.ppf(1 - tail, successes + 1, n - successes))

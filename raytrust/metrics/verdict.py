@@ -26,7 +26,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from scipy.stats import binom
 
-from raytrust.metrics.statistics import bootstrap_interval
+from raytrust.metrics.statistics import Figure, bootstrap_interval
 
 Verdict: TypeAlias = Literal["leaks", "resists", "undecided"]
 LEAKS: Verdict = "leaks"
@@ -35,8 +35,10 @@ UNDECIDED: Verdict = "undecided"
 VERDICTS = (LEAKS, RESISTS, UNDECIDED)
 LONG = {LEAKS: "leaks", RESISTS: "resists the attacks tried", UNDECIDED: "undecided"}
 
-FEWEST = 5  # images, below which a bootstrap interval is little more than their range, and luck may look private
-SIGNIFICANCE = 0.025  # one-sided, as one end of a 95 % interval
+# Of fewer images a bootstrap interval is little more than their range, and luck may look private.
+FEWEST = 5
+# One-sided, as one end of a 95 % interval.
+SIGNIFICANCE = 0.025
 CONTROL_SHARE = 0.5  # of its images that a working attack identifies without compression
 
 
@@ -73,9 +75,8 @@ class Evidence:
     def __str__(self) -> str:
         """The numbers, with their interval and their n."""
         parts = [f"{self.measure} {self.value:.2f} (n = {self.n})"]
-        if self.floor is not None and self.excess is not None:
-            ends = "" if self.interval is None else f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
-            parts.append(f"{self.excess:+.2f}{ends} over the floor {self.floor:.2f}")
+        if self.floor is not None:
+            parts.append(f"{Figure.of(self.excess, self.interval):+.2f} over the floor {self.floor:.2f}")
         if self.identified is not None:
             parts.append(f"{self.identified} of {self.n} identified among {self.candidates}")
         return ", ".join(parts)
@@ -120,6 +121,7 @@ def image_evidence(
     if len(ssim) == 0 or {len(values) for values in lists} != {len(ssim)}:
         raise ValueError(f"Expected figures of at least one image and of equal length, got {[len(v) for v in lists]}.")
     floor = floor_of_images(mean_image, other_image)
+    # One number a batch, as its images are not independent.
     excess = None if floor is None else (np.asarray(ssim) - np.asarray(floor)).reshape(-1, batch).mean(1)
     interval = None if excess is None else bootstrap_interval(excess)
     return Evidence(
@@ -128,6 +130,7 @@ def image_evidence(
         interval=interval,
         n=len(ssim),
         identified=None if identified is None else int(sum(identified)),
+        # Each reconstruction was assigned to the most similar of a batch, which is as many guesses.
         candidates=max(1, candidates // batch),
     )
 

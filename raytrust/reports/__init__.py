@@ -1,1 +1,1 @@
-"""From rows to what a person reads: verdicts, figures and pages. No ray, mlflow or torch."""
+"""From rows to what a person reads: text, figures, pages, and runs in MLflow. No ray."""

@@ -16,19 +16,18 @@ from typing import Any
 from raytrust.config import InversionConfig, SweepConfig, TrainConfig, digest, from_dict, to_dict
 from raytrust.data import Dataset
 from raytrust.jobs.listener import Silent
-from raytrust.reports.drawn_attacks import drawn_attacks
 from raytrust.reports.mlflow import Tracker
-from raytrust.reports.outbox import Outbox
-from raytrust.reports.reconstructions import reconstructions_figure
-from raytrust.reports.tracked_run import tracked
-from raytrust.studies.frontier.rows import (
-    Row,
-    audited_defences,
-    compressor_columns,
-    train_of,
-    trained_defences,
-)
+from raytrust.reports.outbox import Outbox, tracked
+from raytrust.reports.reconstructions import drawn_attacks, reconstructions_figure
+from raytrust.studies.frontier.row import Row
+from raytrust.studies.frontier.rows import audited_defences, compressor_columns, train_of, trained_defences
 from raytrust.studies.frontier.store import Store
+
+_METRICS = (
+    "accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "attacks_tried",
+    "n_images", "mse", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "aware_gain",
+    "floor_ssim", "excess", "identified", "label_accuracy",
+)  # fmt: skip
 
 
 class SweepLog(Silent):
@@ -62,7 +61,8 @@ class SweepLog(Silent):
 
     def failed(self, phase: str, key: str, reason: str) -> None:
         train = self._train(key)
-        if phase != "attacks":  # one failed attack fails no defence
+        # One failed attack fails no defence.
+        if phase != "attacks":
             self._outbox.send(lambda: self._tracker.failed(key, train.defence.name, self._parameters(train), reason))
 
     def finish(self, rows: list[Row], artifacts: list[Path], metrics: dict[str, float], status: str) -> None:
@@ -80,19 +80,17 @@ class SweepLog(Silent):
     def _evaluated(self, finished: Row) -> None:
         train = train_of(self._store, self._sweep, finished)
         key = finished["run"]
-        if self._tracker.lacks(key):  # deleted meanwhile
+        # Somebody may have deleted its run meanwhile.
+        if self._tracker.lacks(key):
             self._trained(key, train)
         drawn, originals = drawn_attacks(self._store, self._sweep, finished)
         figure = self._store.run_directory(train) / "reconstructions.png"
         reconstructions_figure(originals, drawn, figure)
         directory = self._store.run_directory(train) / f"step-{finished['attack']['capture_step']:06d}"
         self._tracker.log_capture(key, directory)
-        names = ("accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr")
-        floors = ("mse", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "aware_gain")
-        judged = ("floor_ssim", "excess", "identified")
-        metrics = {n: finished[n] for n in (*names, "attacks_tried", "n_images")}
-        metrics |= {n: finished[n] for n in (*floors, *judged, "label_accuracy") if finished[n] is not None}
-        tags = {name: finished[name] for name in ("verdict", "verdict_reason", "control", "pareto")}
+        figures: dict[str, Any] = {**finished}
+        metrics = {name: figures[name] for name in _METRICS if figures[name] is not None}
+        tags = {name: figures[name] for name in ("verdict", "verdict_reason", "control", "pareto")}
         tags |= {f"attack.{k}": v for k, v in finished["attack"].items()}
         self._tracker.evaluated(key, metrics, tags, [figure])
 

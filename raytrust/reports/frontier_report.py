@@ -11,11 +11,11 @@ from typing import Any
 from raytrust.config import InversionConfig, SweepConfig, to_dict
 from raytrust.data import Dataset
 from raytrust.jobs.files import write_file
-from raytrust.reports.drawn_attacks import drawn_attacks
 from raytrust.reports.frontier_figure import frontier_figure
-from raytrust.reports.frontier_page import FrontierContext, write_page
-from raytrust.reports.frontier_table import Row, frontier_table, write_rows
-from raytrust.reports.reconstructions import Drawn, reconstructions_figure, strip_figure
+from raytrust.reports.frontier_page import FrontierContext, page
+from raytrust.reports.frontier_table import frontier_table
+from raytrust.reports.reconstructions import Drawn, drawn_attacks, reconstructions_figure, strip_figure
+from raytrust.studies.frontier.row import Row, write_rows
 from raytrust.studies.frontier.rows import train_of
 from raytrust.studies.frontier.store import Store
 
@@ -39,6 +39,7 @@ class Program:
         place = shlex.quote(str(root))
         longer, more = max(400, 4 * sweep.portfolio[0].iterations), 3 * sweep.train.capture.evaluation
         trials = max(8, 2 * sweep.attack_trials)
+        # What names the run that was, or is to be changed.
         kept = {k: v for k, v in self.given.items() if k not in ("--output", "--resume", "--images")}
         words = [word for name, values in kept.items() for value in values or [""] for word in (name, value) if word]
         again = f" {shlex.join(words)}" if words else ""
@@ -65,13 +66,13 @@ def write_report(
     report.html; returns those that could be written."""
     paths = {name: store.root / name for name in ("frontier.json", "frontier.png", "frontier.txt", "report.html")}
     write_rows(paths["frontier.json"], rows)
-    frontier_figure(rows, paths["frontier.png"], title=f"{data.name}: accuracy against leakage")
+    frontier_figure(rows, paths["frontier.png"], title=f"{data.name}: what each defence leaks and costs")
     write_file(paths["frontier.txt"], (frontier_table(rows) + "\n").encode())
     drawn: list[Drawn] = []
     originals = None
     for finished in (r for r in rows if r["status"] == "finished"):
-        found, originals = drawn_attacks(store, sweep, finished)
-        drawn += found
+        of_defence, originals = drawn_attacks(store, sweep, finished)
+        drawn += of_defence
     if originals is not None:
         paths["reconstructions.png"] = store.root / "reconstructions.png"
         reconstructions_figure(originals, drawn, paths["reconstructions.png"])
@@ -88,7 +89,7 @@ def write_report(
         timing=timing,
         classes=data.classes,
     )
-    write_page(paths["report.html"], rows, context)
+    write_file(paths["report.html"], page(rows, context).encode())
     return list(paths.values())
 
 
@@ -127,5 +128,6 @@ def _attack(attack: InversionConfig) -> str:
     """The settings that are not default, and those that decide most."""
     values = {f.name: getattr(attack, f.name) for f in fields(attack)}
     always = ("objective", "tv", "step_size", "iterations", "restarts", "signed", "schedule")
+    # All thirty would hide the few that were chosen.
     shown = [n for n, v in values.items() if n in always or v != attack.__dataclass_fields__[n].default]
     return ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in shown)

@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from raytrust.jobs.files import atomic_write, make_private
-from raytrust.reports.moved import bring_along
-from raytrust.reports.reach import expect_database, expect_server
+from raytrust.reports.tracking_store import bring_along, expect_database, expect_server
 from raytrust.reports.tracking_uri import artifact_location, database_path, default_uri, scrub, without_password
 from raytrust.reports.versions import versions
 
@@ -39,10 +38,15 @@ CURABLE = {"ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL_ERROR", "IO_ER
 CURABLE |= {"RESOURCE_EXHAUSTED", "TEMPORARILY_UNAVAILABLE"}
 INCURABLE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
+Metrics = Mapping[str, float]
+
 PARENT = "sweep"
+# A tag. MLflow's own names a run's parent alone, and can't be searched for what lies two levels below.
+SWEEP = "raytrust.sweep"
 FAILURE = "raytrust.failure"
 GIVE_IT_AGAIN = "; no password is kept: give --tracking-uri with it again, or MLFLOW_TRACKING_URI in the environment"
-MAX_CAPTURE_BYTES = 64 * 2**20  # a larger capture is not copied into the artifact store, only named
+# A larger capture is only named: gradients of a large model would fill the artifact store.
+MAX_CAPTURE_BYTES = 64 * 2**20
 
 
 class Tracker:
@@ -52,7 +56,7 @@ class Tracker:
     Raises ValueError if the tracking store can't be used.
     """
 
-    errors: tuple[type[Exception], ...] = (MlflowException, OSError)  # of all that a tracking store raises
+    errors: tuple[type[Exception], ...] = (MlflowException, OSError)
 
     def __init__(self, uri: str, root: Path, experiment: str):
         self._root = root.resolve()
@@ -77,7 +81,8 @@ class Tracker:
         """Whether the same call may succeed later, as far as one can tell."""
         if isinstance(error, MlflowException):
             return error.error_code in CURABLE
-        if (response := getattr(error, "response", None)) is not None:  # of requests, where a server refused a file
+        # An error of requests, where a server refused a file.
+        if (response := getattr(error, "response", None)) is not None:
             return response.status_code >= 500 or response.status_code in (408, 429)
         return not isinstance(error, INCURABLE)
 
@@ -89,7 +94,8 @@ class Tracker:
     def _usable(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of MLflow, of a database's driver or of the network: nearly anything
+        # Of MLflow, of a database's driver or of the network: it may be nearly anything.
+        except Exception as error:
             public, reason = without_password(self._uri), self.reason(error)
             hint = GIVE_IT_AGAIN if any(word in reason.lower() for word in ("password", "401", "unauth")) else ""
             raise ValueError(
@@ -105,43 +111,49 @@ class Tracker:
     def _begin(self) -> str:
         name, parameters, tags = self._parent
         run = self._open(PARENT, name, None, tags)
+        # MLflow refuses another value for a parameter, as of a sweep that goes on with more trials.
         if not run.data.params:
             self._log(run.info.run_id, parameters=parameters)
         if run.info.status != "RUNNING":
             self._client.update_run(run.info.run_id, status="RUNNING")
         return run.info.run_id
 
-    def end_sweep(self, status: str, artifacts: Iterable[Path] = (), metrics: dict[str, float] | None = None) -> None:
+    def end_sweep(self, status: str, artifacts: Iterable[Path] = (), metrics: Metrics | None = None) -> None:
         """End the parent run as "FINISHED", "FAILED" or "KILLED". What is still open below it did not finish."""
         run = self._begin()
         self._log(run, metrics=metrics)
         for path in artifacts:
             self._client.log_artifact(run, str(path))
         self._client.set_terminated(run, status)
-        still_open = f"attributes.status = 'RUNNING' and tags.`raytrust.sweep` = '{run}'"
-        while children := self._client.search_runs([self._experiment], still_open):  # a page of them
+        still_open = f"attributes.status = 'RUNNING' and tags.`{SWEEP}` = '{run}'"
+        # MLflow gives a page of them at a time.
+        while children := self._client.search_runs([self._experiment], still_open):
             for child in children:
                 self._client.set_terminated(child.info.run_id, "FAILED" if status == "FINISHED" else status)
 
     def trained(self, key: str, name: str, parameters: dict[str, Any], training: dict[str, Any]) -> None:
         """A defence has been trained: its parameters, loss and wire bytes step by step, accuracy."""
         opened = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "defence"})
-        if "train_seconds" in opened.data.metrics:  # logged last
+        # It is logged last, so that a training that was cut off between its metrics is logged again.
+        if "train_seconds" in opened.data.metrics:
             return
         run = opened.info.run_id
-        if opened.info.status != "RUNNING":  # it failed before, or was interrupted
+        # It failed before, or was interrupted.
+        if opened.info.status != "RUNNING":
             self._client.update_run(run, status="RUNNING")
         sent = training["bytes_per_step"]
+        # The UI's comparison starts with the metric that was logged first.
         summary = {
             "accuracy": training["correct"] / training["n_test"],
             "bytes_per_step": sent,
             "compression_ratio": training["dense_bytes"] / sent,
-        }  # first: the UI's comparison starts with the metric that was logged first
+        }
         self._log(run, parameters=parameters, metrics=summary)
         now = int(time.time() * 1000)
         steps = [Metric("train_loss", loss, now, step) for step, loss in enumerate(training["losses"])]
         steps += [Metric("wire_bytes", sent * (step + 1), now, step) for step in range(len(training["losses"]))]
-        for first in range(0, len(steps), 1000):  # the most that one call may hold
+        # A thousand are the most that one call may hold.
+        for first in range(0, len(steps), 1000):
             self._client.log_batch(run, metrics=steps[first : first + 1000])
         self._log(run, metrics={"train_seconds": training["seconds"]})
 
@@ -157,19 +169,18 @@ class Tracker:
         self._log(run, parameters=figures["attack"], metrics=metrics | {"seconds": figures["seconds"]})
         self._client.set_terminated(run, "FINISHED")
 
-    def evaluated(self, key: str, metrics: dict[str, float], tags: dict[str, Any], artifacts: Iterable[Path]) -> None:
+    def evaluated(self, key: str, metrics: Metrics, tags: dict[str, Any], artifacts: Iterable[Path]) -> None:
         """A defence has its place on the frontier: the figures of its row, and the reconstructions."""
-        run = self._runs[key]
-        self._log(run, metrics=metrics, tags=tags)
-        if FAILURE in self._client.get_run(run).data.tags:  # of an earlier try
-            self._client.delete_tag(run, FAILURE)
+        run = self._client.get_run(self._runs[key])
+        self._log(run.info.run_id, metrics=metrics, tags=tags)
         for path in artifacts:
-            self._client.log_artifact(run, str(path))
-        self._client.set_terminated(run, "FINISHED")
+            self._client.log_artifact(run.info.run_id, str(path))
+        self._end(run, "")
 
     def log_capture(self, key: str, directory: Path) -> None:
         """The captured step as an artifact, without the truth; where it is large, only where it lies."""
         run = self._runs[key]
+        # The truth stays here: who may see the tracking store need not see private images.
         files = [p for p in sorted(directory.glob("*.pt")) if not p.name.startswith("truth")]
         self._client.set_tag(run, "raytrust.capture", str(directory))
         if sum(p.stat().st_size for p in files) <= MAX_CAPTURE_BYTES:
@@ -178,19 +189,21 @@ class Tracker:
 
     def failed(self, key: str, name: str, parameters: dict[str, Any], reason: str) -> None:
         """A defence has failed: its run says why, and has no figures."""
-        run = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "defence"})
-        if not run.data.params:
-            self._log(run.info.run_id, parameters=parameters)
-        self._client.set_tag(run.info.run_id, FAILURE, reason)
-        self._client.set_terminated(run.info.run_id, "FAILED")
+        self.measured(key, name, parameters, {}, reason, "defence")
 
-    def measured(self, key: str, name: str, parameters: dict[str, Any], metrics: dict[str, float], reason: str) -> None:
+    def measured(
+        self, key: str, name: str, parameters: dict[str, Any], metrics: Metrics, reason: str, kind: str = "cell"
+    ) -> None:
         """A piece of a report: its figures, or why it has none."""
-        run = self._open(key, name, self._runs[PARENT], {"raytrust.kind": "cell"})
+        run = self._open(key, name, self._runs[PARENT], {"raytrust.kind": kind})
         self._log(run.info.run_id, parameters={} if run.data.params else parameters, metrics=metrics)
+        self._end(run, reason)
+
+    def _end(self, run: Run, reason: str) -> None:
+        """End a run as failed for this reason; without one as finished, whatever went wrong in an earlier try."""
         if reason:
             self._client.set_tag(run.info.run_id, FAILURE, reason)
-        elif FAILURE in run.data.tags:  # of an earlier try
+        elif FAILURE in run.data.tags:
             self._client.delete_tag(run.info.run_id, FAILURE)
         self._client.set_terminated(run.info.run_id, "FAILED" if reason else "FINISHED")
 
@@ -216,6 +229,7 @@ class Tracker:
         try:
             run = self._client.get_run(self._runs[key])
         except MlflowException as error:
+            # A store that is away may have it: a new run would split the sweep in two.
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
@@ -227,7 +241,7 @@ class Tracker:
             return run
         before = self._runs.get(key)
         if parent is not None:
-            tags = {**tags, "mlflow.parentRunId": parent, "raytrust.sweep": self._runs[PARENT]}
+            tags = {**tags, "mlflow.parentRunId": parent, SWEEP: self._runs[PARENT]}
         created = self._client.create_run(
             self._experiment, run_name=name, tags={k: str(v) for k, v in tags.items() if v is not None}
         )
@@ -238,8 +252,8 @@ class Tracker:
         return created
 
     def _move(self, before: str, after: str) -> None:
-        for tag in ("mlflow.parentRunId", "raytrust.sweep"):
-            while runs := self._client.search_runs([self._experiment], f"tags.`{tag}` = '{before}'"):  # a page of them
+        for tag in ("mlflow.parentRunId", SWEEP):
+            while runs := self._client.search_runs([self._experiment], f"tags.`{tag}` = '{before}'"):
                 for run in runs:
                     self._client.set_tag(run.info.run_id, tag, after)
 
@@ -247,7 +261,7 @@ class Tracker:
         self,
         run: str,
         parameters: dict[str, Any] | None = None,
-        metrics: dict[str, float] | None = None,
+        metrics: Metrics | None = None,
         tags: dict[str, Any] | None = None,
     ) -> None:
         now = int(time.time() * 1000)
@@ -268,6 +282,7 @@ class _Ledger:
     def read(self) -> dict[str, str]:
         """The runs by key, the last line of a key counts. A line that was cut off is forgotten."""
         text = self._path.read_text() if self._path.exists() else ""
+        # A process that was killed may have left half a line.
         whole, _, cut = text.rpartition("\n")
         if cut:
             with atomic_write(self._path) as file:
@@ -281,5 +296,6 @@ class _Ledger:
         make_private(self._path.parent)
         with os.fdopen(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w") as file:
             file.write(json.dumps({"key": key, "run": run}) + "\n")
+            # A run that MLflow has and the ledger has not would be begun again.
             file.flush()
             os.fsync(file.fileno())

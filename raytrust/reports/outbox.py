@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-PAUSE = 5.0  # seconds between two tries to reach a tracking store that is away
-PATIENCE = 120.0  # seconds to wait for it when everything else is done
+# What waits needs no MLflow to be installed.
+if TYPE_CHECKING:
+    from raytrust.reports.mlflow import Tracker
 
-
-class Store(Protocol):
-    """A tracking store. errors: what its methods may raise."""
-
-    errors: tuple[type[Exception], ...]
-
-    def expect_server(self) -> None: ...
-
-    def curable(self, error: Exception) -> bool: ...
-
-    def reason(self, error: Exception) -> str: ...
+# Seconds between two tries to reach a tracking store that is away: a try may take seconds itself.
+PAUSE = 5.0
+# Seconds to wait for it when everything else is done: what it then lacks, the next resumption sends.
+PATIENCE = 120.0
 
 
 class Outbox:
@@ -30,10 +25,10 @@ class Outbox:
     left out. say: prints a line. noun: what the program runs.
     """
 
-    def __init__(self, store: Store, say: Callable[[str], None], noun: str = "sweep"):
+    def __init__(self, store: Tracker, say: Callable[[str], None], noun: str = "sweep"):
         self._store, self._say, self._noun = store, say, noun
         self._waiting: deque[Callable[[], None]] = deque()
-        self._away_until: float | None = None  # when to try again
+        self._away_until: float | None = None
         self._refusals: set[str] = set()
 
     def send(self, action: Callable[[], None]) -> None:
@@ -61,6 +56,7 @@ class Outbox:
         """Send what waits, as far as the tracking store can be reached."""
         while self._waiting:
             try:
+                # MLflow would go on trying for a while, and hold up what runs.
                 self._store.expect_server()
                 self._waiting[0]()
             except self._store.errors as error:
@@ -77,6 +73,21 @@ class Outbox:
             self._away_until = None
 
     def _refuse(self, reason: str) -> None:
-        if reason not in self._refusals:  # once, however many entries it befalls
+        # It is said once, however many entries it befalls.
+        if reason not in self._refusals:
             self._say(f"MLflow refused an entry, the {self._noun} goes on: {reason}")
         self._refusals.add(reason)
+
+
+@contextmanager
+def tracked(
+    tracker: Tracker, outbox: Outbox, name: str, parameters: dict[str, Any], tags: dict[str, Any]
+) -> Iterator[None]:
+    """The parent run in MLflow, ended as KILLED or FAILED if the block raises; else the block ends it."""
+    tracker.begin_sweep(name, parameters, tags)
+    try:
+        yield
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        outbox.send(lambda: tracker.end_sweep(status))
+        raise

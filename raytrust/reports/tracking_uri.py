@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 DATABASE = "mlflow.db"
-UNFIT = "?%"  # characters that a database's address can't hold in every release of SQLAlchemy
-NAMES = ("databricks", "databricks-uc", "uc")  # stores that MLflow knows by a name alone
+# Characters that a database's address can't hold in every release of SQLAlchemy.
+UNFIT = "?%"
+# Stores that MLflow knows by a name alone.
+NAMES = ("databricks", "databricks-uc", "uc")
 SECRET = re.compile(r"[^=&?]*(?:pass|pwd|secret|token|odbc_connect)[^=&]*=[^&#]*", re.IGNORECASE)
 
 
@@ -53,7 +55,8 @@ def absolute(uri: str) -> str:
         return f"{scheme}:///{os.path.abspath(path)}{mark}{options}"
     if scheme == "file" and not rest.startswith("/"):
         return Path(os.path.abspath(rest)).as_uri()
-    if not colon or "/" in scheme:  # a folder
+    # A folder without a scheme: what stands before the colon, if there is one, is part of a path.
+    if not colon or "/" in scheme:
         return Path(os.path.abspath(Path(uri).expanduser())).as_uri()
     return uri
 

@@ -10,16 +10,13 @@ from pathlib import Path
 
 def versions() -> dict[str, str | None]:
     """Tags that say what ran: the git revision of this code, and the versions of what it stands on."""
-    packages = ("raytrust", "torch", "torchvision", "ray", "optuna", "mlflow")
-    tags: dict[str, str | None] = {f"version.{name}": _version(name) for name in packages}
-    return tags | {"version.python": platform.python_version(), "mlflow.source.git.commit": _revision()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    tags: dict[str, str | None] = {"version.python": platform.python_version()}
+    for package in ("raytrust", "torch", "torchvision", "ray", "optuna", "mlflow"):
+        try:
+            tags[f"version.{package}"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            tags[f"version.{package}"] = None
+    return tags | {"mlflow.source.git.commit": _revision()}
 
 
 def _revision() -> str | None:
@@ -30,7 +27,8 @@ def _revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment may lie in somebody else's checkout
+        # An environment may lie in somebody else's checkout, which doesn't have this file.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.SubprocessError):
         return None

@@ -23,7 +23,7 @@ from raytrust.config import (
     TrainConfig,
 )
 from raytrust.leak.observation import Capture, Observation, decoded
-from raytrust.metrics import auc
+from raytrust.metrics.roc import auc
 from raytrust.networks.build import build_model
 from raytrust.persample.inner_products import products_and_norms
 from raytrust.train.loop import train

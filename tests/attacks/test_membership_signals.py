@@ -25,7 +25,7 @@ from raytrust.attacks.membership.likelihood import (
 )
 from raytrust.attacks.membership.scores import AttackModel
 from raytrust.attacks.membership.signals import SIGNALS, signals
-from raytrust.metrics import auc
+from raytrust.metrics.roc import auc
 
 Array = NDArray[np.float64]
 

@@ -18,12 +18,15 @@ from raytrust.jobs.files import write_json
 from raytrust.jobs.job import Place
 from raytrust.jobs.runner import work
 from raytrust.jobs.store import JobStore
-from raytrust.metrics import auc
-from raytrust.reports.membership_figures import message_figure, roc_figure, side_by_side, side_by_side_figure
-from raytrust.reports.membership_page import class_table, membership_page, membership_table, reference_table
+from raytrust.metrics.roc import auc
+from raytrust.metrics.statistics import Figure
+from raytrust.reports.membership_figures import roc_figure, side_by_side_figure
+from raytrust.reports.membership_page import membership_page
+from raytrust.reports.membership_table import class_table, membership_table, reference_table, side_by_side
 from raytrust.studies.membership.jobs import load_shadows, open_audit, plan, shadow_models
 from raytrust.studies.membership.paper_cells import floors, nearest_cells
 from raytrust.studies.membership.pool import PLAIN, draw_pool
+from raytrust.studies.membership.row import Rule, messages_of, plain
 from raytrust.studies.membership.rows import final_loss, final_scores, matched_fit, row
 from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, Shadow
 from raytrust.studies.published import TABLE_2
@@ -80,14 +83,12 @@ def test_rows_hold_what_the_models_say(rows: list[dict[str, Any]], store: JobSto
     assert set(found["final"]) == set(scores)
     for name in ("loss", "LiRA online", "attack model"):
         areas = [auc(s[plain], k[plain]) for s, k in zip(scores[name], pool.keep, strict=True)]
-        assert found["final"][name]["auc"]["value"] == pytest.approx(np.mean(areas))
-    assert found["final"]["loss"]["auc"] == found["final"]["confidence"]["auc"]  # one ranking
-    assert found["final"]["loss"]["tpr"]["0.01"]["value"] is None  # 340 non-members of all models
+        assert found["final"][name].auc.value == pytest.approx(np.mean(areas))
+    assert found["final"]["loss"].auc == found["final"]["confidence"].auc  # one ranking
+    assert found["final"]["loss"].tpr[0.01].value is None  # 340 non-members of all models
     correct = [(s.test_logits.argmax(1) == DATA.test_labels.numpy()).mean() for s in shadows]
-    assert found["accuracy"]["value"] == pytest.approx(np.mean(correct))
-    assert found["train_loss"]["value"] == pytest.approx(
-        np.mean([final_loss(s, pool, i) for i, s in enumerate(shadows)])
-    )
+    assert found["accuracy"].value == pytest.approx(np.mean(correct))
+    assert found["train_loss"].value == pytest.approx(np.mean([final_loss(s, pool, i) for i, s in enumerate(shadows)]))
     assert found["compression_ratio"] > 1.5
     areas = []
     for shadow in shadows:
@@ -97,24 +98,24 @@ def test_rows_hold_what_the_models_say(rows: list[dict[str, Any]], store: JobSto
             table = table[np.isin(table[:, 2], (MEMBER, HELD_OUT))]
             mine.append(auc(table[:, 4], table[:, 2] == MEMBER))
         areas.append(np.mean(mine))
-    cell = message_figure(found, 30, "held-out points", "gradient difference")
-    assert cell["value"] == pytest.approx(np.mean(areas))
+    (cell,) = [m for m in messages_of(found) if m.step == 30]
+    assert cell.value == pytest.approx(np.mean(areas))
     assert len(found["messages"]) == 3 * 2 * 3
     assert set(found["property"]) == {"aware", "naive", "label"}
     assert found["property"]["label"] == 0
 
 
 def test_the_grid_has_every_cell(rows: list[dict[str, Any]]) -> None:
-    cells = {(c["signal"], c["per_class"], c["origin"]): c for c in rows[0]["grid"]}
+    cells = {rule.key: rule for rule in rows[0]["grid"]}
     assert len(cells) == len(rows[0]["grid"]) == 6 * 2 * 3
     for signal in ("loss", "entropy", "attack model"):
         for per_class in (False, True):
             inside, shadow = (cells[signal, per_class, o] for o in ("in-sample", "shadow"))
-            assert inside["value"] >= shadow["value"]  # it is chosen on the points that are judged
-            assert inside["floor"] > 0.5 == shadow["floor"]
-        assert cells[signal, True, "in-sample"]["floor"] > cells[signal, False, "in-sample"]["floor"]
-    assert cells["loss", False, "in-sample"]["value"] == cells["confidence", False, "in-sample"]["value"]
-    assert cells["loss", False, "yeom"]["value"] != cells["confidence", False, "yeom"]["value"]
+            assert inside.value >= shadow.value  # it is chosen on the points that are judged
+            assert inside.floor > 0.5 == shadow.floor
+        assert cells[signal, True, "in-sample"].floor > cells[signal, False, "in-sample"].floor
+    assert cells["loss", False, "in-sample"].value == cells["confidence", False, "in-sample"].value
+    assert cells["loss", False, "yeom"].value != cells["confidence", False, "yeom"].value
 
 
 def test_matched_fit_takes_the_step_of_nearest_loss(store: JobStore) -> None:
@@ -122,9 +123,7 @@ def test_matched_fit_takes_the_step_of_nearest_loss(store: JobStore) -> None:
     assert shadows is not None
     same = matched_fit(shadows, shadows, pool)
     assert same["steps"] == [120] * 4  # its own end
-    assert same["train_loss"]["value"] == pytest.approx(
-        np.mean([final_loss(s, pool, i) for i, s in enumerate(shadows)])
-    )
+    assert same["train_loss"].value == pytest.approx(np.mean([final_loss(s, pool, i) for i, s in enumerate(shadows)]))
 
     def as_at(shadow: Shadow, place: int) -> Shadow:
         """A model whose final loss on each point is that of a captured step: two logits that give it."""
@@ -139,7 +138,7 @@ def test_matched_fit_takes_the_step_of_nearest_loss(store: JobStore) -> None:
         auc(-s.step_losses[1][pool.kinds == PLAIN], k[pool.kinds == PLAIN])
         for s, k in zip(shadows, pool.keep, strict=True)
     ]
-    assert early["loss_auc"]["value"] == pytest.approx(np.mean(expected))
+    assert early["loss_auc"].value == pytest.approx(np.mean(expected))
 
 
 def test_a_failed_defence_has_a_reason_and_no_figures(store: JobStore) -> None:
@@ -155,8 +154,20 @@ def test_a_failed_defence_has_a_reason_and_no_figures(store: JobStore) -> None:
 
 
 def test_rows_are_json(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    write_json(tmp_path / "rows.json", rows)
-    assert json.loads((tmp_path / "rows.json").read_text()) == json.loads(json.dumps(rows))
+    """A figure as its value and its interval; what it is of stands beside it."""
+    write_json(tmp_path / "rows.json", plain(rows))
+    found = json.loads((tmp_path / "rows.json").read_text())[1]
+    loss, rule, message = rows[1]["final"]["loss"], rows[1]["grid"][0], rows[1]["messages"][0]
+    assert found["accuracy"] == {name: getattr(rows[1]["accuracy"], name) for name in ("value", "low", "high")}
+    assert set(found["final"]["loss"]) == {"auc", "tpr", "epsilon", "slices"}
+    assert found["final"]["loss"]["tpr"]["0.001"] == {"value": None, "low": None, "high": None}
+    assert found["final"]["loss"]["slices"]["class 1"]["low"] == loss.slices["class 1"].low
+    of_rule = {"signal": rule.signal, "per_class": rule.per_class, "origin": rule.origin, "floor": rule.floor}
+    assert found["grid"][0] == of_rule | {"value": rule.value, "low": rule.low, "high": rule.high}
+    of_message = {"step": message.step, "control": message.control, "score": message.score}
+    assert found["messages"][0] == of_message | {"value": message.value, "low": message.low, "high": message.high}
+    assert found["curves"] == rows[1]["curves"]
+    assert set(found["matched"]) == {"steps", "train_loss", "loss_auc", "message_auc"}
 
 
 def test_the_page_needs_nothing_else(rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -169,20 +180,20 @@ def test_the_page_needs_nothing_else(rows: list[dict[str, Any]], tmp_path: Path)
     assert "http" not in page.replace("http-equiv", "")
     assert "&lt;b&gt;</b> failed: a &amp; b" in page
     figure = side_by_side(rows[1])["messages, untrained model"]
-    assert f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]" in page
+    assert f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]" in page
     assert "not resolvable" in page
     assert "the setting" in page
     text = membership_table(rows)
     assert "Top-K (bytes of rank 1) + EF" in text
-    assert f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]" in text
+    assert str(figure) in text
 
 
 def test_the_reference_is_the_dp_sgd_of_nearest_accuracy(rows: list[dict[str, Any]]) -> None:
     assert reference_table(rows) == []
-    accuracy = rows[1]["accuracy"]["value"]
+    accuracy = rows[1]["accuracy"].value
     base = {**rows[1], "privacy": {"epsilon": 3.14159, "delta": 1e-5}}
     near, far = (
-        {**base, "name": name, "accuracy": {**rows[1]["accuracy"], "value": accuracy + off}}
+        {**base, "name": name, "accuracy": Figure(accuracy + off)}
         for name, off in (("DP near", 0.01), ("DP far", -0.3))
     )
     header, *lines = reference_table([*rows, far, near])
@@ -194,7 +205,7 @@ def test_the_reference_is_the_dp_sgd_of_nearest_accuracy(rows: list[dict[str, An
 def test_classes_stand_in_a_table_of_their_own(rows: list[dict[str, Any]]) -> None:
     header, first, _ = class_table(rows)
     assert header == ["defence", "class 0", "class 1", "class 2", "class 3"]
-    assert first[2].startswith(f"{rows[0]['final']['LiRA online']['slices']['class 1']['value']:.2f} [")
+    assert first[2].startswith(f"{rows[0]['final']['LiRA online'].slices['class 1'].value:.2f} [")
     assert class_table(rows, most=3) == []
 
 
@@ -209,7 +220,7 @@ def test_curves_end_where_they_are_resolved(rows: list[dict[str, Any]]) -> None:
 
 def paper_row(name: str, arm: dict[str, Any], value: float, shift: float) -> dict[str, Any]:
     cells = [
-        {"signal": signal, "per_class": False, "origin": "shadow", "value": (value + shift + wrong) / 100}
+        Rule((value + shift + wrong) / 100, signal=signal, per_class=False, origin="shadow")
         for signal, wrong in (("attack model", 0.0), ("loss", 1.0), ("modified entropy", 2.0), ("entropy", 8.0))
     ]
     return {"name": name, "arm": arm, "status": "finished", "grid": cells}
@@ -220,11 +231,11 @@ def test_the_nearest_cell_is_found_after_the_shift_of_all() -> None:
     none = paper_row("none", {"compressor": {"method": "none"}}, 54.02, 10)
     top = paper_row("Top-K", {"compressor": {"method": "topk", "equal_to_rank": 4, "level": None}}, 56.52, 10)
     other = paper_row("sign", {"compressor": {"method": "signsgd"}}, 0, 0)
-    found = {c["attack"]: c for c in nearest_cells([none, top, other, {"name": "x", "status": "failed", "arm": {}}])}
-    assert found["prediction confidence"]["signal"] == "attack model"
-    assert found["cross-entropy"]["signal"] == "modified entropy"
-    assert set(found["loss"]["ours"]) == {"none", "Top-K"}
-    assert found["loss"]["paper"] == {"none": 55.17, "Top-K": 57.20}
+    found = {c.attack: c for c in nearest_cells([none, top, other, {"name": "x", "status": "failed", "arm": {}}])}
+    assert found["prediction confidence"].signal == "attack model"
+    assert found["cross-entropy"].signal == "modified entropy"
+    assert set(found["loss"].ours) == {"none", "Top-K"}
+    assert found["loss"].paper == {"none": 55.17, "Top-K": 57.20}
     assert nearest_cells([other]) == []
     assert {k: round(v, 1) for k, v in floors().items()} == {1: 50.4, 10: 51.4, 100: 54.4}
 

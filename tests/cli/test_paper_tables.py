@@ -186,7 +186,7 @@ def test_a_data_set_whose_search_fails_does_not_end_the_run(
     assert found["mnist"] == {("finished", "")}
     assert {t["dataset"] for t in report.theory} == set(data)
     assert report.unfinished[0] == 0
-    assert "search for the paper&#x27;s setting failed" in (tmp_path / "report.html").read_text()
+    assert "search for the paper's setting failed" in (tmp_path / "report.html").read_text()
     assert "jobs are left" not in capsys.readouterr().out
 
 

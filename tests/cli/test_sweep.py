@@ -23,9 +23,9 @@ from raytrust.compress.powersgd import floats_sent
 from raytrust.config import Defence, InversionConfig, ModelConfig, PowerSGDConfig, SweepConfig, from_dict
 from raytrust.jobs.files import read_json
 from raytrust.networks.build import build_model
-from raytrust.reports.frontier_table import load_rows
 from raytrust.reports.mlflow import default_uri, versions
 from raytrust.studies.frontier import rows as frontier
+from raytrust.studies.frontier.row import load_rows
 from raytrust.studies.frontier.store import Store
 
 pytestmark = [

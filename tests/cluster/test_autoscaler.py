@@ -19,7 +19,7 @@ import pytest
 import yaml
 from sweep_fixtures import PATIENCE, TINY, Sweep, save_images
 
-from raytrust.reports.frontier_table import load_rows
+from raytrust.studies.frontier.row import load_rows
 
 pytestmark = [
     pytest.mark.slow,

@@ -14,8 +14,8 @@ from ray.cluster_utils import Cluster
 from sweep_fixtures import TINY, Logged, Sweep, save_images
 
 from raytrust.jobs.files import read_json
-from raytrust.reports.frontier_table import load_rows
 from raytrust.reports.mlflow import default_uri
+from raytrust.studies.frontier.row import load_rows
 
 pytestmark = [
     pytest.mark.slow,

@@ -29,8 +29,8 @@ from raytrust.cli.frontier import Spaces, run_sweep
 from raytrust.config import CaptureConfig, Defence, InversionConfig, ModelConfig, SweepConfig, TrainConfig, from_dict
 from raytrust.jobs.captures import load_capture
 from raytrust.jobs.files import read_json
-from raytrust.reports.frontier_table import load_rows
 from raytrust.reports.mlflow import default_uri
+from raytrust.studies.frontier.row import load_rows
 from raytrust.studies.frontier.store import Store, open_store
 
 pytestmark = [

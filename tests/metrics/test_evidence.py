@@ -11,8 +11,8 @@ from raytrust.cli.options import given
 from raytrust.config import Defence, DGCConfig, SweepConfig, TopKConfig
 from raytrust.metrics.verdict import FEWEST, Control, image_evidence, judge
 from raytrust.reports.frontier_report import Program
-from raytrust.reports.judged import judge_rows
 from raytrust.studies.evaluate import _Floors
+from raytrust.studies.frontier.verdicts import judge_rows
 
 WORKS = Control(True, "it does")
 

@@ -10,6 +10,7 @@ from skimage.metrics import structural_similarity
 
 from raytrust.metrics import images as metrics
 from raytrust.metrics import statistics
+from raytrust.metrics.statistics import Figure, mean_figure
 
 
 def images(shape, seed=0):
@@ -95,6 +96,38 @@ def test_ssim_needs_a_window():
         metrics.ssim(small, small)
 
 
+@pytest.mark.parametrize(
+    ("figure", "spec", "text"),
+    [
+        (Figure(0.531, 0.444, 0.612, 8), "", "0.53 [0.44, 0.61]"),
+        (Figure(0.531, 0.444, 0.612, 8), ".3f", "0.531 [0.444, 0.612]"),
+        (Figure(0.531, 0.444, 0.612, 8), ".1%", "53.1 [44.4, 61.2]"),
+        (Figure(0.531, 0.444, 0.612, 8), "+.2f", "+0.53 [+0.44, +0.61]"),
+        (Figure(0.531, 0.444, 0.612, 8), "n", "0.53 [0.44, 0.61] (n = 8)"),
+        (Figure(0.531, n=1), ".1fn", "0.5 (n = 1)"),
+        (Figure(0.531), "", "0.53"),
+        (Figure(None, n=4), "n", "-"),
+        (Figure(-0.001, -0.004, 0.2), "", "0.00 [0.00, 0.20]"),
+        (Figure(-0.0004, -0.01, 0.2), ".1%", "0.0 [-1.0, 20.0]"),
+        (Figure(0.1, -0.004, 0.2), "+.2f", "+0.10 [-0.00, +0.20]"),  # that it contains 0 must be seen
+    ],
+)
+def test_a_figure_as_text(figure, spec, text):
+    assert format(figure, spec) == text
+
+
+def test_a_figure_prints_itself_and_is_the_mean_of_values():
+    values = [0.2, 0.4, 0.9]
+    figure = mean_figure(values)
+    assert str(figure) == f"{figure}" == f"{figure:.2f}"
+    assert (figure.value, figure.n) == (pytest.approx(0.5), 3)
+    assert (figure.low, figure.high) == statistics.mean_interval(values)
+    bootstrap = mean_figure(values, statistics.bootstrap_interval)
+    assert (bootstrap.low, bootstrap.high) == statistics.bootstrap_interval(values)
+    assert mean_figure([0.5]) == Figure(0.5, n=1)
+    assert mean_figure([]) == Figure(None, n=0)
+
+
 def test_mean_interval_against_a_t_table():
     # t(0.975, 3 degrees of freedom) = 3.182; the sample has mean 2.5 and standard deviation sqrt(5 / 3).
     low, high = statistics.mean_interval([1.0, 2.0, 3.0, 4.0])
@@ -154,42 +187,6 @@ def test_proportion_interval_refuses():
             statistics.proportion_interval(successes, n)
     with pytest.raises(ValueError, match="confidence"):
         statistics.proportion_interval(1, 2, 1.0)
-
-
-def naive_pareto(points, maximise):
-    signs = [1 if up else -1 for up in maximise]
-    kept = []
-    for p in points:
-        beaten = False
-        for q in points:
-            gains = [s * (b - a) for s, a, b in zip(signs, p, q, strict=True)]
-            beaten = beaten or (min(gains) >= 0 and max(gains) > 0)
-        kept.append(not beaten)
-    return kept
-
-
-@pytest.mark.parametrize("maximise", [m for d in (1, 2, 3) for m in itertools.product([False, True], repeat=d)])
-def test_pareto_against_a_naive_twin(maximise):
-    rng = np.random.default_rng(sum(maximise))
-    for points in (rng.random((40, len(maximise))), rng.integers(0, 4, size=(40, len(maximise)))):  # integers: ties
-        assert statistics.pareto(points, maximise).tolist() == naive_pareto(points.tolist(), maximise)
-
-
-def test_pareto_keeps_duplicates_and_drops_weakly_dominated_points():
-    points = [[0.1, 0.9], [0.1, 0.9], [0.1, 0.8], [0.2, 0.9], [0.3, 0.95]]
-    assert statistics.pareto(points, [False, True]).tolist() == [True, True, False, False, True]
-
-
-def test_pareto_limits():
-    mask = statistics.pareto(np.empty((0, 2)), [True, False])
-    assert mask.shape == (0,)
-    assert mask.dtype == bool
-    assert statistics.pareto([[1.0, 2.0]], [True, True]).tolist() == [True]
-    for points, maximise in [([1.0, 2.0], [True]), ([[1.0, 2.0]], [True]), (np.empty((3, 0)), [])]:
-        with pytest.raises(ValueError, match="shape"):
-            statistics.pareto(points, maximise)
-    with pytest.raises(ValueError, match="NaN"):
-        statistics.pareto([[math.nan, 1.0]], [True, True])
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 7), (3, 8, 11), (3, 32, 32)])
@@ -252,6 +249,9 @@ def test_the_sign_flip_test_is_exact(n):
     assert found.interval == statistics.bootstrap_interval(a - b)
     sums = [abs(np.dot(signs, a - b)) for signs in itertools.product((1, -1), repeat=n)]
     assert found.p_value == pytest.approx(np.mean(np.array(sums) >= abs((a - b).sum()) - 1e-12))
+    if n > 1:  # SciPy refuses a single pair
+        twin = stats.permutation_test((a - b,), np.sum, permutation_type="samples", n_resamples=2**n)
+        assert found.p_value == pytest.approx(twin.pvalue)
     assert found.p_value >= 2 ** (1 - n)
 
 

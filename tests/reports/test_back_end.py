@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from sweep_fixtures import TINY, Logged, MlflowServer, Sweep, save_images
 
-from raytrust.reports.frontier_table import load_rows
+from raytrust.studies.frontier.row import load_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ARTIFACTS = Path(__file__).resolve().parents[2] / "test-artifacts"

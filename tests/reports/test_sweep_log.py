@@ -154,7 +154,7 @@ def test_what_happens_meanwhile_is_sent_later_and_in_order(logged: Logged, error
 def test_the_end_waits_for_it(logged: Logged) -> None:
     with logged.log.open_run():
         logged.tracker.away, logged.back_at = AWAY[0], 60.0
-        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0})
+        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0}, "FINISHED")
     assert logged.tracker.sent[-1] == ("end", "FINISHED")
     assert 60 <= logged.now <= 60 + PAUSE
 
@@ -163,7 +163,7 @@ def test_the_end_does_not_wait_for_ever(logged: Logged) -> None:
     with logged.log.open_run():
         logged.tracker.away = AWAY[0]
         logged.train(0)
-        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0})
+        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0}, "FINISHED")
     assert logged.tracker.sent == [("begin",)]
     assert PATIENCE <= logged.now <= PATIENCE + 2 * PAUSE
     assert logged.said[-1] == "MLflow lacks the end of this sweep; --resume sends it"
@@ -188,7 +188,7 @@ def test_what_no_retry_can_cure_is_said_at_once_and_left_out(logged: Logged, err
         assert logged.said == [f"MLflow refused an entry, the sweep goes on: {error}"]
         logged.tracker.away = None
         logged.train(1)
-        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0})
+        logged.log.finish([{"status": "failed"}], [], {"wall_seconds": 1.0}, "FINISHED")
     assert logged.tracker.sent == [("begin",), ("trained", "PowerSGD rank 1"), ("end", "FINISHED")]
     assert logged.said[1:] == ["MLflow lacks what it refused of this sweep; --resume tries it again"]
     assert logged.now == 0

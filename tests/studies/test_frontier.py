@@ -23,7 +23,7 @@ from raytrust.jobs.captures import save_capture
 from raytrust.leak.observation import Capture
 from raytrust.metrics.statistics import bootstrap_interval, paired_difference
 from raytrust.metrics.verdict import image_evidence
-from raytrust.reports.drawn_attacks import drawn_attacks
+from raytrust.reports.reconstructions import drawn_attacks
 from raytrust.studies.frontier.rows import Row, finalists, row
 from raytrust.studies.frontier.store import Store
 from raytrust.train.loop import train

@@ -30,7 +30,7 @@ from raytrust.jobs.job import Place
 from raytrust.jobs.runner import each, work
 from raytrust.jobs.store import JobStore
 from raytrust.leak.observation import Capture
-from raytrust.metrics import auc
+from raytrust.metrics.roc import auc
 from raytrust.networks.build import build_model
 from raytrust.studies.membership.jobs import (
     arm_key,

@@ -10,8 +10,11 @@ import pytest
 from paper_fixtures import MICRO, digits, fill, table
 
 from raytrust.jobs.store import JobStore
+from raytrust.reports.html import render
 from raytrust.reports.outbox import Outbox
-from raytrust.reports.paper.page import _first_screen, _means
+from raytrust.reports.paper.answer import first_screen, means
+from raytrust.reports.paper.page import page
+from raytrust.studies.membership.row import Rule
 from raytrust.studies.paper.assemble import Report, assemble
 from raytrust.studies.paper.rows import membership_rows
 from raytrust.studies.paper.selection import AWARE, NAIVE, WORST, Plan, chosen, plan_for, worst_attacks
@@ -127,26 +130,41 @@ def test_table_1_alone_needs_no_images_for_an_audit(tmp_path: Path) -> None:
 def test_means_are_over_the_same_cells() -> None:
     rows = table(0.1, 0.2, noise=0.0)
     report = Report(MICRO, 0, ("cifar10",), (1,), table_1=rows)
-    assert "mean SSIM over cells: 0.10 to the attack as in the paper, 0.20 to one" in _means(report)
+    assert "mean SSIM over cells: 0.10 to the attack as in the paper, 0.20 to one" in means(report)
     for row in rows:
         if (row["compressor"], row["rank_or_level"]) == OPEN:
             row |= {"ours": 0.9} if row["attack"] != WORST else {"ours": None, "ssim": None, "status": "not finished"}
     begun = Report(MICRO, 0, ("cifar10",), (1,), table_1=[r for r in rows if r["attack"] != WORST])
-    assert "CIFAR-10, in no cell are all three attacks finished; without compression 0.50" in _means(begun)
+    assert "CIFAR-10, in no cell are all three attacks finished; without compression 0.50" in means(begun)
     text = "mean SSIM over the 9 of 10 cells with all three: 0.10 to the attack as in the paper, 0.20 to one"
-    assert text in _means(report)
+    assert text in means(report)
+
+
+def first(report: Report) -> str:
+    return render("paper_first", first=first_screen(report), citation="")
 
 
 def test_the_first_screen_says_where_the_attack_fails_without_compression() -> None:
     rows = table(0.05, 0.45)
     said = "nothing can be said about any defence there"
-    assert said not in _first_screen(Report(MICRO, 0, ("cifar10",), (1,), table_1=with_n(rows)))
+    assert said not in first(Report(MICRO, 0, ("cifar10",), (1,), table_1=with_n(rows)))
     blind = [r | {"identified": [False] * len(r["ssim"])} for r in rows]
-    screen = _first_screen(Report(MICRO, 0, ("cifar10",), (1,), table_1=with_n(blind)))
+    screen = first(Report(MICRO, 0, ("cifar10",), (1,), table_1=with_n(blind)))
     assert said in screen
     assert "0 of 10 identified among 100" in screen
     assert "10 cells" in screen  # none of which is decided
     assert "Of 10 defences, 0 protect" in screen
+
+
+def test_a_reason_is_text_and_no_markup(partial: tuple[Path, Plan, JobStore]) -> None:
+    """Whatever an attack, a file or a class is called."""
+    report = report_of(partial[0])
+    for row in report.table_1:
+        if row["attack"] == WORST:
+            row.update(status="failed", reason="<script>alert('&')</script>")
+    text = page(report, partial[0])
+    assert "<script" not in text
+    assert text.count("failed: &lt;script&gt;alert(&#39;&amp;&#39;)&lt;/script&gt;") == len(CELLS)
 
 
 def with_n(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -158,8 +176,8 @@ def test_no_rule_is_the_nearest_until_the_audit_is_finished() -> None:
         compressor = {"method": cell[0], "rank": cell[1]} if cell[0] != "topk" else None
         if cell[0] == "topk":
             compressor = {"method": "topk", "equal_to_rank": cell[1]}
-        values = {"value": 0.6, "low": 0.5, "high": 0.7, "floor": 0.5, "per_class": False, "origin": "shadow"}
-        grid = [values | {"signal": s} for s in ("confidence", "loss", "entropy")]
+        signals = ("confidence", "loss", "entropy")
+        grid = [Rule(0.6, 0.5, 0.7, signal=s, per_class=False, origin="shadow") for s in signals]
         return {"name": str(cell), "arm": {"compressor": compressor}, "status": status, "models": 4, "grid": grid}
 
     whole = [line(cell, "finished") for cell in CELLS]

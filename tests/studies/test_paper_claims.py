@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from paper_fixtures import row, table
 
+from raytrust.metrics.statistics import Figure
+from raytrust.studies.membership.row import MessageFigure
 from raytrust.studies.paper.claims import COMPRESSED, inversion_claims, theory_claims
 from raytrust.studies.paper.membership_claims import membership_claims
 from raytrust.studies.paper.selection import AWARE, NAIVE, WORST
@@ -179,11 +182,11 @@ def test_section_3_is_decided_on_data_sets_that_are_whole() -> None:
 
 
 def audit_row(name: str, loss: float, messages: float, half: float = 0.01) -> dict[str, Any]:
-    def figure(value: float) -> dict[str, float]:
-        return {"value": value, "low": value - half, "high": value + half}
-
-    message = {"control": "held-out points", "score": "gradient difference", "step": 0} | figure(messages)
-    return {"name": name, "status": "finished", "final": {"loss": {"auc": figure(loss)}}, "messages": [message]}
+    interval = {"low": loss - half, "high": loss + half}
+    of_step = {"step": 0, "control": "held-out points", "score": "gradient difference"}
+    message = MessageFigure(messages, messages - half, messages + half, **of_step)
+    final = {"loss": SimpleNamespace(auc=Figure(loss, **interval))}
+    return {"name": name, "status": "finished", "final": final, "messages": [message]}
 
 
 def test_membership() -> None:

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raytrust.config import LearnedInverterConfig
-
-_WINDOW = 7  # of SSIM, as raytrust.metrics.images has it
+from raytrust.metrics.images import BESSEL, WINDOW, ssim_of_moments
 
 
 class Inverter(nn.Module):
@@ -113,13 +112,10 @@ def inversion_loss(found: Tensor, images: Tensor, weight: float) -> Tensor:
 
 def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
     """SSIM as `raytrust.metrics.images.ssim` defines it, differentiable: (n, channels, height, width) twice -> (n,)."""
-    bessel = _WINDOW**2 / (_WINDOW**2 - 1)
 
     def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, _WINDOW, stride=1)
+        return F.avg_pool2d(x, WINDOW, stride=1)
 
     mean_a, mean_b = mean(a), mean(b)
-    variance = bessel * (mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2)
-    covariance = bessel * (mean(a * b) - mean_a * mean_b)
-    top = (2 * mean_a * mean_b + 0.01**2) * (2 * covariance + 0.03**2)
-    return (top / ((mean_a**2 + mean_b**2 + 0.01**2) * (variance + 0.03**2))).mean((1, 2, 3))
+    variances = BESSEL * (mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2)
+    return ssim_of_moments(mean_a, mean_b, variances, BESSEL * (mean(a * b) - mean_a * mean_b))

@@ -1,25 +1,21 @@
-"""The report's pictures: figure 1 of the paper with our reconstructions, the frontier, and section 3 over training.
-
-PNG at 150 dpi, drawn without pyplot's global state. Colours are Okabe and Ito's; form and position say the same.
-"""
+"""The report's pictures: figure 1 of the paper with our reconstructions, the frontier, and section 3 over training."""
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raytrust.jobs.files import write_file
-from raytrust.reports.frontier_table import human_bytes
+from raytrust.metrics import statistics
+from raytrust.reports.drawing import BLUE, GREEN, GREY, ORANGE, Tile, plain_axes, save, tiles_figure
+from raytrust.reports.text import human_bytes
 from raytrust.studies.paper.assemble import Report
+from raytrust.studies.paper.row import theory_values
 from raytrust.studies.paper.selection import AWARE, NAIVE, WORST
 from raytrust.studies.published import CELLS, TITLES, Cell, title_of
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.45"
 STYLES = {  # attack: colour, marker, name in the legend
     "paper": (GREY, "x", "the paper"),
     NAIVE: (BLUE, "o", "ours, attacker as in the paper"),
@@ -33,38 +29,22 @@ MOST_SHOWN = 5  # images of figure 1
 def reconstruction_grid(report: Report, dataset: str, path: Path) -> None:
     """Figure 1: a column the originals and each defence; for each image a row as in the paper, one by an attacker who
     knows the compressor, and one of the worst case. SSIM stands below each."""
-    originals, found = report.originals[dataset], report.images[dataset]
-    rows = {kind: label for kind, label in ROWS.items() if any(of == kind for _, of in found)}
-    shown = min(MOST_SHOWN, len(originals))
-    side, gap, left, top, foot = 0.82, 0.07, 0.8, 0.5, 0.17  # inches
-    pitch, width = side + foot, left + (1 + len(CELLS)) * (side + gap) + 0.08
-    height = top + shown * (len(rows) * pitch + 0.14)
-    fig = Figure(figsize=(width, height), dpi=150)
-    ax = fig.add_axes((0, 0, 1, 1))
-    ax.axis("off")
+    originals, images = report.originals[dataset], report.images[dataset]
+    kinds = {kind: label for kind, label in ROWS.items() if any(of == kind for _, of in images)}
 
-    def draw(column: int, y: float, image: Any, caption: str) -> None:
-        x = left + column * (side + gap)
-        picture = np.clip(np.moveaxis(image, 0, -1), 0, 1)
-        picture = np.repeat(picture, 3, axis=-1) if picture.shape[-1] == 1 else picture
-        ax.imshow(picture, extent=(x, x + side, y + side, y), interpolation="nearest")
-        ax.text(x + side / 2, y + side + 0.02, caption, fontsize=7, color="0.25", ha="center", va="top")
+    def tile(cell: Cell, kind: str, i: int) -> Tile | None:
+        if (cell, kind) not in images or (kind == AWARE and cell[0] == "none"):
+            return None
+        reconstructions, ssim = images[cell, kind]
+        return Tile(reconstructions[i], str(statistics.Figure(ssim[i])))
 
-    for column, name in enumerate(("original", *(title_of(cell) for cell in CELLS))):
-        x = left + column * (side + gap) + side / 2
-        ax.text(x, top - 0.08, name.replace(" ", "\n"), fontsize=8, ha="center", va="bottom", linespacing=1.1)
-    for i in range(shown):
-        for j, (kind, label) in enumerate(rows.items()):
-            y = top + i * (len(rows) * pitch + 0.14) + j * pitch
-            ax.text(0.06, y + side / 2, label, fontsize=7, va="center")
-            if j == 0:
-                draw(0, y, originals[i], "")
-            for column, cell in enumerate(CELLS, start=1):
-                if (cell, kind) in found and not (kind == AWARE and cell[0] == "none"):
-                    images, ssim = found[cell, kind]
-                    draw(column, y, images[i], f"{ssim[i]:.2f}")
-    ax.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
-    _save(fig, path)
+    rows: list[tuple[str, list[Tile | None]]] = []
+    for i, original in enumerate(originals[:MOST_SHOWN]):
+        for kind, label in kinds.items():
+            first = None if kind != next(iter(kinds)) else Tile(original)
+            rows.append((label, [first, *(tile(cell, kind, i) for cell in CELLS)]))
+    heads = [name.replace(" ", "\n") for name in ("original", *(title_of(cell) for cell in CELLS))]
+    save(tiles_figure(rows, heads, left=0.95), path)
 
 
 def frontier(report: Report, path: Path) -> None:
@@ -84,7 +64,7 @@ def frontier(report: Report, path: Path) -> None:
     of = {name: h for ax in axes.flat for h, name in zip(*ax.get_legend_handles_labels(), strict=True)}
     fig.legend(of.values(), of, loc="lower center", ncol=len(of), fontsize=9, frameon=False, columnspacing=1.2)
     fig.tight_layout(rect=(0, 0.42 / fig.get_figheight(), 1, 1))
-    _save(fig, path)
+    save(fig, path)
 
 
 def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
@@ -93,10 +73,11 @@ def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
     ticks: dict[int, str] = {}
     for shift, kind in enumerate(("paper", NAIVE, AWARE, WORST)):
         colour, marker, name = STYLES[kind]
-        found = {c: report.row(dataset, c, NAIVE if kind == "paper" else kind) for c in cells}
-        rows = {c: r for c, r in found.items() if r is not None and r["status"] == "finished"}
+        every = {c: report.row(dataset, c, NAIVE if kind == "paper" else kind) for c in cells}
+        rows = {c: r for c, r in every.items() if r is not None and r["status"] == "finished"}
         if not rows:
             continue
+        # Side by side, or their intervals would hide each other.
         x = np.array([cells.index(c) for c in rows]) + 0.16 * (shift - 1.5)
         y = np.array([r["ssim_mean" if kind == "paper" else "ours"] for r in rows.values()])
         ax.plot(x, y, color=colour, marker=marker, markersize=6, linewidth=0.7, alpha=0.95, label=name)
@@ -104,16 +85,16 @@ def _curves(ax: Axes, report: Report, dataset: str, cells: list[Cell]) -> None:
             label = "none" if cell[0] == "none" else str(cell[1])
             ticks.setdefault(cells.index(cell), f"{label}\n{human_bytes(row['bytes_per_step'])}")
             floor = row["other_image_ssim"] if kind == NAIVE else floor
-            if kind != "paper":
+            if kind != "paper" and row["interval_low"] is not None and row["interval_high"] is not None:
                 ax.plot([at, at], [row["interval_low"], row["interval_high"]], color=colour, linewidth=1.4)
     if floor is not None:
         ax.axhline(floor, color="0.6", linestyle=":", linewidth=1, label="a random other image")
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize=9)
     ax.set_xlim(-0.6, len(cells) - 0.4)
     low, high = ax.get_ylim()
+    # At least to 0.5, or differences of nothing would look like some.
     ax.set_ylim(min(low, -0.02), max(high, 0.5))
-    ax.grid(axis="y", color="0.93", linewidth=0.8)
-    ax.spines[["top", "right"]].set_visible(False)
+    plain_axes(ax, "y")
 
 
 def theory_figure(report: Report, path: Path) -> None:
@@ -129,10 +110,10 @@ def theory_figure(report: Report, path: Path) -> None:
     }
     for line, dataset in zip(axes, datasets, strict=True):
         for ax, step in zip(line, steps, strict=True):
-            found = {f["cell"]: f for f in report.theory if (f["dataset"], f["step"]) == (dataset, step)}
-            cells = [c for c in CELLS if c in found]
+            rows = {r["cell"]: r for r in report.theory if (r["dataset"], r["step"]) == (dataset, step)}
+            cells = [cell for cell in CELLS if cell in rows]
             for i, (name, (colour, marker, label)) in enumerate(names.items()):
-                y = [float(np.mean(found[c][name])) for c in cells]
+                y = [theory_values([rows[cell]], name).mean() for cell in cells]
                 size = 14 if marker == "_" else 5
                 x = np.arange(len(cells)) + (0 if i == 0 else 0.24 * (i - 1.5))
                 ax.plot(
@@ -141,17 +122,10 @@ def theory_figure(report: Report, path: Path) -> None:
             ax.set_xticks(range(len(cells)), [title_of(c) for c in cells], rotation=60, ha="right", fontsize=8)
             ax.set_title(f"{TITLES[dataset]}, training step {step}", loc="left", fontsize=10)
             ax.set_ylim(-0.05, 1.08)
-            ax.grid(axis="y", color="0.93", linewidth=0.8)
-            ax.spines[["top", "right"]].set_visible(False)
+            plain_axes(ax, "y")
         line[0].set_ylabel("cosine (1: the same direction)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     columns = 3 if len(steps) > 1 else 1
     fig.legend(handles, labels, loc="lower center", ncol=columns, fontsize=9, frameon=False)
     fig.tight_layout(rect=(0, (0.4 if columns > 1 else 0.7) / fig.get_figheight(), 1, 1))
-    _save(fig, path)
-
-
-def _save(fig: Figure, path: Path) -> None:
-    buffer = BytesIO()
-    fig.savefig(buffer, format="png", facecolor="white")
-    write_file(path, buffer.getvalue())
+    save(fig, path)

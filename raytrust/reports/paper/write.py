@@ -10,6 +10,7 @@ from raytrust.config import to_dict
 from raytrust.jobs.files import write_file, write_json
 from raytrust.reports.paper.figures import frontier, reconstruction_grid, theory_figure
 from raytrust.reports.paper.page import page
+from raytrust.studies.membership.row import plain
 from raytrust.studies.paper.assemble import Report
 from raytrust.studies.paper.rows import TABLE_1_COLUMNS, TABLE_2_COLUMNS, to_csv
 from raytrust.studies.published import DATASETS
@@ -38,6 +39,7 @@ def write_report(report: Report, root: Path) -> None:
     if report.theory:
         theory_figure(report, root / "theory.png")
     write_json(root / "results.json", results(report))
+    # The page comes last, as it takes in the figures.
     write_file(root / "report.html", page(report, root).encode())
 
 
@@ -49,12 +51,12 @@ def results(report: Report) -> dict[str, Any]:
         "table_1": report.table_1,
         "table_2": report.table_2,
         "search": {
-            name: [{"setting": to_dict(s), "ssim": f.ssim, "reason": f.reason} for s, f in found.items()]
-            for name, found in report.search.items()
+            name: [{"setting": to_dict(s), "ssim": f.ssim, "reason": f.reason} for s, f in tried.items()]
+            for name, tried in report.search.items()
         },
         "nearest": {name: to_dict(s) for name, s in report.nearest.items()},
         "common_nearest": None if report.common is None else to_dict(report.common[0]),
         "theory": report.theory,
-        "audits": report.audits,
+        "audits": plain(report.audits),
         "claims": [asdict(claim) for claim in report.claims],
     }

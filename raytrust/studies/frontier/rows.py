@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,25 +22,15 @@ from raytrust.config import (
 )
 from raytrust.metrics.statistics import bootstrap_interval, paired_difference, proportion_interval
 from raytrust.metrics.verdict import Evidence, image_evidence
+from raytrust.studies.frontier.row import MEASURED, Row
 from raytrust.studies.frontier.store import Store
-
-Row = dict[str, Any]
 
 # Figures of the strongest attack that are averaged over images, None where they weren't measured.
 _MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy")
-_PAIRED = ("aware_gain", "aware_gain_interval", "aware_gain_p")
-_EVIDENCE = (
-    "floor_ssim", "excess", "excess_interval", "identified", "candidates", "naive_excess_interval", "naive_identified",
-)  # fmt: skip
 
 
 def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
-    """The frontier's row of a defence: see `raytrust.reports.frontier_table` for its keys.
-
-    Numbers come from finished results alone.
-
-    It holds the evidence; verdicts need all rows: see `raytrust.reports.frontier_table.judge_rows`.
-    """
+    """The frontier's row of a defence, from finished results alone. Verdicts need all rows: see `verdicts`."""
     train = replace(sweep.train, defence=defence)
     training = store.training(train)
     figures = store.attacks(train, "evaluation")
@@ -71,12 +61,10 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         "n_tuning_images": sweep.train.capture.tuning * sweep.train.threat.batch_size,
     }
     if reason is not None or training is None or worst is None:
-        empty = ("accuracy", "accuracy_interval", "n_test", "leakage_ssim", "leakage_interval", "ssim_std", "psnr")
-        more = ("n_images", "naive_ssim", "aware_ssim", "oracle_ssim", "attack")
-        return base | dict.fromkeys((*empty, *more, *_MEANS, *_PAIRED, *_EVIDENCE))
+        return cast(Row, base | dict.fromkeys(MEASURED))
     ssim = worst["ssim"]
     interval = bootstrap_interval(ssim)
-    return base | {
+    measured = {
         "accuracy": training["correct"] / training["n_test"],
         "accuracy_interval": list(proportion_interval(training["correct"], training["n_test"])),
         "n_test": training["n_test"],
@@ -90,9 +78,10 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         "oracle_ssim": float(np.mean(worst["oracle_ssim"])),
         "attack": worst["attack"],
         **{name: None if worst[name] is None else float(np.mean(worst[name])) for name in _MEANS},
-        **_paired(by_objective["naive"], by_objective["aware"]),
+        **_gain(by_objective["naive"], by_objective["aware"]),
         **_evidence(worst, by_objective["naive"], sweep.train.threat.batch_size),
     }
+    return cast(Row, base | measured)
 
 
 def _evidence(worst: dict[str, Any], naive: dict[str, Any] | None, batch: int) -> Row:
@@ -116,13 +105,16 @@ def evidence_of(figures: dict[str, Any], batch: int = 1) -> Evidence:
     return image_evidence(ssim, mean_image, other_image, identified, candidates, batch)
 
 
-def _paired(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:
+def _gain(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:
     """How much the best aware attack gains over the best naive one, image by image."""
     if naive is None or aware is None or naive is aware:
-        return dict.fromkeys(_PAIRED)
-    found = paired_difference(aware["ssim"], naive["ssim"])
-    interval = found.interval and list(found.interval)
-    return dict(zip(_PAIRED, (found.difference, interval, found.p_value), strict=True))
+        return {"aware_gain": None, "aware_gain_interval": None, "aware_gain_p": None}
+    gain = paired_difference(aware["ssim"], naive["ssim"])
+    return {
+        "aware_gain": gain.difference,
+        "aware_gain_interval": gain.interval and list(gain.interval),
+        "aware_gain_p": gain.p_value,
+    }
 
 
 def finalists(store: Store, sweep: SweepConfig, defence: Defence) -> tuple[TrainConfig, list[InversionConfig]]:
@@ -154,17 +146,19 @@ def _mean_ssim(figures: dict[str, Any] | None) -> float | None:
 
 
 def compressor_columns(defence: Defence, training: dict[str, Any] | None) -> Row:
+    compressor = defence.compressor
     columns: Row = {
-        "compressor": defence.compressor.method,
-        "rank": getattr(defence.compressor, "rank", None),
-        "level": getattr(defence.compressor, "level", None),
+        "compressor": compressor.method,
+        "rank": getattr(compressor, "rank", None),
+        "level": getattr(compressor, "level", None),
         "equal_to_rank": None,
         "equal_by": None,
     }
-    if isinstance(defence.compressor, TopKConfig) and defence.compressor.level is None:
-        # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
-        columns["level"] = training and training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
-        columns |= {"equal_to_rank": defence.compressor.equal_to_rank, "equal_by": defence.compressor.equal_by}
+    if isinstance(compressor, TopKConfig) and compressor.level is None:
+        columns |= {"equal_to_rank": compressor.equal_to_rank, "equal_by": compressor.equal_by}
+        if training is not None:
+            # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
+            columns["level"] = training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
     return columns
 
 

@@ -1,17 +1,17 @@
-"""The membership figures of the paper under test, and which of our cells come nearest to them.
+"""The membership figures of the paper under test, and which of our rules come nearest to them.
 
-The paper gives a "success rate" for three attacks without their rules. A cell is a signal, one threshold or one a
+The paper gives a "success rate" for three attacks without their rules. A rule is a signal, one threshold or one a
 class, and the thresholds' origin.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from raytrust.metrics import null_floor
-from raytrust.studies.published import MEMBERSHIP_ATTACKS, TABLE_2
-
-Row = dict[str, Any]
+from raytrust.metrics.thresholds import null_floor
+from raytrust.studies.membership.row import Row, finished
+from raytrust.studies.published import MEMBERSHIP_ATTACKS, TABLE_2, Membership
 
 ATTACKS = MEMBERSHIP_ATTACKS
 # Which signals can be meant by each attack's name.
@@ -22,53 +22,61 @@ SIGNALS = {
 }
 
 
-def nearest_cells(rows: list[Row], dataset: str = "cifar10") -> list[Row]:
-    """For each of the paper's attacks, the cell nearest to its figures of a data set, over the defences in both.
+@dataclass(frozen=True)
+class Nearest:
+    """The rule nearest to one of the paper's attacks. ours, paper: per cent, by defence.
 
-    Models differ in how far they overfit, which shifts all figures alike, so that cells are compared after the mean
-    difference over all defences and attacks is taken out. Keys: attack, signal, per_class, origin, distance (mean
-    absolute difference, percentage points), shift (the mean difference taken out), ours and paper (per cent, by
-    defence). Empty if no defence is in the paper's table.
+    shift: the mean difference of all rules, defences and attacks, in percentage points. distance: the mean absolute
+    difference that is left of this rule without it.
     """
-    known = {r["name"]: paper for r in rows if r["status"] == "finished" and (paper := _paper(r, dataset)) is not None}
+
+    attack: str
+    signal: str
+    per_class: bool
+    origin: str
+    distance: float
+    shift: float
+    ours: dict[str, float]
+    paper: dict[str, float]
+
+    @property
+    def key(self) -> tuple[str, bool, str]:
+        return self.signal, self.per_class, self.origin
+
+
+def nearest_cells(rows: Sequence[Row], dataset: str = "cifar10") -> list[Nearest]:
+    """For each of the paper's attacks, the rule nearest to its figures of a data set, over the defences in both.
+
+    Models differ in how far they overfit, which shifts all figures alike, so that rules are compared after the mean
+    difference over all defences and attacks is taken out. Empty if no defence is in the paper's table.
+    """
+    known = {r["name"]: paper for r in finished(rows) if (paper := _paper(r, dataset)) is not None}
     if not known:
         return []
-    cells: dict[tuple[str, bool, str], dict[str, float]] = {}
-    for row in rows:
-        if row["name"] in known:
-            for cell in row["grid"]:
-                key = cell["signal"], cell["per_class"], cell["origin"]
-                cells.setdefault(key, {})[row["name"]] = 100 * cell["value"]
-    candidates = {
+    rules: dict[tuple[str, bool, str], dict[str, float]] = {}
+    for row in (r for r in rows if r["name"] in known):
+        for rule in row["grid"]:
+            assert rule.value is not None
+            rules.setdefault(rule.key, {})[row["name"]] = 100 * rule.value
+    differences = {
         (attack, key): [ours[name] - known[name][i] for name in known]
         for i, attack in enumerate(ATTACKS)
-        for key, ours in cells.items()
+        for key, ours in rules.items()
         if key[0] in SIGNALS[attack]
     }
-    all_differences = [d for differences in candidates.values() for d in differences]
-    shift = sum(all_differences) / len(all_differences)
-    found = []
+    every = [d for values in differences.values() for d in values]
+    shift = sum(every) / len(every)
+    nearest = []
     for i, attack in enumerate(ATTACKS):
         distances = {
-            key: sum(abs(d - shift) for d in differences) / len(differences)
-            for (of, key), differences in candidates.items()
+            key: sum(abs(d - shift) for d in values) / len(values)
+            for (of, key), values in differences.items()
             if of == attack
         }
         best = min(distances, key=distances.__getitem__)
-        signal, per_class, origin = best
-        found.append(
-            {
-                "attack": attack,
-                "signal": signal,
-                "per_class": per_class,
-                "origin": origin,
-                "distance": distances[best],
-                "shift": shift,
-                "ours": cells[best],
-                "paper": {name: figures[i] for name, figures in known.items()},
-            }
-        )
-    return found
+        theirs = {name: figures[i] for name, figures in known.items()}
+        nearest.append(Nearest(attack, *best, distances[best], shift, rules[best], theirs))
+    return nearest
 
 
 def floors(points: int = 10_000) -> dict[int, float]:
@@ -76,7 +84,7 @@ def floors(points: int = 10_000) -> dict[int, float]:
     return {k: 100 * null_floor(points, points, k) for k in (1, 10, 100)}
 
 
-def _paper(row: Row, dataset: str) -> tuple[float, float, float] | None:
+def _paper(row: Row, dataset: str) -> Membership | None:
     compressor = row["arm"].get("compressor")
     if compressor is None:
         return None

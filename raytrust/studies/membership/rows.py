@@ -1,14 +1,14 @@
-"""From an audit's finished models to its figures: one row a defence, of plain values, as `membership.json` has them.
+"""From an audit's finished models to its figures: one row a defence.
 
-Every figure is a dict {value, low, high} with a 95 % interval, and the model is its unit: each model is attacked on its
-own, with the others as its shadows where the attack needs some, and the figures are averaged. Canaries stand apart, in
-slices; all else is about the other points.
+Each model is attacked on its own, with the others as its shadows where the attack needs some, and the figures are
+averaged over models. Canaries stand apart, in slices; all else is about the other points.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from raytrust.attacks.membership.scores import AttackModel
 from raytrust.attacks.membership.signals import SIGNALS, signals
 from raytrust.config import Arm, Defence, DPSGDConfig, MembershipConfig, to_dict
 from raytrust.jobs.store import JobStore
-from raytrust.metrics import Roc, auc, balanced_accuracy, best_thresholds, decide, pooled_audit, roc, yeom_thresholds
-from raytrust.metrics.membership import mean_estimate
-from raytrust.metrics.thresholds import ORIGINS, Origin
+from raytrust.metrics.membership import AuditReport, pooled_audit
+from raytrust.metrics.roc import Roc, auc, roc
+from raytrust.metrics.statistics import mean_figure
+from raytrust.metrics.thresholds import ORIGINS, Origin, balanced_accuracy, best_thresholds, decide, yeom_thresholds
 from raytrust.studies.membership.jobs import (
     arm_key,
     load_properties,
@@ -31,13 +32,12 @@ from raytrust.studies.membership.jobs import (
     shadow_models,
 )
 from raytrust.studies.membership.pool import DUPLICATE, MISLABELLED, PLAIN, Pool
+from raytrust.studies.membership.row import Curves, MatchedFit, MessageFigure, Property, Row, Rule
 from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, OTHER, Shadow, stack
 from raytrust.train.dp_sgd import epsilon
 
-Row = dict[str, Any]
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Figure = dict[str, float | None]
 
 CONTROLS = {"held-out points": HELD_OUT, "other training points": OTHER}
 COLUMNS = {"cosine": 3, "gradient difference": 4, "loss at that step": 5}  # of `Shadow.messages`
@@ -47,18 +47,18 @@ _ATTACK_MODEL_POINTS = 4000  # shadow outputs that an attack model is fitted on
 
 def row(store: JobStore, config: MembershipConfig, arm: Arm, pool: Pool, test_labels: NDArray[np.int64]) -> Row:
     """The figures of one arm; one that failed or isn't finished has a reason and no figures."""
-    base = {"name": arm.name, "arm": to_dict(arm), "run": arm_key(store, config, arm)}
+    base: Row = {"name": arm.name, "arm": to_dict(arm), "run": arm_key(store, config, arm)}
     shadows = load_shadows(store, config, arm)
     reason = reason_for_failure(store, shadow_models(config, arm)) or (None if shadows else "not finished")
     if reason or shadows is None:
-        return {**base, "status": "failed", "reason": reason}
+        return {**base, "status": "failed", "reason": reason or ""}
     scores = final_scores(shadows, pool, test_labels)
-    found: Row = {
+    figures: Row = {
         **base,
         "status": "finished",
         "models": len(shadows),
-        "accuracy": figure([float((s.test_logits.argmax(1) == test_labels).mean()) for s in shadows]),
-        "train_loss": figure([final_loss(s, pool, i) for i, s in enumerate(shadows)]),
+        "accuracy": mean_figure([float((s.test_logits.argmax(1) == test_labels).mean()) for s in shadows]),
+        "train_loss": mean_figure([final_loss(s, pool, i) for i, s in enumerate(shadows)]),
         "bytes_per_step": float(shadows[0].sent_bytes),
         "compression_ratio": float(shadows[0].dense_bytes / shadows[0].sent_bytes),
         "final": {name: _report(config, s, pool, shadows) for name, s in scores.items()},
@@ -69,8 +69,8 @@ def row(store: JobStore, config: MembershipConfig, arm: Arm, pool: Pool, test_la
     }
     if isinstance(arm, DPSGDConfig):
         least = min(len(pool.rows(i, config.copies)) for i in range(config.models))
-        found["privacy"] = {"epsilon": epsilon(config.train, arm, least, DELTA), "delta": DELTA}
-    return found
+        figures["privacy"] = {"epsilon": epsilon(config.train, arm, least, DELTA), "delta": DELTA}
+    return figures
 
 
 def final_scores(shadows: Sequence[Shadow], pool: Pool, test_labels: NDArray[np.int64]) -> dict[str, Array]:
@@ -95,11 +95,8 @@ def _attack_model(logits: NDArray[np.float32], pool: Pool) -> Array:
     return np.stack(scores)
 
 
-def grid(scores: dict[str, Array], pool: Pool) -> list[Row]:
-    """Balanced accuracy of signal x one threshold or one a class x the threshold's origin, averaged over models.
-
-    Keys: signal, per_class, origin, value, low, high, floor (what a useless score is expected to reach).
-    """
+def grid(scores: dict[str, Array], pool: Pool) -> list[Rule]:
+    """Balanced accuracy of signal x one threshold or one a class x the threshold's origin, averaged over models."""
     plain = pool.kinds == PLAIN
     keep, labels = pool.keep[:, plain], pool.labels.numpy()[plain]
     cells = []
@@ -109,9 +106,9 @@ def grid(scores: dict[str, Array], pool: Pool) -> list[Row]:
             groups = labels if per_class else np.zeros_like(labels)
             for origin in ORIGINS:
                 results = [_cell(s, keep, groups, i, origin) for i in range(len(s))]
-                mean = figure([r[0] for r in results])
+                mean = mean_figure([r[0] for r in results])
                 floor = float(np.mean([r[1] for r in results]))
-                cells.append({"signal": name, "per_class": per_class, "origin": origin, **mean, "floor": floor})
+                cells.append(Rule(**vars(mean), signal=name, per_class=per_class, origin=origin, floor=floor))
     return cells
 
 
@@ -127,75 +124,60 @@ def _cell(s: Array, keep: Mask, groups: NDArray[np.int64], model: int, origin: O
         case "in-sample":
             thresholds = best_thresholds(s[model], keep[model], groups)
     decisions = decide(s[model], thresholds, groups)
-    found = balanced_accuracy(decisions, keep[model], origin, len(np.unique(groups)))
-    return found.value, found.floor
+    accuracy = balanced_accuracy(decisions, keep[model], origin, len(np.unique(groups)))
+    assert accuracy.value is not None
+    return accuracy.value, accuracy.floor
 
 
-def _report(config: MembershipConfig, scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> Row:
+def _report(config: MembershipConfig, scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> AuditReport:
     """AUC, TPR at low FPR, one-run epsilon on all points, and AUC of slices: canaries, the vulnerable, each class."""
     labels, plain = pool.labels.numpy(), pool.kinds == PLAIN
     exposed = vulnerability(signals(stack(shadows)[0], labels)["logit"], pool.keep)[:, plain]
     tenth = exposed >= np.quantile(exposed, 0.9, axis=1, keepdims=True)
     slices: dict[str, Any] = {"most vulnerable tenth": tenth}
     slices |= {f"class {k}": labels[plain] == k for k in range(int(labels.max()) + 1)}
-    found = pooled_audit(scores[:, plain], pool.keep[:, plain], slices)
-    everyone = pooled_audit(
-        scores,
-        pool.keep,
-        {"mislabelled": pool.kinds == MISLABELLED, "duplicated": pool.kinds == DUPLICATE},
-        guesses=config.guesses,
-    )
-    assert everyone.epsilon is not None
-    return {
-        "auc": plainly(found.auc),
-        "tpr": {str(fpr): plainly(value) for fpr, value in found.tpr.items()},
-        "epsilon": plainly(everyone.epsilon),
-        "slices": {name: plainly(value) for name, value in (everyone.slices | found.slices).items()},
-    }
+    report = pooled_audit(scores[:, plain], pool.keep[:, plain], slices)
+    canaries = {"mislabelled": pool.kinds == MISLABELLED, "duplicated": pool.kinds == DUPLICATE}
+    everyone = pooled_audit(scores, pool.keep, canaries, guesses=config.guesses)
+    return replace(report, epsilon=everyone.epsilon, slices=everyone.slices | report.slices)
 
 
-def message_figures(shadows: Sequence[Shadow]) -> list[Row]:
+def message_figures(shadows: Sequence[Shadow]) -> list[MessageFigure]:
     """AUC of telling a batch's images by its messages, for each step, control and score.
 
-    The mean over a model's batches is one model's figure. Keys: step, control, score, value, low, high.
+    The mean over a model's batches is one model's figure.
     """
     steps = sorted({int(s) for shadow in shadows for s in shadow.steps})
-    return [
-        {
-            "step": step,
-            "control": control,
-            "score": score,
-            **figure([area for s in shadows if (area := message_auc(s, step, kind, column)) is not None]),
-        }
-        for step in steps
-        for control, kind in CONTROLS.items()
-        for score, column in COLUMNS.items()
-    ]
+    figures = []
+    for step, (control, kind), (score, column) in product(steps, CONTROLS.items(), COLUMNS.items()):
+        mean = mean_figure([area for s in shadows if (area := message_auc(s, step, kind, column)) is not None])
+        figures.append(MessageFigure(**vars(mean), step=step, control=control, score=score))
+    return figures
 
 
-def curves(scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> Row:
-    """Mean TPR at each of a range of FPRs: of `scores` over models, of the last step's messages over all of them.
-
-    Keys: fpr; final and messages, the TPRs; least, the smallest FPR that one model's or one message's others resolve.
-    """
+def curves(scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> Curves:
+    """Mean TPR at each of a range of FPRs: of `scores` over models, of the last step's messages over all of them."""
     plain = pool.kinds == PLAIN
     fpr = np.geomspace(1e-3, 1, 61)
     final = [roc(s[plain], k[plain]) for s, k in zip(scores, pool.keep, strict=True)]
-    found: Row = {"fpr": fpr.tolist(), "final": _mean_tpr(final, fpr), "messages": None, "least": {}}
-    found["least"]["final"] = float(1 / (~pool.keep[:, plain]).sum(axis=1).min())
+    least = {"final": float(1 / (~pool.keep[:, plain]).sum(axis=1).min())}
     tables = [_rows_of(s, int(s.steps[-1]), int(b), HELD_OUT) for s in shadows if len(s.steps) for b in _batches(s)]
     tables = [t for t in tables if len(np.unique(t[:, 2])) == 2]
     if tables:
-        drawn = [roc(t[:, COLUMNS["gradient difference"]], t[:, 2] == MEMBER) for t in tables]
-        found["messages"] = _mean_tpr(drawn, fpr)
-        found["least"]["messages"] = float(1 / min((t[:, 2] == HELD_OUT).sum() for t in tables))
-    return found
+        least["messages"] = float(1 / min((t[:, 2] == HELD_OUT).sum() for t in tables))
+    messages = [roc(t[:, COLUMNS["gradient difference"]], t[:, 2] == MEMBER) for t in tables]
+    return {
+        "fpr": fpr.tolist(),
+        "final": _mean_tpr(final, fpr),
+        "messages": _mean_tpr(messages, fpr) if tables else None,
+        "least": least,
+    }
 
 
 def _mean_tpr(drawn: Sequence[Roc], fpr: Array) -> list[float]:
     """The greatest TPR at an FPR of at most each of `fpr`, mean over the curves."""
-    found = [curve.tpr[np.searchsorted(curve.fpr, fpr * (1 + 1e-9), side="right") - 1] for curve in drawn]
-    return np.asarray(np.mean(found, axis=0)).tolist()
+    reached = [curve.tpr[np.searchsorted(curve.fpr, fpr * (1 + 1e-9), side="right") - 1] for curve in drawn]
+    return np.asarray(np.mean(reached, axis=0)).tolist()
 
 
 def message_auc(shadow: Shadow, step: int, control: int, column: int) -> float | None:
@@ -222,12 +204,12 @@ def _rows_of(shadow: Shadow, step: int, batch: int, control: int) -> Array:
     return table[(table[:, 0] == step) & (table[:, 1] == batch) & np.isin(table[:, 2], (MEMBER, control))]
 
 
-def matched_fit(uncompressed: Sequence[Shadow], shadows: Sequence[Shadow], pool: Pool) -> Row:
+def matched_fit(uncompressed: Sequence[Shadow], shadows: Sequence[Shadow], pool: Pool) -> MatchedFit:
     """Uncompressed SGD stopped where it fits its training points as well as the final model of a defence does.
 
     The same model index means the same points and seed. Of the captured steps and the end, the one with the nearest
-    mean loss over members is taken, model by model. Keys: steps, train_loss, loss_auc (of the negative loss, on plain
-    points), message_auc (gradient difference against held-out points, at the last captured step up to there).
+    mean loss over members is taken, model by model. AUCs: of the negative loss, on plain points; and of gradient
+    difference against held-out points, at the last captured step up to there.
     """
     plain = pool.kinds == PLAIN
     losses, areas, messages, steps = [], [], [], []
@@ -242,15 +224,14 @@ def matched_fit(uncompressed: Sequence[Shadow], shadows: Sequence[Shadow], pool:
         messages.append(message_auc(plainly_trained, int(captured), HELD_OUT, COLUMNS["gradient difference"]))
     return {
         "steps": sorted(steps),
-        "train_loss": figure(losses),
-        "loss_auc": figure(areas),
-        "message_auc": figure([area for area in messages if area is not None]),
+        "train_loss": mean_figure(losses),
+        "loss_auc": mean_figure(areas),
+        "message_auc": mean_figure([area for area in messages if area is not None]),
     }
 
 
-def property_figures(store: JobStore, config: MembershipConfig, arm: Arm) -> Row | None:
-    """AUC of property inference by attacker ("aware", "naive"), and the "label" of the class that was looked for;
-    {"reason"} if a model of it failed; None where it was not measured."""
+def property_figures(store: JobStore, config: MembershipConfig, arm: Arm) -> Property | None:
+    """AUC of property inference by attacker; the reason if a model of it failed; None where it was not measured."""
     if not isinstance(arm, Defence) or config.property_models == 0:
         return None
     if (reason := reason_for_failure(store, property_models(config, arm))) is not None:
@@ -259,19 +240,10 @@ def property_figures(store: JobStore, config: MembershipConfig, arm: Arm) -> Row
     if not finished:
         return {"reason": "not finished"}
     told = [m for m in finished if m["holds"].any() and not m["holds"].all()]
-    areas = {name: figure([auc(m[name], m["holds"]) for m in told]) for name in ("aware", "naive")}
-    return {**areas, "label": int(finished[0]["label"])}
+    aware, naive = (mean_figure([auc(m[name], m["holds"]) for m in told]) for name in ("aware", "naive"))
+    return {"aware": aware, "naive": naive, "label": int(finished[0]["label"])}
 
 
 def final_loss(shadow: Shadow, pool: Pool, model: int) -> float:
     """Mean loss of the final model over the points that it was trained on, in nats."""
     return float(-signals(shadow.logits, pool.labels)["loss"][pool.keep[model]].mean())
-
-
-def figure(values: Sequence[float]) -> Figure:
-    """The mean of one number a model, with Student's t interval."""
-    return plainly(mean_estimate(values, 0, 0))
-
-
-def plainly(found: Any) -> Figure:
-    return {k: v for k, v in asdict(found).items() if k in ("value", "low", "high")}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -18,11 +18,13 @@ from raytrust.config import MembershipConfig
 from raytrust.data import Dataset
 from raytrust.jobs.store import JobStore
 from raytrust.studies.membership.pool import draw_pool
+from raytrust.studies.membership.row import Row as AuditRow
 from raytrust.studies.membership.rows import row as membership_row
 from raytrust.studies.paper.claims import inversion_claims, theory_claims
 from raytrust.studies.paper.jobs import Attack
 from raytrust.studies.paper.membership_claims import membership_claims
 from raytrust.studies.paper.plan import Budget, Setting
+from raytrust.studies.paper.row import CellRow, RuleRow, SimilarityRow, TheoryRow, cell_of
 from raytrust.studies.paper.rows import membership_rows, similarity_row, with_percent
 from raytrust.studies.paper.selection import (
     AWARE,
@@ -41,7 +43,6 @@ from raytrust.studies.paper.selection import (
 from raytrust.studies.paper.verdicts import Claim, Table, protection
 from raytrust.studies.published import CELLS, TABLE_1, Cell
 
-Row = dict[str, Any]
 Images = dict[tuple[Cell, str], tuple[np.ndarray, list[float]]]
 
 
@@ -56,17 +57,17 @@ class Report:
     seed: int
     datasets: tuple[str, ...]
     tables: tuple[int, ...]
-    table_1: list[Row] = field(default_factory=list)
-    table_2: list[Row] = field(default_factory=list)
+    table_1: list[SimilarityRow] = field(default_factory=list)
+    table_2: list[RuleRow] = field(default_factory=list)
     search: dict[str, dict[Setting, Found]] = field(default_factory=dict)
     nearest: dict[str, Setting] = field(default_factory=dict)
     common: tuple[Setting, float] | None = None
     portfolio: dict[str, int] = field(default_factory=dict)
     originals: dict[str, np.ndarray] = field(default_factory=dict)
     images: dict[str, Images] = field(default_factory=dict)
-    theory: list[Row] = field(default_factory=list)
+    theory: list[TheoryRow] = field(default_factory=list)
     theory_left: dict[str, list[str]] = field(default_factory=dict)
-    audits: dict[str, list[Row]] = field(default_factory=dict)
+    audits: dict[str, list[AuditRow]] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
 
     def verdicts(self, dataset: str) -> dict[str, list[str]]:
@@ -77,13 +78,13 @@ class Report:
             found.setdefault(verdict, []).append(text)
         return found
 
-    def row(self, dataset: str, cell: Cell, attack: str) -> Row | None:
+    def row(self, dataset: str, cell: Cell, attack: str) -> SimilarityRow | None:
         for row in self.table_1:
-            if (row["dataset"], (row["compressor"], row["rank_or_level"]), row["attack"]) == (dataset, cell, attack):
+            if (row["dataset"], cell_of(row), row["attack"]) == (dataset, cell, attack):
                 return row
         return None
 
-    def audit(self, dataset: str, cell: Cell) -> Row | None:
+    def audit(self, dataset: str, cell: Cell) -> AuditRow | None:
         """The row of a cell's membership audit, if it is finished."""
         rows = self.audits.get(dataset)
         row = rows[CELLS.index(cell)] if rows else None
@@ -91,31 +92,33 @@ class Report:
 
     def metrics(self, dataset: str, cell: Cell) -> dict[str, float]:
         """The figures of a cell, by name."""
-        found: dict[str, float] = {}
+        figures: dict[str, float | None] = {}
         for name, attack in (("naive", NAIVE), ("aware", AWARE), ("worst", WORST)):
             row = self.row(dataset, cell, attack)
             if row is not None and row["status"] == "finished":
-                found[f"{name}_ssim"] = row["ours"]
-                found["paper_ssim"], found["bytes_per_step"] = row["ssim_mean"], float(row["bytes_per_step"])
+                figures[f"{name}_ssim"] = row["ours"]
+                figures |= {"paper_ssim": row["ssim_mean"], "bytes_per_step": row["bytes_per_step"]}
         if (audit := self.audit(dataset, cell)) is not None:
-            found |= {"accuracy": audit["accuracy"]["value"], "loss_auc": audit["final"]["loss"]["auc"]["value"]}
-        return found
+            figures |= {"accuracy": audit["accuracy"].value, "loss_auc": audit["final"]["loss"].auc.value}
+        return {name: float(value) for name, value in figures.items() if value is not None}
 
     def finished(self, dataset: str, cell: Cell) -> bool:
         """Whether nothing of a cell is left to do in either table: each of its figures is finished or failed."""
-        own = (r for r in (*self.table_1, *self.table_2) if r["dataset"] == dataset)
-        return all(r["status"] != NOT_FINISHED for r in own if (r["compressor"], r["rank_or_level"]) == cell)
+        return all(row["status"] != NOT_FINISHED for row in self._rows(dataset, cell))
 
     def failure(self, dataset: str, cell: Cell) -> str:
         """Why a cell failed, empty if it didn't."""
-        rows = [r for r in (*self.table_1, *self.table_2) if r["dataset"] == dataset and r["status"] == "failed"]
-        reasons = [r["reason"] for r in rows if (r["compressor"], r["rank_or_level"]) == cell]
-        return reasons[0] if reasons else ""
+        return next((row["reason"] for row in self._rows(dataset, cell) if row["status"] == "failed"), "")
+
+    def _rows(self, dataset: str, cell: Cell) -> list[CellRow]:
+        rows: list[CellRow] = [*self.table_1, *self.table_2]
+        return [row for row in rows if row["dataset"] == dataset and cell_of(row) == cell]
 
     @property
     def unfinished(self) -> tuple[int, int]:
         """(how many figures of table 1, rows of table 2 and tests of section 3 are not finished, of how many)."""
-        states = [row["status"] for row in (*self.table_1, *(r for audit in self.audits.values() for r in audit))]
+        states: list[str] = [row["status"] for row in self.table_1]
+        states += [row["status"] for audit in self.audits.values() for row in audit]
         states += [state for left in self.theory_left.values() for state in left]
         return states.count(NOT_FINISHED), len(states) + len(self.theory)
 
@@ -179,7 +182,8 @@ def _inversion(report: Report, plan: Plan, store: JobStore) -> None:
         if figures is None:
             report.theory_left.setdefault(name, []).append(store.failure(unit) or NOT_FINISHED)
         else:
-            report.theory.append({"dataset": name, "step": step, "cell": cell, "n": len(unit.images), **figures})
+            named = {"dataset": name, "step": step, "cell": cell, "n": len(unit.images)}
+            report.theory.append(cast(TheoryRow, named | figures))
 
 
 def _attacks(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raytrust.metrics.statistics import mean_interval
+from raytrust.studies.paper.row import SimilarityRow, TheoryRow, theory_values
 from raytrust.studies.paper.selection import AWARE, NAIVE, NOT_FINISHED
 from raytrust.studies.paper.verdicts import (
     OVERTURNED,
@@ -30,8 +30,6 @@ from raytrust.studies.paper.verdicts import (
 )
 from raytrust.studies.published import CELLS, RANKS, TABLE_1, TITLES
 
-Row = dict[str, Any]
-
 COMPRESSED = tuple(cell for cell in CELLS if cell[0] != "none")
 RULE = (
     "Reproduced if all 95 % intervals (Student's t over images) lie above 0; overturned if one lies below, at a "
@@ -40,7 +38,7 @@ RULE = (
 EXACT = 1e-3  # relative; what rounding in float32 leaves of an identity
 
 
-def inversion_claims(rows: Sequence[Row]) -> list[Claim]:
+def inversion_claims(rows: Sequence[SimilarityRow]) -> list[Claim]:
     """Those of section 4 about gradient inversion: about every data set, so that none is decided before all of them are
     finished."""
     table = Table(rows)
@@ -196,7 +194,7 @@ SECTION_3 = (
 )  # claims and rules
 
 
-def theory_claims(figures: Sequence[Row], left: Mapping[str, Sequence[str]]) -> list[Claim]:
+def theory_claims(figures: Sequence[TheoryRow], left: Mapping[str, Sequence[str]]) -> list[Claim]:
     """Those of section 3, decided on the data sets of which every test is finished.
 
     figures: one row a data set, step and cell, as `theory.examine` returns them. left: by data set, of each test
@@ -207,15 +205,15 @@ def theory_claims(figures: Sequence[Row], left: Mapping[str, Sequence[str]]) -> 
     if not figures:
         return [Claim(quote, UNTESTED, rule, "; ".join(notes)) for quote, rule in SECTION_3] if notes else []
     projections = [f for f in figures if f["cell"][0] != "none"]
-    flat = {name: _all(projections, name) for name in ("cosine", "attainable", "error", "discarded", "svd")}
+    flat = {name: theory_values(projections, name) for name in ("cosine", "attainable", "error", "discarded", "svd")}
     identity = max(np.abs(flat["cosine"] - flat["attainable"]).max(), _gap(projections))
-    truths = _all([f for f in figures if f["cell"][0] == "none"], "naive_at_truth")
+    truths = theory_values([f for f in figures if f["cell"][0] == "none"], "naive_at_truth")
     power = [f for f in projections if f["cell"][0] == "powersgd"]
-    lossy = _all(power, "discarded") > 1e-9
-    excess = _all(power, "error")[lossy] / _all(power, "discarded")[lossy]
-    svd = float(np.abs(_all(power, "svd") - _all(power, "discarded")).max())
+    lossy = theory_values(power, "discarded") > 1e-9
+    excess = theory_values(power, "error")[lossy] / theory_values(power, "discarded")[lossy]
+    svd = float(np.abs(theory_values(power, "svd") - theory_values(power, "discarded")).max())
     top_k = [f for f in projections if f["cell"][0] == "topk"]
-    sparse = float(np.abs(_all(top_k, "error") - _all(top_k, "discarded")).max())
+    sparse = float(np.abs(theory_values(top_k, "error") - theory_values(top_k, "discarded")).max())
     bounded = flat["attainable"] < 1 - EXACT
     holds = (
         identity < EXACT
@@ -224,7 +222,7 @@ def theory_claims(figures: Sequence[Row], left: Mapping[str, Sequence[str]]) -> 
         and svd < EXACT
         and sparse < EXACT
     )
-    aware = _all(projections, "aware_at_truth")
+    aware = theory_values(projections, "aware_at_truth")
     bites = bool(bounded.any())
     escaped = bites and float(aware.max()) < EXACT
     evidence = (
@@ -236,8 +234,8 @@ def theory_claims(figures: Sequence[Row], left: Mapping[str, Sequence[str]]) -> 
     )
     alignment = (
         f"The aware distance at the true image is at most {aware.max():.1e} (naive: up to "
-        f"{_all(projections, 'naive_at_truth').max():.2f}). Reached with what was compared, above the limit: the "
-        f"aware attack in {_above(projections, 'aware_reached')}, the naive one in "
+        f"{theory_values(projections, 'naive_at_truth').max():.2f}). Reached with what was compared, above the limit: "
+        f"the aware attack in {_above(projections, 'aware_reached')}, the naive one in "
         f"{_above(projections, 'naive_reached')}. The limit is one of the true image, not of the attack."
     )
     verdicts: list[Verdict] = [
@@ -258,14 +256,10 @@ def _ends(reasons: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-def _all(figures: Sequence[Row], name: str) -> NDArray[np.float64]:
-    return np.array([value for f in figures for value in f[name]])
-
-
-def _above(figures: Sequence[Row], name: str) -> str:
-    beyond = _all(figures, name) > _all(figures, "attainable") + EXACT
+def _above(figures: Sequence[TheoryRow], name: str) -> str:
+    beyond = theory_values(figures, name) > theory_values(figures, "attainable") + EXACT
     return f"{int(beyond.sum())} of {len(beyond)}"
 
 
-def _gap(figures: Sequence[Row]) -> float:
-    return float(np.abs(_all(figures, "from_error") - _all(figures, "attainable")).max())
+def _gap(figures: Sequence[TheoryRow]) -> float:
+    return float(np.abs(theory_values(figures, "from_error") - theory_values(figures, "attainable")).max())

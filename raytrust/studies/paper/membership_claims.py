@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from raytrust.metrics.statistics import Figure
+from raytrust.studies.membership.row import Row, finished, messages_of
 from raytrust.studies.paper.selection import NOT_FINISHED
 from raytrust.studies.paper.verdicts import OVERTURNED, REPRODUCED, UNDECIDED, UNTESTED, Claim, Verdict, still_open
 from raytrust.studies.published import TABLE_2, TITLES
-
-Row = dict[str, Any]
 
 
 def membership_claims(audits: Mapping[str, Sequence[Row]]) -> list[Claim]:
@@ -35,13 +34,13 @@ def _insensitive(audits: Mapping[str, Sequence[Row]]) -> Claim:
     verdicts: list[Verdict] = []
     notes = []
     for dataset, rows in audits.items():
-        done = [r for r in rows if r["status"] == "finished"]
+        done = finished(rows)
         if not done or done[0]["name"] != "none":
             notes.append(f"{TITLES[dataset]} left out: uncompressed SGD failed")
             continue
         counts = {"alike": 0, "lower": 0, "higher": 0, "too wide": 0}
         for row in done[1:]:
-            difference, half = _difference(row["final"]["loss"]["auc"], done[0]["final"]["loss"]["auc"])
+            difference, half = _difference(row["final"]["loss"].auc, done[0]["final"]["loss"].auc)
             kind = "lower" if difference < -half else "higher" if difference > half else "alike"
             counts["too wide" if kind == "alike" and half > 0.05 else kind] += 1
         total = sum(counts.values())
@@ -59,25 +58,22 @@ def _insensitive(audits: Mapping[str, Sequence[Row]]) -> Claim:
 
 
 def _unreliable(audits: Mapping[str, Sequence[Row]]) -> Claim:
-    above = total = 0
-    lows, finals = [], []
-    for rows in audits.values():
-        for row in (r for r in rows if r["status"] == "finished"):
-            wanted = [m for m in row["messages"] if m["control"] == "held-out points"]
-            scores = [m for m in wanted if m["score"] == "gradient difference"]
-            if not scores or scores[-1]["low"] is None or row["final"]["loss"]["auc"]["high"] is None:
-                continue
-            total += 1
-            above += scores[-1]["low"] > row["final"]["loss"]["auc"]["high"]
-            lows.append(scores[-1]["value"])
-            finals.append(row["final"]["loss"]["auc"]["value"])
+    pairs = [
+        (last, row["final"]["loss"].auc)
+        for rows in audits.values()
+        for row in finished(rows)
+        for last in messages_of(row)[-1:]
+    ]
+    known = [(m, loss) for m, loss in pairs if m.low is not None and loss.high is not None]
+    above, total = sum(loss.below(m) for m, loss in known), len(known)
     verdict: Verdict = UNTESTED if not total else OVERTURNED if 2 * above > total else UNDECIDED
-    evidence = (
-        f"messages tell more in {above} of {total} audits: AUC {np.mean(lows):.2f} against {np.mean(finals):.2f} of "
-        "the final model's loss, on average"
-        if total
-        else ""
-    )
+    evidence = ""
+    if total:
+        messages, final = np.array([(m.value, loss.value) for m, loss in known], dtype=float).mean(axis=0)
+        evidence = (
+            f"messages tell more in {above} of {total} audits: AUC {messages:.2f} against {final:.2f} of the final "
+            "model's loss, on average"
+        )
     return Claim(
         "MIA may not be a reliable metric for privacy risks.",
         verdict,
@@ -96,7 +92,7 @@ def _high_levels(audits: Mapping[str, Sequence[Row]], missing: str) -> Claim:
         f"The paper's own table: levels 30 and 50 fall by {drop[30, 50]:.1f} points on average, levels 1, 2 and 4 by "
         f"{drop[1, 2, 4]:.1f}."
     )
-    done = {r["name"]: r for r in audits.get("cifar100", ()) if r["status"] == "finished"}
+    done = {r["name"]: r for r in finished(audits.get("cifar100", ()))}
     rule = (
         "AUC of the loss on CIFAR-100's final models: Top-K 30 and 50 below uncompressed SGD, 95 % interval over "
         "models; overturned if levels 1, 2 and 4 fall by more, and 30 and 50 do not fall."
@@ -106,8 +102,8 @@ def _high_levels(audits: Mapping[str, Sequence[Row]], missing: str) -> Claim:
     if "none" not in done or not set(names.values()) <= set(done):
         why = "an audit that this needs failed" if "cifar100" in audits else missing
         return Claim(quote, UNTESTED, rule, f"{own} CIFAR-100: {why}.")
-    plain_auc = done["none"]["final"]["loss"]["auc"]
-    falls = {k: _difference(done[name]["final"]["loss"]["auc"], plain_auc) for k, name in names.items()}
+    plain_auc = done["none"]["final"]["loss"].auc
+    falls = {k: _difference(done[name]["final"]["loss"].auc, plain_auc) for k, name in names.items()}
     high = [d < -half for k, (d, half) in falls.items() if k >= 30]
     low = [d < -half for k, (d, half) in falls.items() if k < 30]
     verdict = REPRODUCED if all(high) else OVERTURNED if any(low) and not any(high) else UNDECIDED
@@ -123,7 +119,11 @@ def _all_of(verdicts: Sequence[Verdict]) -> Verdict:
     return REPRODUCED if all(v == REPRODUCED for v in verdicts) else UNDECIDED
 
 
-def _difference(one: Row, other: Row) -> tuple[float, float]:
+def _difference(one: Figure, other: Figure) -> tuple[float, float]:
     """(difference, half width of its 95 % interval) of two independent figures; infinite without intervals."""
-    one_half, other_half = (np.inf if f["low"] is None else (f["high"] - f["low"]) / 2 for f in (one, other))
-    return float(one["value"] - other["value"]), float(np.hypot(one_half, other_half))
+
+    def half(figure: Figure) -> float:
+        return np.inf if figure.low is None or figure.high is None else (figure.high - figure.low) / 2
+
+    assert one.value is not None and other.value is not None  # noqa: PT018
+    return one.value - other.value, float(np.hypot(half(one), half(other)))

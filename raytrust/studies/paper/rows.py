@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from raytrust.metrics.statistics import bootstrap_interval
-from raytrust.studies.membership.paper_cells import SIGNALS, nearest_cells
+from raytrust.metrics.statistics import Figure, bootstrap_interval, mean_figure
+from raytrust.studies.membership.paper_cells import SIGNALS, Nearest, nearest_cells
+from raytrust.studies.membership.row import Row
 from raytrust.studies.paper.plan import Setting
+from raytrust.studies.paper.row import CellRow, RuleRow, SimilarityRow
 from raytrust.studies.paper.selection import NOT_FINISHED, Found
 from raytrust.studies.published import MEMBERSHIP_ATTACKS, TABLE_1, TABLE_2, Cell
-
-Row = dict[str, Any]
 
 KEYS = ("dataset", "compressor", "rank_or_level")
 TABLE_1_COLUMNS = (
@@ -28,11 +28,11 @@ TABLE_2_COLUMNS = (
 )  # fmt: skip
 
 
-def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | None, found: Found) -> Row:
-    """A row of table 1. `ssim`, `identified` and `floor`, image by image, are kept for the report; the CSV leaves
-    them out."""
+def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | None, found: Found) -> SimilarityRow:
+    """A row of table 1. The CSV leaves out what is image by image."""
     paper = TABLE_1[dataset][cell]
-    row: Row = {
+    ours = mean_figure(found.ssim, bootstrap_interval) if found.ssim is not None else Figure(None)
+    return {
         "dataset": dataset,
         "compressor": cell[0],
         "rank_or_level": cell[1],
@@ -50,76 +50,83 @@ def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | Non
         "floor": found.floor,
         "status": found.status,
         "reason": found.reason if found.status == "failed" else "",
+        "ours": ours.value,
+        "ours_std": None if found.ssim is None else float(np.std(found.ssim, ddof=1)),
+        "interval_low": ours.low,
+        "interval_high": ours.high,
+        "n": ours.n,
     }
-    names = ("ours", "ours_std", "interval_low", "interval_high", "n")
-    if found.ssim is None:
-        return row | dict.fromkeys(names)
-    interval = bootstrap_interval(found.ssim) or (None, None)
-    figures = (float(np.mean(found.ssim)), float(np.std(found.ssim, ddof=1)), *interval, len(found.ssim))
-    return row | dict(zip(names, figures, strict=True))
 
 
-def with_percent(rows: Sequence[Row]) -> list[Row]:
+def with_percent(rows: Sequence[SimilarityRow]) -> list[SimilarityRow]:
     """The rows with `ours_percent_of_original`: of the mean without compression under the same kind of attack."""
     plain = {(r["dataset"], r["attack"]): r["ours"] for r in rows if r["compressor"] == "none"}
-    done = []
-    for row in rows:
-        of = plain.get((row["dataset"], row["attack"]))
-        percent = None if of is None or row["ours"] is None or of <= 0 else 100 * row["ours"] / of
-        done.append(row | {"ours_percent_of_original": percent})
-    return done
+
+    def percent(row: SimilarityRow) -> float | None:
+        whole, ours = plain.get((row["dataset"], row["attack"])), row["ours"]
+        return None if whole is None or ours is None or whole <= 0 else 100 * ours / whole
+
+    return [row | {"ours_percent_of_original": percent(row)} for row in rows]
 
 
-def membership_rows(dataset: str, audit: Sequence[Row], cells: Sequence[Cell], setting: str) -> list[Row]:
+def membership_rows(dataset: str, audit: Sequence[Row], cells: Sequence[Cell], setting: str) -> list[RuleRow]:
     """The rows of table 2: for each defence every rule, a signal with its thresholds and their origin.
 
     audit: the rows of a membership audit, in the order of the cells. nearest: for which of the paper's columns the rule
     comes nearest, by `nearest_rules`.
     """
     best: dict[tuple[str, bool, str], list[str]] = {}
-    for found in nearest_rules(audit, dataset):
-        best.setdefault((found["signal"], found["per_class"], found["origin"]), []).append(found["attack"])
-    stands = {s: [a for a in MEMBERSHIP_ATTACKS if s in SIGNALS[a]] for some in SIGNALS.values() for s in some}
-    rows = []
+    for nearest in nearest_rules(audit, dataset):
+        best.setdefault(nearest.key, []).append(nearest.attack)
+    rows: list[RuleRow] = []
     for cell, line in zip(cells, audit, strict=True):
         paper = TABLE_2[dataset][cell]
-        base: Row = dict(zip(KEYS, (dataset, *cell), strict=True)) | {
+        base: RuleRow = {
+            "dataset": dataset,
+            "compressor": cell[0],
+            "rank_or_level": cell[1],
             "prediction_pct": paper.prediction,
             "loss_pct": paper.loss,
             "cross_entropy_pct": paper.cross_entropy,
+            "setting": setting,
+            "status": line["status"],
+            "reason": line["reason"] if line["status"] == "failed" else "",
         }
         if line["status"] != "finished":
-            reason = line["reason"] if line["status"] == "failed" else ""
-            rows.append(base | {"status": line["status"], "reason": reason, "setting": setting})
+            rows.append(base)
             continue
         for rule in line["grid"]:
-            key = rule["signal"], rule["per_class"], rule["origin"]
-            thresholds = "a threshold a class" if rule["per_class"] else "one threshold"
-            figures = {"ours": "value", "interval_low": "low", "interval_high": "high", "null_floor": "floor"}
+            value, low, high = (None if v is None else 100 * v for v in (rule.value, rule.low, rule.high))
             rows.append(
                 base
-                | {name: _percent(rule[of]) for name, of in figures.items()}
                 | {
-                    "signal": rule["signal"],
-                    "per_class": rule["per_class"],
-                    "origin": rule["origin"],
-                    "may_stand_for": "; ".join(stands[rule["signal"]]),
-                    "nearest": "; ".join(best.get(key, [])),
+                    "ours": value,
+                    "interval_low": low,
+                    "interval_high": high,
+                    "null_floor": 100 * rule.floor,
+                    "signal": rule.signal,
+                    "per_class": rule.per_class,
+                    "origin": rule.origin,
+                    "may_stand_for": "; ".join(a for a in MEMBERSHIP_ATTACKS if rule.signal in SIGNALS[a]),
+                    "nearest": "; ".join(best.get(rule.key, [])),
                     "n": line["models"],
-                    "setting": f"{rule['signal']}, {thresholds}, {rule['origin']}; {setting}",
-                    "status": "finished",
-                    "reason": "",
+                    "setting": f"{rule_name(rule.key)}; {setting}",
                 }
             )
     return rows
 
 
-def nearest_rules(audit: Sequence[Row], dataset: str) -> list[Row]:
+def rule_name(key: tuple[str, bool, str]) -> str:
+    """A signal, how many thresholds it has, and their origin, in words."""
+    return f"{key[0]}, {'a threshold a class' if key[1] else 'one threshold'}, {key[2]}"
+
+
+def nearest_rules(audit: Sequence[Row], dataset: str) -> list[Nearest]:
     """`nearest_cells` of an audit; none while a defence is not finished, as others might be nearer then."""
-    return [] if any(r["status"] == NOT_FINISHED for r in audit) else nearest_cells(list(audit), dataset)
+    return [] if any(r["status"] == NOT_FINISHED for r in audit) else nearest_cells(audit, dataset)
 
 
-def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
+def to_csv(rows: Sequence[CellRow], columns: Sequence[str]) -> str:
     """Equal rows give equal bytes. Measured numbers have four decimals; what is missing is empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -136,7 +143,3 @@ def _cell(value: Any, published: bool) -> str:
     if isinstance(value, float):
         return f"{value:g}" if published else f"{value:.4f}"
     return str(value)
-
-
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value

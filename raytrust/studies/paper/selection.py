@@ -17,10 +17,11 @@ from raytrust.jobs.store import JobStore
 from raytrust.metrics.verdict import floor_of_images
 from raytrust.studies.paper.jobs import Attack, Theory, Training
 from raytrust.studies.paper.plan import Budget, Setting, Victim
+from raytrust.studies.paper.row import Status
 from raytrust.studies.published import CELLS, TABLE_1, Cell, defence_of
 
 NAIVE, AWARE, WORST = "as in the paper", "compression-aware", "worst case"
-NOT_FINISHED = "not finished"
+NOT_FINISHED: Status = "not finished"
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,7 @@ class Found:
     floor: list[float] | None = None
 
     @property
-    def status(self) -> str:
-        """ "finished", "failed" or NOT_FINISHED."""
+    def status(self) -> Status:
         if self.ssim is not None:
             return "finished"
         return NOT_FINISHED if self.reason == NOT_FINISHED else "failed"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raytrust.metrics.statistics import bootstrap_interval, mean_interval
-from raytrust.metrics.verdict import Control, Evidence, control_of
+from raytrust.metrics.statistics import mean_interval
+from raytrust.metrics.verdict import Control, control_of, image_evidence
 from raytrust.studies.evaluate import DISTRACTORS
+from raytrust.studies.paper.row import SimilarityRow, cell_of
 from raytrust.studies.paper.selection import AWARE, NAIVE, NOT_FINISHED, WORST
 from raytrust.studies.published import TITLES, Cell, title_of
 
-Row = dict[str, Any]
 Verdict: TypeAlias = Literal[
     "reproduced", "not reproduced", "overturned", "not decided at this sample size", "not tested"
 ]
@@ -45,9 +45,9 @@ class Table:
     way round, which leave a claim about all data sets open. notes: why data sets are left out.
     """
 
-    def __init__(self, rows: Sequence[Row]):
-        found = {(r["dataset"], (r["compressor"], r["rank_or_level"]), r["attack"]): r for r in rows}
-        self._status = {key: r["status"] for key, r in found.items()}
+    def __init__(self, rows: Sequence[SimilarityRow]):
+        found = {(r["dataset"], cell_of(r), r["attack"]): r for r in rows}
+        self._status: dict[tuple[str, Cell, str], str] = {key: r["status"] for key, r in found.items()}
         self._ssim = {key: np.asarray(r["ssim"]) for key, r in found.items() if r["status"] == "finished"}
         controls = {r["dataset"]: r for r in rows if r["compressor"] == "none" and r["attack"] == NAIVE}
         missing = {r["dataset"] for r in rows if r["status"] == NOT_FINISHED and r["attack"] != WORST}
@@ -67,7 +67,7 @@ class Table:
     def status(self, dataset: str, cell: Cell, attack: str) -> str:
         return self._status.get((dataset, cell, attack), NOT_FINISHED)
 
-    def _why_not(self, control: Row) -> str:
+    def _why_not(self, control: SimilarityRow) -> str:
         if control["status"] == "failed":
             return f"the uncompressed attack failed ({control['reason']})"
         return f"{NO_CONTROL} ({self._controls[control['dataset']].reason})"
@@ -80,20 +80,10 @@ class Table:
         return None if a is None or b is None else (a, b)
 
 
-def _control(row: Row) -> Control:
-    if row["status"] != "finished":
+def _control(row: SimilarityRow) -> Control:
+    if row["status"] != "finished" or row["ssim"] is None:
         return control_of(None)
-    excess = np.subtract(row["ssim"], row["floor"])
-    return control_of(
-        Evidence(
-            value=float(np.mean(row["ssim"])),
-            floor=float(np.mean(row["floor"])),
-            interval=bootstrap_interval(excess),
-            n=len(row["ssim"]),
-            identified=sum(row["identified"]),
-            candidates=DISTRACTORS + 1,
-        )
-    )
+    return control_of(image_evidence(row["ssim"], row["floor"], None, row["identified"], DISTRACTORS + 1))
 
 
 def still_open(verdict: Verdict) -> Verdict:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raytrust.reports.membership_control import control_lines
+from raytrust.metrics.statistics import Figure
+from raytrust.reports.membership_table import control_lines
+from raytrust.studies.membership.row import MessageFigure
 
 
 def row(final: tuple[Any, Any, Any], messages: tuple[Any, Any, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    def figure(values: tuple[Any, Any, Any]) -> dict[str, Any]:
-        return dict(zip(("value", "low", "high"), values, strict=True))
-
+    steps = () if messages is None else (0, 90)
     of_step = {"control": "held-out points", "score": "gradient difference"}
-    steps = [] if messages is None else [of_step | {"step": s} | figure(messages) for s in (0, 90)]
     return {
         "name": "none",
         "status": "finished",
         "arm": {"compressor": {"method": "none"}},
         "models": 8,
-        "final": {"LiRA online": {"auc": figure(final)}},
-        "messages": steps,
+        "final": {"LiRA online": SimpleNamespace(auc=Figure(*final, n=8))},
+        "messages": [MessageFigure(*(messages or ()), n=8, step=step, **of_step) for step in steps],
         **changes,
     }
 

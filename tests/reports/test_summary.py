@@ -1,30 +1,20 @@
-"""Verdicts of a sweep's rows, its Pareto set, and the answer in words."""
+"""A sweep's answer in words."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 from frontier_rows import audited, control, failed, finished, sweep
 
-from raytrust.reports.frontier_table import judge_rows
-from raytrust.reports.judged import control_of_rows, control_sentence, only_looks_private, remarks_of, starkest
-from raytrust.reports.summary import answer, headline, seeming, summary_lines, threat_sentence
-
-
-def verdicts(rows):
-    return {row["name"]: row["verdict"] for row in judge_rows(rows)}
-
-
-def test_verdicts_of_a_sweep_whose_attack_works():
-    found = verdicts(audited())
-    assert found["none"] == found["PowerSGD rank 1"] == "leaks"
-    assert found["ATOMO 1"] == "resists"
-    assert found["signSGD"] == "undecided"
-    assert found["Top-K 0.01 %"] is None
-    rows = judge_rows(audited())
-    assert all(row["control"] is True for row in rows)
-    json.dumps(rows, allow_nan=False)
+from raytrust.reports.summary import (
+    answer,
+    control_sentence,
+    headline,
+    remarks_of,
+    seeming,
+    summary_lines,
+    threat_sentence,
+)
+from raytrust.studies.frontier.verdicts import control_of_rows, judge_rows, only_looks_private, starkest
 
 
 @pytest.mark.parametrize(
@@ -53,23 +43,6 @@ def test_an_attack_that_leaks_but_does_not_work_is_called_weak():
     assert headline(judge_rows([weak])) == "No defence was audited beside the control."
 
 
-def test_verdicts_are_computed_anew():
-    stale = finished("private", leakage=0.05) | {"verdict": "resists", "control": True, "pareto": True}
-    assert judge_rows([stale, control(works=False)])[0]["verdict"] == "undecided"
-
-
-def test_rows_without_evidence_are_undecided():
-    evidence = ("floor_ssim", "excess", "excess_interval", "identified", "candidates")
-    old = [{k: v for k, v in row.items() if k not in evidence} for row in (control(), finished(leakage=0.05))]
-    assert set(verdicts(old).values()) == {"undecided"}
-    assert not control_of_rows(old).works
-
-
-def test_the_control_of_several_is_the_one_that_leaks_most():
-    rows = [control(works=False) | {"name": "none + EF"}, control()]
-    assert control_of_rows(rows).works
-
-
 def test_a_defence_that_only_looks_private_is_named():
     rows = judge_rows(audited())
     assert starkest(rows)["name"] == "PowerSGD rank 1"
@@ -96,50 +69,6 @@ def test_without_such_a_defence_the_greatest_certain_gain_is_named():
     assert seeming(judge_rows([rows[0], rows[2]])) is None
 
 
-# --- Pareto set ---
-
-
-def point(name, accuracy, leakage, wide=0.01):
-    return finished(
-        name,
-        accuracy,
-        leakage,
-        accuracy_interval=[accuracy - wide, accuracy + wide],
-        leakage_interval=[leakage - wide, leakage + wide],
-    )
-
-
-def members(rows):
-    return {row["name"] for row in judge_rows([control(accuracy_interval=[0.0, 1.0]), *rows]) if row["pareto"]}
-
-
-def test_a_row_is_out_if_another_is_surely_better_and_in_nothing_worse():
-    rows = [
-        point("private", 0.80, 0.1),
-        point("accurate", 0.95, 0.6),
-        point("surely worse in both", 0.70, 0.3),
-        point("no more accurate, surely leakier", 0.80, 0.3),
-        failed(),
-    ]
-    assert members(rows) - {"none"} == {"private", "accurate"}
-
-
-def test_a_row_stays_as_long_as_the_intervals_overlap():
-    rows = [point("better", 0.80, 0.1, wide=0.05), point("worse", 0.75, 0.15, wide=0.05)]
-    assert members(rows) - {"none"} == {"better", "worse"}
-    assert members([rows[0], point("worse", 0.75, 0.15, wide=0.001)]) - {"none"} == {"better", "worse"}
-    assert members([point("better", 0.80, 0.1), rows[1] | {"leakage_interval": None, "accuracy_interval": None}]) >= {
-        "worse"
-    }
-
-
-def test_a_better_value_in_one_does_not_make_up_for_the_other():
-    assert members([point("a", 0.80, 0.1), point("b", 0.9, 0.11)]) >= {"a", "b"}
-
-
-# --- remarks ---
-
-
 def test_an_accuracy_that_is_worth_little_is_remarked():
     none, ruined = control(), finished("ruined", accuracy=0.6)
     assert remarks_of(ruined, [none, ruined]) == ["accuracy 34 points below training without compression"]
@@ -148,9 +77,6 @@ def test_an_accuracy_that_is_worth_little_is_remarked():
     assert remarks_of(finished(), [none, finished()], classes=10) == []
     assert remarks_of(none, [none], classes=10) == []
     assert remarks_of(failed() | {"remarks": ["kept"]}, [none]) == ["kept"]
-
-
-# --- words ---
 
 
 def test_the_answer_is_three_lines():

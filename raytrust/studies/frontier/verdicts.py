@@ -1,0 +1,92 @@
+"""The verdicts of a sweep: from each row's evidence, and from all rows together, what may be said of each.
+
+Computed from the rows by `raytrust.metrics.verdict` and nowhere else, so that table, figure, page, terminal and MLflow
+say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from raytrust.metrics.verdict import LEAKS, Control, Judgement, control_of, judge
+from raytrust.studies.frontier.row import Row, accuracy, checked, evidence, is_plain, leakage, naive_evidence
+
+
+def judge_rows(rows: Sequence[Row]) -> list[Row]:
+    """Copies of the rows with ``verdict``, ``verdict_reason``, ``control`` and ``pareto``.
+
+    control: whether the attack works without compression; the same in all rows. verdict: "leaks", "resists" or
+    "undecided", None in a failed row; verdict_reason: one line with the numbers. pareto: see `mark_pareto`; False for
+    all where the control fails. Order is kept, the arguments are left alone, and what the keys held is not read.
+
+    Raises:
+        ValueError: as in `raytrust.studies.frontier.row.write_rows`.
+    """
+    control = control_of_rows(checked(rows))
+    judged = []
+    for row in rows:
+        verdict = _judged(row, control) if row["status"] == "finished" else None
+        words = {"verdict": verdict and verdict.verdict, "verdict_reason": verdict and verdict.reason}
+        judged.append(cast(Row, row | words | {"control": control.works}))
+    return mark_pareto(judged)
+
+
+def _judged(row: Row, control: Control) -> Judgement:
+    """By the strongest attack; but a leak that the best naive attack shows, by identification, say, is a leak too."""
+    verdict, naive = judge(evidence(row), control), naive_evidence(row)
+    if verdict.verdict == LEAKS or row.get("excess_interval") is None or naive is None or naive.interval is None:
+        return verdict
+    ignorant = judge(naive, control)
+    return Judgement(LEAKS, f"ignoring the compressor: {ignorant.reason}") if ignorant.verdict == LEAKS else verdict
+
+
+def control_of_rows(rows: Sequence[Row]) -> Control:
+    """Whether the attack works on the uncompressed gradient: on the row without a compressor that leaks most."""
+    plain = [row for row in rows if is_plain(row)]
+    tried = [evidence(row) for row in plain if row["status"] == "finished"]
+    if not tried and plain:
+        return Control(False, f"no control: without compression it failed: {plain[0].get('reason')}")
+    return control_of(max(tried, key=lambda e: e.value, default=None))
+
+
+def control_works(judged: Sequence[Row]) -> bool:
+    return any(row["control"] for row in judged)
+
+
+def only_looks_private(row: Row, control: Control) -> bool:
+    """Whether a judged row leaks, but an attack that ignores its compressor would not have shown it."""
+    naive = naive_evidence(row)
+    if row.get("verdict") != LEAKS or naive is None or naive.floor is None or naive.interval is None:
+        return False
+    return judge(naive, control).verdict != LEAKS
+
+
+def starkest(rows: Sequence[Row]) -> Row | None:
+    """Of the judged rows, the one on which knowing the compressor gains most: among those that only look private, or
+    if there are none, among those where the gain is certain, with its interval."""
+    control = control_of_rows(rows)
+    deceptive = [row for row in rows if only_looks_private(row, control)]
+    certain = [row for row in rows if row.get("verdict") == LEAKS and (row.get("aware_gain_interval") or [0.0])[0] > 0]
+    return max(deceptive or certain, key=lambda row: row["leakage_ssim"] - (row["naive_ssim"] or 0.0), default=None)
+
+
+def mark_pareto(rows: Sequence[Row]) -> list[Row]:
+    """Copies of the judged rows with ``pareto``: which are worth choosing among, as far as the intervals tell.
+
+    A finished row is out only if another is no worse in accuracy and in leakage, and in at least one of them better by
+    95 % intervals that do not overlap. Where the control fails, none is in: a ranking by an attack that doesn't work
+    would be one of noise.
+    """
+    finished = [row for row in rows if row["status"] == "finished"]
+
+    def stays(row: Row) -> bool:
+        return row["status"] == "finished" and row["control"] and not any(_beats(other, row) for other in finished)
+
+    return [row | {"pareto": stays(row)} for row in rows]
+
+
+def _beats(one: Row, other: Row) -> bool:
+    if one["accuracy"] < other["accuracy"] or one["leakage_ssim"] > other["leakage_ssim"]:
+        return False
+    return accuracy(other).below(accuracy(one)) or leakage(one).below(leakage(other))
