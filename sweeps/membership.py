@@ -66,7 +66,8 @@ DEFAULTS: dict[str, Any] = {
     **dict(data="digits", image_size=None, preset="quick", defence=None, cpus=None, hours=None, messages=4),
     **cli.PLACES,
 }
-RUN = cli.Directory("membership", "an audit", "membership.json", ("address", "tracking_uri", "cpus", "hours", "plugin"))
+CHANGEABLE = ("address", "local", "tracking_uri", "cpus", "hours", "plugin")
+RUN = cli.Directory("membership", "an audit", "membership.json", CHANGEABLE)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,6 +139,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, MembershipConfig]:
     _config(_fit(options, sys.maxsize), listed, references)  # refuses what is wrong whatever the images
     cli.check_cpus("cpus", options.cpus, options.address)
     cli.check_hours(options)
+    cli.check_local(options)
     from raytrust.data import load  # imports torch: not needed to refuse a wrong option
     from raytrust.networks.build import check_network
 
@@ -203,7 +205,14 @@ def _run(options: argparse.Namespace, data: Any, config: MembershipConfig, store
     print(data.summary())
     cpus, uri = options.cpus or cli.cpus(), options.tracking_uri
     rows = run_membership(
-        config, data, store, address=options.address, cpus=cpus, tracking_uri=uri, hours=options.hours
+        config,
+        data,
+        store,
+        address=options.address,
+        cpus=cpus,
+        tracking_uri=uri,
+        hours=options.hours,
+        spread=not options.local,
     )
     print("\n" + (store.root / "membership.txt").read_text())
     cli.list_files(store.root, ("report.html", "results.json", "roc.png", "auc.png", "models"))

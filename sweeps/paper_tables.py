@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = dict(
     tables="1,2", datasets=",".join(DATASETS), data_dir=None, images=None, budget="quick", cpus=None, hours=None,
     seed=0, **cli.PLACES,
 )  # fmt: skip
-CHANGEABLE = ("address", "tracking_uri", "cpus", "hours", "plugin")
+CHANGEABLE = ("address", "local", "tracking_uri", "cpus", "hours", "plugin")
 RUN = cli.Directory("paper_tables", "a run", "paper.json", CHANGEABLE)
 
 
@@ -90,6 +90,7 @@ def _check(options: argparse.Namespace) -> Budget:
     cli.check_least(options, 0, "seed")
     cli.check_cpus("cpus", options.cpus, options.address)
     cli.check_hours(options)
+    cli.check_local(options)
     if not options.tables or not set(options.tables.split(",")) <= {"1", "2"}:
         raise ValueError(f"Expected tables={options.tables!r} to be 1, 2 or 1,2.")
     whole = BUDGETS[options.budget]
@@ -117,7 +118,9 @@ def _run(options: argparse.Namespace, config: Any, data: dict[str, Any], root: P
     from raytrust.reports.paper.write import ARTIFACTS
 
     cpus, address, uri = options.cpus or cli.cpus(), options.address, options.tracking_uri
-    report = run_paper(config, data, root, address=address, cpus=cpus, tracking_uri=uri, hours=options.hours)
+    report = run_paper(
+        config, data, root, address=address, cpus=cpus, tracking_uri=uri, hours=options.hours, spread=not options.local
+    )
     for claim in report.claims:
         print(f"{claim.verdict:>30}  {claim.quote}")
     cli.list_files(root, ARTIFACTS)

@@ -86,7 +86,7 @@ DEFAULTS: dict[str, Any] = {
     **dict(minimise_bytes=False, hours=None, parallel=None, device="auto"),
     **cli.PLACES,
 }
-PLACE = ("address", "parallel", "tracking_uri", "device", "hours", "plugin")
+PLACE = ("address", "local", "parallel", "tracking_uri", "device", "hours", "plugin")
 AGAIN = ("attack_trials", "attack", *ATTACK.names)  # what may change: the captures are attacked again
 RUN = cli.Directory("privacy_frontier", "a sweep", "sweep.json", ("trials", *AGAIN, *PLACE))
 
@@ -137,6 +137,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         raise ValueError(f"Expected resume={str(options.resume)!r} to be of this version, but it lacks {missing[0]}.")
     cli.check_least(options, 1, "trials", "steps")
     cli.check_hours(options)
+    cli.check_local(options)
     cli.drop_width(options)
     if options.parallel is not None and (options.parallel < 1 or options.address is None):
         raise ValueError(f"Expected parallel={options.parallel} to be at least 1 and to be given with --address.")
@@ -207,6 +208,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
         parallel=options.parallel,
         device=options.device,
         hours=options.hours,
+        spread=not options.local,
         program=Program(called, given, RUN.keep(options), cli.STARTED),
     )
     return 0 if any(row["status"] == "finished" for row in rows) else 1

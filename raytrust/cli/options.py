@@ -55,11 +55,14 @@ class Parser(argparse.ArgumentParser):
         add("--output", type=Path, metavar="DIR", help="a new directory for the results")
         add("--resume", type=Path, metavar="DIR", help=f"go on with the {noun} in DIR")
         add("--address", metavar="ADDRESS", help="of a Ray cluster; a local one is started if none is given")
+        add("--local", action="store_true", help="in this process, without Ray; of a sweep the list alone, no search")
         add("--tracking-uri", metavar="URI", help="of an MLflow store; sqlite in the output directory if none is given")
 
 
 # Their defaults; chosen: the options that were given, when the run began or since.
-PLACES: dict[str, Any] = dict(output=None, resume=None, address=None, tracking_uri=None, plugin=(), chosen=())
+PLACES: dict[str, Any] = dict(
+    output=None, resume=None, address=None, local=False, tracking_uri=None, plugin=(), chosen=()
+)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Directory:
 
     def keep(self, options: Namespace, dropped: Sequence[str] = ()) -> dict[str, Any]:
         """The options that a resumed run takes over, from whatever directory it is resumed."""
-        dropped = ("output", "resume", "address", "plugin", *dropped)  # a directory brings in no code
+        dropped = ("output", "resume", "address", "local", "plugin", *dropped)  # a directory brings in no code
         kept = {k: v for k, v in vars(options).items() if k not in dropped}
         if kept.get("data", "digits") not in NAMED_DATA:
             kept["data"] = str(Path(kept["data"]).expanduser().resolve())
@@ -256,6 +259,12 @@ def drop_width(options: Namespace) -> None:
     """Leave the width of a network that is not shipped to itself, unless it was given: a preset's is of the shipped."""
     if options.network not in WIDTHS and "width" not in options.chosen:
         options.width = None
+
+
+def check_local(options: Namespace) -> None:
+    """Raises ValueError if a cluster is given, too."""
+    if options.local and options.address is not None:
+        raise ValueError(f"Expected address={options.address!r} not to be given with --local.")
 
 
 def check_hours(options: Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sweep_fixtures import TINY, save_images
 
-from raytrust.reports.frontier_table import load_rows
+from raytrust.studies.frontier.row import load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
