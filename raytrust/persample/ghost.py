@@ -12,6 +12,13 @@ from torch.utils._pytree import tree_map
 from raytrust.persample.products import Product
 
 Form = Literal["whole", "flat", "matrix", "transposed", "square"]
+_DENSE: dict[Form, Callable[[Tensor], Tensor]] = {
+    "whole": lambda gradients: gradients,
+    "flat": lambda gradients: gradients.flatten(1),
+    "matrix": lambda gradients: gradients.flatten(2),
+    "transposed": lambda gradients: gradients.flatten(2).mT,
+    "square": lambda gradients: gradients.flatten(1).square(),
+}
 
 
 class GhostGradient(Tensor):
@@ -39,18 +46,7 @@ class GhostGradient(Tensor):
 
     def dense(self) -> Tensor:
         """What this stands for, as a plain tensor."""
-        gradients = self.product.dense
-        match self.form:
-            case "whole":
-                return gradients
-            case "flat":
-                return gradients.flatten(1)
-            case "matrix":
-                return gradients.flatten(2)
-            case "transposed":
-                return gradients.flatten(2).mT
-            case "square":
-                return gradients.flatten(1).square()
+        return _DENSE[self.form](self.product.dense)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -27,14 +27,12 @@ class Product:
     """The gradients (n, *shape) of a weight, for n candidates.
 
     inputs, signals: (n * batch, ...), as the layer has them. shape: (outputs, inputs, *kernel). geometry: that of a
-    convolution, else None. Results are in `dtype`.
+    convolution, else None. Results are in `dtype`, float32 at least.
     """
 
-    def __init__(
-        self, inputs: Tensor, signals: Tensor, n: int, shape: torch.Size, geometry: Geometry | None, dtype: torch.dtype
-    ):
-        self.inputs, self.signals, self.n, self.shape = inputs, signals, n, shape
-        self.geometry, self.dtype = geometry, dtype
+    def __init__(self, inputs: Tensor, signals: Tensor, n: int, shape: torch.Size, geometry: Geometry | None):
+        self.inputs, self.signals, self.n, self.shape, self.geometry = inputs, signals, n, shape, geometry
+        self.dtype = torch.promote_types(inputs.dtype, torch.float32)
         self.positions = signals.numel() // (max(n, 1) * shape[0])  # of all images of a candidate
 
     @property
@@ -63,6 +61,11 @@ class Product:
         return (self.signals if self.geometry is None else self.signals.movedim(1, -1)).reshape(
             self.n, -1, self.shape[0]
         )
+
+    @property
+    def bias(self) -> Tensor:
+        """The gradients of a bias that is added to each position: (n, outputs)."""
+        return self.s.sum(1, dtype=self.dtype)
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -140,7 +143,7 @@ class Product:
         """For the first counts[0] candidates, the next counts[1], and so on."""
         images = [len(self.inputs) // max(self.n, 1) * c for c in counts]
         parts = zip(self.inputs.split(images), self.signals.split(images), counts, strict=True)
-        return [Product(i, s, c, self.shape, self.geometry, self.dtype) for i, s, c in parts]
+        return [Product(i, s, c, self.shape, self.geometry) for i, s, c in parts]
 
 
 class Block(NamedTuple):
@@ -225,17 +228,18 @@ class ChannelSums(torch.autograd.Function):
     """(sum of s, sum of s x) over positions, for x, s (n * batch, channels, ...): two of (n, channels)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, s: Tensor, n: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, s)
-        return tuple(_over_positions(t, n).to(dtype) for t in (s, s * x))  # type: ignore[return-value]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return _over_positions(s, n).to(dtype), _over_positions(s * x, n).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
         x, s = ctx.saved_tensors
         n = len(slopes[0])
         shape = (len(x), -1, *[1] * (x.ndim - 2))
         of_sum, of_product = (t.to(x.dtype).repeat_interleave(len(x) // n, 0).view(shape) for t in slopes)
-        return s * of_product, torch.addcmul(of_sum, x, of_product), None, None
+        return s * of_product, torch.addcmul(of_sum, x, of_product), None
 
 
 def _over_positions(x: Tensor, n: int) -> Tensor:

@@ -28,10 +28,12 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if not (x.device.type == "cpu" and groups == 1 and len(x) > 1 and _positions(x, weight, geometry) <= FEW):
         return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
     windows = unfold(x, weight.shape[2:], geometry)
+    rows = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if rows else torch.contiguous_format
     shape = (len(x), len(weight), *windows.shape[1:3])
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     # Into the output: a view of the product could not be overwritten by a ReLU in place.
-    y.permute(0, 2, 3, 1).view(-1, len(weight)).copy_(mm(windows.flatten(0, 2).flatten(1), _rows(weight).T))
+    y.permute(0, 2, 3, 1).copy_(mm(windows.flatten(0, 2).flatten(1), _rows(weight).T).view(*windows.shape[:3], -1))
     return y
 
 

@@ -3,7 +3,8 @@
 from raytrust.attacks.inversion.engine import Candidates, GradientInversion, invert
 from raytrust.attacks.inversion.labels import recover_labels
 from raytrust.attacks.inversion.priors import total_colour, total_variation
-from raytrust.persample.matcher import GradientMatcher, per_candidate_gradients
+from raytrust.persample.matcher import GradientMatcher
+from raytrust.persample.plain import per_candidate_gradients
 
 __all__ = [
     "Candidates",

@@ -25,12 +25,7 @@ from raytrust.attacks.inversion.stacks import stack, stack_key
 from raytrust.config import InversionConfig
 from raytrust.leak import View
 from raytrust.leak.observation import Observation
-from raytrust.persample.matcher import (
-    Distance,
-    GradientMatcher,
-    forget_batch_statistics,
-    per_candidate_gradients,
-)
+from raytrust.persample.matcher import Distance, GradientMatcher
 
 PRIORS = ("tv", "colour", "l2", "group", "bn")
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of `engine.Candidates`, in their order
@@ -85,11 +80,7 @@ class _Batch:
         self.rows = torch.arange(len(self.owner), device=device)
         self.counts = counts
         model = first.build_model().to(device)
-        self.gradients: _Joint | GradientMatcher
-        if pieces[0].labels is None:
-            self.gradients = _Joint(model)
-        else:
-            self.gradients = GradientMatcher(model, getattr(torch, pieces[0].config.precision))
+        self.gradients = GradientMatcher(model, getattr(torch, pieces[0].config.precision))
         self.settings = _Settings.of(pieces, self.owner.to(device), device)
         if "bn" in self.settings.weights:
             self.bn_prior = BatchNormPrior(model)
@@ -119,12 +110,13 @@ class _Batch:
     def look(self) -> Tensor:
         """Evaluate the objective, keep what is better than the best so far, and return its derivative (n, d)."""
         x = self.images(self.z[:, : self.pixels]).requires_grad_()
-        value, gradient = self.gradients(x, self._labels(), self._distance)
-        if isinstance(gradient, tuple):
-            gradient = torch.cat([g.flatten(1) for g in gradient], 1)
+        if self.pieces[0].labels is None:
+            value, *slopes = self.gradients.jointly(x, self._soft(self.z), self._distance)
+        else:
+            value, *slopes = self.gradients(x, self.settings.labels, self._distance)
+        gradient = torch.cat([slope.flatten(1) for slope in slopes], 1)
         prior = self._prior(x)
         (slope,) = torch.autograd.grad(prior.sum(), x)
-        gradient = gradient.flatten(1).clone()
         gradient[:, : self.pixels] += slope.flatten(1)
         matching, value = value, value + prior.detach()
         best, rows = self.best[self.rows], self.rows
@@ -170,9 +162,6 @@ class _Batch:
 
     def _soft(self, z: Tensor) -> Tensor:
         return z[:, self.pixels :].unflatten(1, (-1, self.first.classes))
-
-    def _labels(self) -> Tensor:
-        return self._soft(self.z) if self.pieces[0].labels is None else self.settings.labels
 
     def _deal(self) -> None:
         """Which candidates belong to which comparison, as long as none is dropped."""
@@ -291,19 +280,6 @@ class _Settings:
             labels=self.labels[rows],
             statistics=[(mean[rows], variance[rows]) for mean, variance in self.statistics],
         )
-
-
-class _Joint:
-    """Like `GradientMatcher` for soft labels: also returns the derivative by their logits. By plain autograd."""
-
-    def __init__(self, model: torch.nn.Module):
-        self._model = forget_batch_statistics(model).requires_grad_(False)
-
-    def __call__(self, x: Tensor, logits: Tensor, distance: Distance) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x, logits = x.detach().requires_grad_(), logits.detach().requires_grad_()
-        values = distance(per_candidate_gradients(self._model, x, logits.softmax(-1)))
-        dx, dlogits = torch.autograd.grad(values.sum(), (x, logits))
-        return values.detach(), (dx, dlogits)
 
 
 def _start(piece: Piece) -> Tensor:

@@ -2,13 +2,12 @@
 
 from raytrust.attacks.learned.encoding import CountSketch
 from raytrust.attacks.learned.inverter import Auxiliary, LearnedInverter, train_inverter
-from raytrust.attacks.learned.messages import auxiliary_messages, image_gradients
+from raytrust.attacks.learned.messages import auxiliary_messages
 
 __all__ = [
     "Auxiliary",
     "CountSketch",
     "LearnedInverter",
     "auxiliary_messages",
-    "image_gradients",
     "train_inverter",
 ]

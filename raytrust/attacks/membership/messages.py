@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raytrust.leak.observation import Observation, decoded
-from raytrust.persample.inner_products import products_and_norms
+from raytrust.persample.engine import PerSampleGradients
 
 ATTACKS = ("cosine", "gradient difference")
 
@@ -36,13 +36,13 @@ def message_scores(seen: Observation, x: Tensor, labels: Tensor, chunk: int = 64
     Memory is that of `chunk` candidates.
     """
     message, images = decoded(seen)
-    model = seen.build_model().eval()
+    gradients = PerSampleGradients(seen.build_model().eval())
     mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
     norm = float(torch.stack([m.double().square().sum() for m in message]).sum().sqrt())
     parts = []
     for some, y in zip(x.split(chunk), labels.split(chunk), strict=True):
-        some = (some - mean) / std
-        parts.append(torch.stack(products_and_norms(model, some, y, message)).double())
+        batches = ((some - mean) / std)[:, None]
+        parts.append(torch.stack(gradients.products_and_norms(batches, y[:, None], message)).double())
     loss, inner, squared = torch.cat(parts, dim=1)
     tiny = torch.finfo(torch.float64).tiny
     return MessageScores(

@@ -1,0 +1,148 @@
+"""One engine for the gradients of many samples or candidates, which every attack asks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from raytrust.persample.fast import FastPath
+from raytrust.persample.ghost import GhostGradient
+from raytrust.persample.memory import is_out_of_memory
+from raytrust.persample.plain import PlainPath, copied
+
+
+class PerSampleGradients:
+    """The gradients of the mean cross-entropy over each of many candidate batches.
+
+    Fast where a rule is known for each layer with parameters (`register_rule`) and the first call agrees with plain
+    autograd; any other model takes the slow path, one candidate after another, with one warning. Both agree to
+    rounding. The model is copied, not changed. A batch norm in training mode normalises each candidate batch by itself;
+    of a frozen parameter the gradient is zero.
+
+    dtype: in which the passes run, by default the model's own, but at least float32. bfloat16 is for CPUs with AMX or
+    AVX512-BF16 and for GPUs; not for the slow path, which ignores it.
+    """
+
+    _twice = False  # whether derivatives of the gradients are asked for, too
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
+        model = copied(model)
+        self._precision = reduce(torch.promote_types, (p.dtype for p in model.parameters()), torch.float32)
+        self._dtype, self._shapes = dtype or self._precision, [p.shape for p in model.parameters()]
+        self._path: FastPath | PlainPath = PlainPath(copied(model).to(self._precision))
+        fast = FastPath(model.to(self._precision))
+        self._unchecked = None if fast.missing else fast
+        if fast.missing:
+            warnings.warn(f"Slow path: no rule for {', '.join(fast.missing)}.", stacklevel=2)
+
+    @property
+    def fast(self) -> bool:
+        return self._unchecked is not None or isinstance(self._path, FastPath)
+
+    def dense(self, x: Tensor, labels: Tensor) -> list[Tensor]:
+        """The gradients themselves, one tensor a parameter, (n, *shape).
+
+        x: (n, batch, channels, height, width), as the model sees images. labels: (n, batch).
+        """
+        return self._formed(self._checked(x, labels).gradients(x, labels)[1], x)
+
+    def products_and_norms(
+        self, x: Tensor, labels: Tensor, direction: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each candidate's loss (nats), inner product of its gradient with `direction`, and squared gradient norm.
+
+        x, labels: as in `dense`. direction: one tensor a parameter, in the model's order. Returns three of (n,). No
+        more than one layer's gradients are held, if they are formed at all.
+        """
+        path, parts = self._checked(x, labels), []
+        for images, targets in zip(*(t.split(len(x) if self.fast else 1) for t in (x, labels)), strict=True):
+            losses, gradients = path.gradients(images, targets)
+            inner, squared = torch.zeros_like(losses), torch.zeros_like(losses)
+            for i, gradient in gradients:
+                rows = gradient.reshape(len(images), -1)
+                inner += rows @ direction[i].detach().flatten()
+                squared += rows.square().sum(1)
+            parts.append(torch.stack([losses, inner, squared]))
+        losses, inner, squared = torch.cat(parts, 1)
+        return losses, inner, squared
+
+    def _formed(self, gradients: Iterable[tuple[int, Tensor]], x: Tensor) -> list[Tensor]:
+        """As plain tensors, one a parameter, zeros where there is none."""
+        formed = [x.new_zeros(()).expand(len(x), *shape) for shape in self._shapes]
+        for i, gradient in gradients:
+            formed[i] = (gradient.dense() if isinstance(gradient, GhostGradient) else gradient).detach()
+        return formed
+
+    def _checked(self, x: Tensor, labels: Tensor) -> FastPath | PlainPath:
+        """The path to take; the first call chooses it."""
+        if self._unchecked is not None:
+            fast, self._unchecked = self._unchecked, None
+            problem = self._problem(fast, x, labels)
+            if problem is None:
+                self._path = fast
+            else:
+                warnings.warn(f"Slow path: {problem}.", stacklevel=3)
+        return self._path
+
+    def _problem(self, fast: FastPath, x: Tensor, labels: Tensor) -> str | None:
+        """Why the fast path is not to be trusted with this model; None, and it is ready, if it is.
+
+        What can't be seen of a layer shows here: a weight that is used outside its layer, a module that mixes
+        candidates, a rule that is wrong.
+        """
+        assert isinstance(self._path, PlainPath)
+        generator = torch.Generator().manual_seed(0)
+        # Two candidates, as one alone mixes with nobody; noise, as the caller's images may be zero or not finite.
+        noise = torch.randn(2, *x.shape[1:], generator=generator).to(x.device)
+        direction = [torch.randn(shape, generator=generator).to(x.device) for shape in self._shapes]
+        problem, labels = "", labels.detach()[[0, -1]]
+        # A model may ask for planes, by `view`. And rounding may turn a ReLU: only double precision convicts.
+        for rows, dtype in product((True, False), dict.fromkeys((self._precision, torch.float64))):
+            fast.to(dtype, rows)
+            self._path.model.to(dtype)
+            exact = self._probe(self._path, noise.to(dtype), labels, direction)
+            try:
+                error = _error(self._probe(fast, noise.to(dtype), labels, direction), exact)
+                problem = f"the fast one's gradients are off by {error:.1%}"
+            except Exception as failure:  # in whatever way it fails, the slow path is the definition
+                if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
+                    raise
+                error, problem = torch.inf, f"the fast one fails, {str(failure).splitlines()[0].rstrip('.')}"
+            if error <= torch.finfo(dtype).eps ** 0.25:  # 2 % in single precision, 0.01 % in double
+                fast.to(self._dtype, rows)
+                return None
+        self._path.model.to(self._precision)
+        return problem
+
+    def _probe(
+        self, path: FastPath | PlainPath, x: Tensor, labels: Tensor, direction: Sequence[Tensor]
+    ) -> list[list[Tensor]]:
+        """The gradients, and the derivative of their inner products with a direction by the images if it is needed."""
+        if not self._twice:
+            return [self._formed(path.gradients(x, labels)[1], x)]
+        gradients: list[Tensor] = []
+
+        def along(ghosts: Sequence[Tensor]) -> Tensor:
+            gradients[:] = self._formed(enumerate(ghosts), x)
+            pairs = zip(ghosts, direction, strict=True)
+            return torch.stack([g.reshape(len(x), -1) @ d.flatten().to(g.dtype) for g, d in pairs]).sum(0)
+
+        _, slopes = path.match(x.requires_grad_(), labels, along, [x])
+        return [gradients, slopes]
+
+
+def _error(probe: Sequence[Sequence[Tensor]], exact: Sequence[Sequence[Tensor]]) -> float:
+    """The largest error of a tensor, relative to it, or to a thousandth of all that are with it. What is not finite by
+    plain autograd either, as weights are NaN, says nothing."""
+    errors = []
+    for tensors, references in zip(probe, exact, strict=True):
+        known = [e.isfinite() for e in references]
+        sizes = torch.stack([e[k].norm() for e, k in zip(references, known, strict=True)])
+        apart = torch.stack([(t - e)[k].norm() for t, e, k in zip(tensors, references, known, strict=True)])
+        errors.append(apart / sizes.maximum(1e-3 * sizes.norm() + torch.finfo(sizes.dtype).tiny))
+    return float(torch.cat(errors).max())  # NaN, and so no agreement, if the fast path alone is not finite
