@@ -4,7 +4,7 @@
 
 Inner product with a message and norm of the gradient of every candidate, in evaluation mode, on one thread; the median
 processor time of several runs of each way, and the ratio. For comparison, the inner products alone by one forward-mode
-product.
+product, and the gradients themselves, which the learned attack asks for.
 """
 
 from __future__ import annotations
@@ -23,18 +23,23 @@ from torch.func import functional_call, grad, jvp, vmap
 
 from raytrust.config import ModelConfig
 from raytrust.networks.build import build_model
-from raytrust.persample.inner_products import products_and_norms
+from raytrust.persample import PerSampleGradients
 
 
-def by_vmap(model: nn.Module, x: Tensor, labels: Tensor, direction: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(inner products, squared norms) from one gradient a candidate."""
+def by_vmap(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
+    """One gradient a candidate."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
 
     def loss(parameters: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, (parameters, buffers), (x[None],)), label[None])
 
-    grads = list(vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, labels).values())
+    return list(vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, labels).values())
+
+
+def products_by_vmap(model: nn.Module, x: Tensor, labels: Tensor, direction: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(inner products, squared norms) from one gradient a candidate."""
+    grads = by_vmap(model, x, labels)
     inner = sum(torch.einsum("nk,k->n", g.flatten(1), d.flatten()) for g, d in zip(grads, direction, strict=True))
     return torch.as_tensor(inner), torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0)
 
@@ -76,13 +81,21 @@ def main() -> None:
     for config in configs:
         model = build_model(config, 3, 10, seed=0).eval()
         direction = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
-        ours, theirs, forward_mode = (
-            1e3 / options.candidates * seconds(partial(f, model, x, labels, direction), options.repeats)
-            for f in (products_and_norms, by_vmap, by_jvp)
+        engine = PerSampleGradients(model)
+        ways = (
+            partial(engine.products_and_norms, x[:, None], labels[:, None], direction),
+            partial(products_by_vmap, model, x, labels, direction),
+            partial(by_jvp, model, x, labels, direction),
+            partial(engine.dense, x[:, None], labels[:, None]),
+            partial(by_vmap, model, x, labels),
+        )
+        ours, theirs, forward_mode, dense, dense_by_vmap = (
+            1e3 / options.candidates * seconds(way, options.repeats) for way in ways
         )
         print(
             f"{config.name} width {config.width}: {ours:.2f} ms a candidate, vmap(grad) {theirs:.2f} ms, "
-            f"ratio {theirs / ours:.1f}; inner products alone by jvp {forward_mode:.2f} ms",
+            f"ratio {theirs / ours:.1f}; inner products alone by jvp {forward_mode:.2f} ms; "
+            f"gradients {dense:.2f} ms, vmap(grad) {dense_by_vmap:.2f} ms, ratio {dense_by_vmap / dense:.1f}",
             flush=True,
         )
 

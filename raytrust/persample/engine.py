@@ -10,10 +10,10 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from raytrust.persample.fast import FastPath
+from raytrust.persample.fast import FastPath, without_rule
 from raytrust.persample.ghost import GhostGradient
 from raytrust.persample.memory import is_out_of_memory
-from raytrust.persample.plain import PlainPath, copied
+from raytrust.persample.plain import PlainPath
 
 
 class PerSampleGradients:
@@ -21,8 +21,8 @@ class PerSampleGradients:
 
     Fast where a rule is known for each layer with parameters (`register_rule`) and the first call agrees with plain
     autograd; any other model takes the slow path, one candidate after another, with one warning. Both agree to
-    rounding. The model is copied, not changed. A batch norm in training mode normalises each candidate batch by itself;
-    of a frozen parameter the gradient is zero.
+    rounding. The model is left as it is, and must stay so meanwhile. A batch norm in training mode normalises each
+    candidate batch by itself; of a frozen parameter the gradient is zero.
 
     dtype: in which the passes run, by default the model's own, but at least float32. bfloat16 is for CPUs with AMX or
     AVX512-BF16 and for GPUs; not for the slow path, which ignores it.
@@ -31,18 +31,13 @@ class PerSampleGradients:
     _twice = False  # whether derivatives of the gradients are asked for, too
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
-        model = copied(model)
         self._precision = reduce(torch.promote_types, (p.dtype for p in model.parameters()), torch.float32)
         self._dtype, self._shapes = dtype or self._precision, [p.shape for p in model.parameters()]
-        self._path: FastPath | PlainPath = PlainPath(copied(model).to(self._precision))
-        fast = FastPath(model.to(self._precision))
-        self._unchecked = None if fast.missing else fast
-        if fast.missing:
-            warnings.warn(f"Slow path: no rule for {', '.join(fast.missing)}.", stacklevel=2)
-
-    @property
-    def fast(self) -> bool:
-        return self._unchecked is not None or isinstance(self._path, FastPath)
+        self._path: FastPath | PlainPath = PlainPath(model, self._precision)
+        missing = without_rule(model)
+        if missing:
+            warnings.warn(f"Slow path: no rule for {', '.join(missing)}.", stacklevel=2)
+        self.fast = not missing
 
     def dense(self, x: Tensor, labels: Tensor) -> list[Tensor]:
         """The gradients themselves, one tensor a parameter, (n, *shape).
@@ -80,43 +75,39 @@ class PerSampleGradients:
 
     def _checked(self, x: Tensor, labels: Tensor) -> FastPath | PlainPath:
         """The path to take; the first call chooses it."""
-        if self._unchecked is not None:
-            fast, self._unchecked = self._unchecked, None
-            problem = self._problem(fast, x, labels)
-            if problem is None:
-                self._path = fast
+        if self.fast and isinstance(self._path, PlainPath):
+            path = self._choice(self._path.model, x, labels)
+            if isinstance(path, FastPath):
+                self._path = path
             else:
-                warnings.warn(f"Slow path: {problem}.", stacklevel=3)
+                warnings.warn(f"Slow path: {path}.", stacklevel=3)
+                self.fast = False
         return self._path
 
-    def _problem(self, fast: FastPath, x: Tensor, labels: Tensor) -> str | None:
-        """Why the fast path is not to be trusted with this model; None, and it is ready, if it is.
+    def _choice(self, model: nn.Module, x: Tensor, labels: Tensor) -> FastPath | str:
+        """The fast path, or why it is not to be trusted with this model.
 
         What can't be seen of a layer shows here: a weight that is used outside its layer, a module that mixes
         candidates, a rule that is wrong.
         """
-        assert isinstance(self._path, PlainPath)
+        problem, labels = "", labels.detach()[[0, -1]]
         generator = torch.Generator().manual_seed(0)
         # Two candidates, as one alone mixes with nobody; noise, as the caller's images may be zero or not finite.
         noise = torch.randn(2, *x.shape[1:], generator=generator).to(x.device)
         direction = [torch.randn(shape, generator=generator).to(x.device) for shape in self._shapes]
-        problem, labels = "", labels.detach()[[0, -1]]
         # A model may ask for planes, by `view`. And rounding may turn a ReLU: only double precision convicts.
         for rows, dtype in product((True, False), dict.fromkeys((self._precision, torch.float64))):
-            fast.to(dtype, rows)
-            self._path.model.to(dtype)
-            exact = self._probe(self._path, noise.to(dtype), labels, direction)
             try:
-                error = _error(self._probe(fast, noise.to(dtype), labels, direction), exact)
-                problem = f"the fast one's gradients are off by {error:.1%}"
+                fast, plain = FastPath(model, dtype, rows), PlainPath(model, dtype)
+                error = _error(*(self._probe(path, noise.to(dtype), labels, direction) for path in (fast, plain)))
             except Exception as failure:  # in whatever way it fails, the slow path is the definition
                 if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
                     raise
-                error, problem = torch.inf, f"the fast one fails, {str(failure).splitlines()[0].rstrip('.')}"
+                problem = f"the fast one fails, {str(failure).splitlines()[0].rstrip('.')}"
+                continue
             if error <= torch.finfo(dtype).eps ** 0.25:  # 2 % in single precision, 0.01 % in double
-                fast.to(self._dtype, rows)
-                return None
-        self._path.model.to(self._precision)
+                return fast if dtype == self._dtype else FastPath(model, self._dtype, rows)
+            problem = f"the fast one's gradients are off by {error:.1%}"
         return problem
 
     def _probe(

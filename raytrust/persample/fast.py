@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.persample.plain import Distance, are_trained
+from raytrust.persample.plain import Distance, are_trained, derivatives
 from raytrust.persample.rules import NORMS, RULES, Rule, rule_of
 
 
@@ -26,20 +28,12 @@ class Call:
     signals: Tensor | None = None  # like the output
 
 
-@dataclass
-class Tape:
-    """What the layers of one model share: the calls of a pass, and how many candidates it is for."""
-
-    calls: list[Call] = field(default_factory=list)
-    candidates: int = 1
-
-
 class Recorded(nn.Module):
-    """Mixed into the type of a layer: its calls are recorded on a tape. _places: of its trained parameters, by name."""
+    """Mixed into the type of a layer: its calls are recorded."""
 
-    _tape: Tape
+    _tape: SimpleNamespace  # of the whole model: the calls of a pass, and how many candidates it is for
     _rule: Rule
-    _places: dict[str, int]
+    _places: dict[str, int]  # of its trained parameters in the model, by name
 
     def forward(self, input: Tensor, *rest: Any, **named: Any) -> Tensor:
         if self._rule.forward is None:
@@ -62,39 +56,38 @@ def _recorded(kind: Any) -> Any:
     return type(kind.__name__, (Recorded, kind), {})
 
 
-class FastPath:
-    """What the engine asks for, of a model whose trained layers all have a rule. The model is changed.
+def without_rule(model: nn.Module) -> list[str]:
+    """The types of the layers with trained parameters that no rule is true of."""
+    trained = {id(p) for p, t in zip(model.parameters(), are_trained(model), strict=True) if t}
+    layers = [m for m in model.modules() if any(id(p) in trained for p in m._parameters.values()) and not rule_of(m)]
+    return sorted({type(m).__name__ + " as it is here" * (type(m) in RULES) for m in layers})
 
-    missing: the types with trained parameters that have none.
+
+class FastPath:
+    """What the engine asks for, of a copy of a model whose trained layers all have a rule.
+
+    dtype: in which the passes run; sums over positions and the distance are in float32 at least. rows: whether images
+    may be laid out as rows of channels, where that is faster.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model, self._tape = model, Tape()
-        self._shapes = [p.shape for p in model.parameters()]
-        places = {id(p): i for i, (p, t) in enumerate(zip(model.parameters(), are_trained(model), strict=True)) if t}
-        missing = set()
-        for layer in model.modules():
-            trained = {name: places[id(p)] for name, p in layer._parameters.items() if id(p) in places}
-            kind: Any = type(layer)
-            if (rule := rule_of(layer)) is not None:
-                # Another type for the same object: attributes that a model reads, and layers that it shares, stay.
-                vars(layer).update(_tape=self._tape, _rule=rule, _places=trained)
-                layer.__class__ = _recorded(kind)
-            elif trained:
-                missing.add(kind.__name__ + " as it is here" * (kind in RULES))
-        self.missing = sorted(missing)
-        model.requires_grad_(False)
-
-    def to(self, dtype: torch.dtype, rows: bool) -> None:
-        """Let the passes run in `dtype`, on rows of channels where that is faster and `rows` allows it; sums over
-        positions and the distance are in float32 at least."""
+    def __init__(self, model: nn.Module, dtype: torch.dtype, rows: bool):
+        self._model, self._tape = copy.deepcopy(model).requires_grad_(False), SimpleNamespace()
         self._dtype, self._accumulator = dtype, torch.promote_types(dtype, torch.float32)
-        for module in self._model.modules():
+        self._shapes = [p.shape for p in model.parameters()]
+        trained = enumerate(zip(self._model.parameters(), are_trained(model), strict=True))
+        places = {id(p): i for i, (p, t) in trained if t}
+        for layer in self._model.modules():
             # Norms stay precise: what is folded into their scales costs nothing beside a convolution.
-            if not isinstance(module, NORMS) or dtype == self._accumulator:
-                module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+            if not isinstance(layer, NORMS) or dtype == self._accumulator:
+                layer._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+            if (rule := rule_of(layer)) is not None:
+                names = {name: places[id(p)] for name, p in layer._parameters.items() if id(p) in places}
+                vars(layer).update(_tape=self._tape, _rule=rule, _places=names)
+                # Another type for the same object: attributes that a model reads, and layers that it shares, stay.
+                kind: Any = type(layer)
+                layer.__class__ = _recorded(kind)
         # Rows of channels suit oneDNN, and tensor cores; cuDNN in float32 prefers planes.
-        rows &= dtype != torch.float32 or next(self._model.parameters()).device.type == "cpu"
+        rows &= dtype != torch.float32 or next(model.parameters()).device.type == "cpu"
         self._format = torch.channels_last if rows else torch.contiguous_format
         self._model.to(memory_format=self._format)
 
@@ -121,17 +114,17 @@ class FastPath:
         values = distance(gradients)
         slopes = torch.autograd.grad(values.sum(), cut, allow_unused=True)
         reached = [(end, slope) for end, slope in zip(ends, slopes, strict=True) if slope is not None]
-        return values.detach(), list(torch.autograd.grad([e for e, _ in reached], leaves, [s for _, s in reached]))
+        return values.detach(), derivatives([e for e, _ in reached], leaves, [s for _, s in reached])
 
     def _record(self, x: Tensor, labels: Tensor, create_graph: bool) -> tuple[Tensor, list[Call]]:
         """One forward and one backward pass: the losses (n,), and the calls that have a part in them."""
-        self._tape.calls, self._tape.candidates = [], len(x)
+        vars(self._tape).update(calls=[], candidates=len(x))
         images, targets = x.flatten(0, 1).to(self._dtype), labels.flatten(0, 1)
         logits = self._model(images.contiguous(memory_format=self._format) if images.ndim == 4 else images)
         logits = logits.to(self._accumulator)
         loss = F.cross_entropy(logits, targets, reduction="sum") / labels.shape[1]
         torch.autograd.grad(loss, x, create_graph=create_graph)
-        calls, self._tape.calls = self._tape.calls, []
+        calls: list[Call] = vars(self._tape).pop("calls")
         if any(call.inputs._version != call.version for call in calls):
             raise ValueError("Expected the model to leave the inputs of its layers as they are.")
         losses = F.cross_entropy(logits.detach(), targets.detach(), reduction="none").unflatten(0, labels.shape[:2])

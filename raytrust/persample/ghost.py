@@ -1,4 +1,4 @@
-"""Gradients that are tensors to a view, and products of thin factors inside."""
+"""Gradients that are tensors to a view, and products of thin factors inside: README.md says why."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class GhostGradient(Tensor):
             form = "matrix"
         shapes = {"whole": product.shape, "matrix": (rows, columns), "transposed": (columns, rows)}
         shape = (product.n, *shapes.get(form, (rows * columns,)))
+        # A tensor without storage: shape and type are all that a view may learn without forming the gradients.
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=product.dtype, device=product.inputs.device)
         self.product, self.form = product, form
         return self
@@ -50,15 +51,17 @@ class GhostGradient(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Here, before autograd and any kernel, is the one place where it can still be chosen what is computed: a view
+        # need not know of ghosts.
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         rule = _RULES.get(func)
         if rule is not None and kwargs.keys() <= _NAMED.get(func, set()):
-            found = rule(*args, **kwargs)
-            if found is not None:
-                return found
+            result = rule(*args, **kwargs)
+            if result is not None:
+                return result
         args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, GhostGradient) else a, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -70,14 +73,6 @@ class GhostGradient(Tensor):
 # Each rule returns None where it does not apply.
 
 
-def _flatten(g: GhostGradient, start_dim: int = 0, end_dim: int = -1) -> GhostGradient | None:
-    if end_dim != -1:
-        return None
-    if start_dim == 1:
-        return GhostGradient(g.product, "flat") if g.form in ("whole", "matrix", "flat") else None
-    return GhostGradient(g.product, "matrix") if start_dim == 2 and g.form in ("whole", "matrix") else None
-
-
 def _reshape(g: GhostGradient, *shape: Any) -> GhostGradient | None:
     sizes = shape[0] if isinstance(shape[0], (tuple, list)) else shape
     if g.form not in ("whole", "matrix", "flat"):
@@ -87,6 +82,10 @@ def _reshape(g: GhostGradient, *shape: Any) -> GhostGradient | None:
         if len(sizes) == ghost.ndim and all(s in (-1, t) for s, t in zip(sizes, ghost.shape, strict=True)):
             return ghost
     return None
+
+
+def _flatten(g: GhostGradient, start_dim: int = 0, end_dim: int = -1) -> GhostGradient | None:
+    return _reshape(g, *g.shape[:start_dim], -1) if end_dim == -1 else None
 
 
 def _square(g: GhostGradient) -> GhostGradient | None:
@@ -101,8 +100,8 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor | None:
     if not isinstance(a, GhostGradient):
         if not isinstance(b, GhostGradient) or a.ndim != 2 or (b_transposed := _transpose(b)) is None:
             return None
-        found = _matmul(b_transposed, a.mT)
-        return None if found is None else found.mT
+        result = _matmul(b_transposed, a.mT)
+        return None if result is None else result.mT
     if isinstance(b, GhostGradient):
         return None
     if a.form == "flat" and b.ndim == 1:

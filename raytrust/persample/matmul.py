@@ -23,10 +23,11 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     """torch.bmm for (n, p, q) and (n, q, r), without derivatives."""
     if len(a) == 0 or not _by_onednn(a, a[0].numel() * b.shape[2]):
         return torch.bmm(a, b)
-    found = a.new_empty(len(a), a.shape[1], b.shape[2])
+    # Into one tensor that is there before: a stack would hold all products twice, and pay for fresh pages twice.
+    products = a.new_empty(len(a), a.shape[1], b.shape[2])
     for i in range(len(a)):
-        found[i] = _product(a[i], b[i])
-    return found
+        products[i] = _product(a[i], b[i])
+    return products
 
 
 class Bmm(torch.autograd.Function):
@@ -51,5 +52,5 @@ def _by_onednn(a: Tensor, multiplications: int) -> bool:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     assert _LINEAR is not None
-    found: Tensor = _LINEAR(a, b.mT, None, "none", [], "")
-    return found
+    product: Tensor = _LINEAR(a, b.mT, None, "none", [], "")
+    return product

@@ -11,17 +11,16 @@ from torch import nn
 
 from raytrust.leak.observation import Observation
 
-ACTIVATIONS = 3  # measured: times that an iteration holds what goes into and comes out of each layer
-GRADIENTS = (
-    3  # the same for what is as long as a gradient: targets, as they are laid out, and gradients that are formed
-)
+# Measured: how many times an iteration holds what goes into and comes out of each layer, and what is as long as a
+# gradient: targets, as they are laid out, and gradients that are formed.
+ACTIVATIONS, GRADIENTS = 3, 3
 SHARE = 0.8  # of what is free, the rest is for what can't be foreseen
 
 
 def candidate_bytes(seen: Observation) -> int:
-    """About how many bytes one restart of an attack on this observation takes: an estimate, on the safe side.
+    """Estimate how many bytes one restart of an attack on this observation takes, rather too many than too few.
 
-    Activations count as well as gradients: behind a small model of large images they are all that counts.
+    Activations count as well as gradients: of a small model with large images they are nearly all.
     """
     entries = sum(w.numel() for w in seen.weights.values())
     return 4 * (GRADIENTS * entries + ACTIVATIONS * seen.threat.batch_size * _activations(seen))
@@ -75,11 +74,12 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory instead of giving it back to the system, in the whole process.
+    """Tune glibc malloc in worker processes that we start, never in the user's: it keeps what is freed.
 
-    An attack allocates the same large tensors in every iteration, and the page faults of fresh memory cost more than
-    the arithmetic on it. Elsewhere, no effect. For processes that are ours: workers, programs; never a user's.
+    It holds for the whole process. Without glibc it does nothing.
     """
+    # An attack allocates the same large tensors in every iteration. Given back to the system and taken anew, each of
+    # their pages costs a page fault, and all of them more than the arithmetic on them.
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

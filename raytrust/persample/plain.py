@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -16,33 +15,32 @@ Distance = Callable[[Sequence[Tensor]], Tensor]
 def per_candidate_gradients(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
     """The gradient of the mean cross-entropy over each candidate batch, for each parameter.
 
-    x: (candidates, batch, channels, height, width), as the model sees images. labels: (candidates, batch), or the
-    probabilities of the classes, (candidates, batch, classes). Returns one tensor a parameter, in the model's order, of
-    shape (candidates, *shape), differentiable in `x` and in probabilities; zeros for a frozen parameter, as in
-    training. Candidates do not mix, not even in a batch norm that is in training mode, and the model is left as it was.
+    x: (candidates, batch, channels, height, width), as the model sees images; in the dtype to compute in. labels:
+    (candidates, batch), or the probabilities of the classes, (candidates, batch, classes). Returns one tensor a
+    parameter, in the model's order, of shape (candidates, *shape), differentiable in `x` and in probabilities; zeros
+    for a frozen parameter, as in training. Candidates do not mix, not even in a batch norm that is in training mode,
+    and the model is left as it was.
     """
-    rows = [gradient for _, gradient in _one_by_one(model, x, labels, create_graph=True)]
+    rows = [gradient for _, gradient in _one_by_one(model, x, labels, x.dtype, create_graph=True)]
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _one_by_one(
-    model: nn.Module, x: Tensor, labels: Tensor, create_graph: bool = False
+    model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype, create_graph: bool = False
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Loss and gradient of each candidate batch."""
-    names, weights = zip(*model.named_parameters(), strict=True)
-    trained = are_trained(model)
+    names, trained = [name for name, _ in model.named_parameters()], are_trained(model)
     # Not by vmap: under it, torch takes a norm layer's statistics for constants in second derivatives.
-    for images, targets in zip(x.to(weights[0].dtype), labels, strict=True):
-        parameters = [w.detach().requires_grad_(t) for w, t in zip(weights, trained, strict=True)]
-        state = {name: b.clone() for name, b in model.named_buffers()} | dict(zip(names, parameters, strict=True))
+    for images, targets in zip(x.to(dtype), labels, strict=True):
+        weights = [p.detach().to(dtype).requires_grad_() for p in model.parameters()]
+        # Buffers are cloned, so that what a layer in training mode writes to them is gone with the candidate.
+        buffers = model.named_buffers()
+        state = {name: b.to(dtype, copy=True) if b.is_floating_point() else b.clone() for name, b in buffers}
+        state.update(zip(names, weights, strict=True))
         loss = F.cross_entropy(functional_call(model, state, (images,)), targets)
-        leaves = [p for p in parameters if p.requires_grad]
-        slopes = iter(torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True))
-        gradient = [next(slopes) if t else None for t in trained]
-        yield (
-            loss.detach(),
-            [torch.zeros_like(p) if g is None else g for g, p in zip(gradient, parameters, strict=True)],
-        )
+        slopes = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
+        triples = zip(slopes, weights, trained, strict=True)
+        yield loss.detach(), [torch.zeros_like(w) if g is None or not t else g for g, w, t in triples]
 
 
 def are_trained(model: nn.Module) -> list[bool]:
@@ -51,27 +49,27 @@ def are_trained(model: nn.Module) -> list[bool]:
     return trained if any(trained) else [True] * len(trained)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of layers whose weight was computed by a hook, as `weight_norm` does: deepcopy refuses it."""
-    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
-
-
 class PlainPath:
-    """What the engine asks for, by plain autograd."""
+    """What the engine asks for, by plain autograd in `dtype`."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    # The model itself and no copy, as what is closed over by its hooks would not be copied with it.
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        self.model, self._dtype = model, dtype
 
     def gradients(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
         """The losses (n,), and the gradients (n, *shape) by their parameter's place in the model."""
-        losses, rows = zip(*_one_by_one(self.model, x, labels), strict=True)
+        losses, rows = zip(*_one_by_one(self.model, x, labels, self._dtype), strict=True)
         return torch.stack(losses), enumerate(torch.stack(column) for column in zip(*rows, strict=True))
 
     def match(
         self, x: Tensor, labels: Tensor, distance: Distance, leaves: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The distances (n,), and the derivatives of their sum by the leaves that x and labels come from."""
-        values = distance(per_candidate_gradients(self.model, x, labels))
-        slopes = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
-        return values.detach(), [torch.zeros_like(t) if s is None else s for t, s in zip(leaves, slopes, strict=True)]
+        values = distance(per_candidate_gradients(self.model, x.to(self._dtype), labels))
+        return values.detach(), derivatives([values], leaves, [torch.ones_like(values)])
+
+
+def derivatives(outputs: Sequence[Tensor], leaves: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Of the weighted sum of the outputs, by each leaf; zeros where it has no part in them."""
+    slopes = torch.autograd.grad(outputs, leaves, weights, allow_unused=True)
+    return [torch.zeros_like(t) if s is None else s for t, s in zip(leaves, slopes, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class Product:
         """The gradients themselves: (n, *shape)."""
         if self.geometry is None:
             return self.matrix
-        if not self.windowed:
+        if not self.windowed or not (self.inputs.requires_grad or self.inputs.is_cuda):
             return _Correlation.apply(self.inputs, self.signals, self.n, self.shape, self.geometry).to(self.dtype)
         return self.matrix.view(self.n, self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 2).contiguous()
 
@@ -125,19 +125,19 @@ class Product:
 
     def transposed_times(self, right: Tensor) -> Tensor:
         """Their transposes (rest, outputs), times (outputs, r), or (n, outputs, r): (n, rest, r)."""
-        found = (self.u.mT @ (self.s @ right.to(self.inputs.dtype))).to(self.dtype)
+        left = (self.u.mT @ (self.s @ right.to(self.inputs.dtype))).to(self.dtype)
         if self.geometry is None:
-            return found
-        return found.unflatten(1, (-1, self.shape[1])).transpose(1, 2).flatten(1, 2)
+            return left
+        return left.unflatten(1, (-1, self.shape[1])).transpose(1, 2).flatten(1, 2)
 
     def entries(self, positions: Tensor) -> Tensor:
         """(n, k) of the flattened gradients, at positions (k,), from the rows and columns that they lie in."""
         if "dense" in self.__dict__:
             return self.dense.flatten(1).gather(1, positions.expand(self.n, -1))
-        block = _block(positions, self.shape)
-        rows, columns = (i.expand(self.n, self.positions, -1) for i in (block.rows, block.columns))
-        within = torch.bmm(self.s.gather(2, rows).mT, self.u.gather(2, columns)).to(self.dtype)
-        return within.flatten(1).gather(1, block.positions.expand(self.n, -1))
+        *sides, within = _block(positions, self.shape)
+        rows, columns = (i.expand(self.n, self.positions, -1) for i in sides)
+        block = torch.bmm(self.s.gather(2, rows).mT, self.u.gather(2, columns)).to(self.dtype)
+        return block.flatten(1).gather(1, within.expand(self.n, -1))
 
     def split(self, counts: Sequence[int]) -> list[Product]:
         """For the first counts[0] candidates, the next counts[1], and so on."""
@@ -146,15 +146,8 @@ class Product:
         return [Product(i, s, c, self.shape, self.geometry) for i, s, c in parts]
 
 
-class Block(NamedTuple):
-    """Entries of a matrix by the rows and the columns that hold any, and their positions in that flattened block."""
-
-    rows: Tensor
-    columns: Tensor
-    positions: Tensor
-
-
-# Views ask for the same entries, and for products with the same target, in every iteration.
+# Views ask for the same entries, and for products with the same target, in every iteration. The keys are weak, so that
+# what was laid out for an observation goes when it goes.
 _BLOCKS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _WEIGHTS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -170,14 +163,15 @@ def _as_weight(target: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return kept[place][1]
 
 
-def _block(positions: Tensor, shape: torch.Size) -> Block:
-    """positions: (k,), of entries of a flattened weight; the columns are those of `Product.u`."""
+def _block(positions: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows and the columns that hold any of the entries `positions` (k,) of a flattened weight, the columns as in
+    `Product.u`, and where in that flattened block these entries are."""
     if positions not in _BLOCKS:
         row, column = positions // shape[1:].numel(), positions % shape[1:].numel()
         kernel = shape[2:].numel()
         rows, row = row.unique(return_inverse=True)
         columns, column = (column % kernel * shape[1] + column // kernel).unique(return_inverse=True)
-        _BLOCKS[positions] = Block(rows, columns, row * len(columns) + column)
+        _BLOCKS[positions] = rows, columns, row * len(columns) + column
     return _BLOCKS[positions]
 
 
@@ -194,8 +188,14 @@ class _Correlation(torch.autograd.Function):
             # workspace where there are fewer than 8 channels (uxlfoundation/oneDNN#6035): wrong results, or a crash.
             inputs = inputs[..., :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
             stride = (1, 1)
+        settings: list[Any] = [None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]]
+        if not any(ctx.needs_input_grad):
+            # Where no derivative follows, as groups of one convolution: small networks pay for calls.
+            settings[6] *= n
+            s, x = (t.unflatten(0, (n, -1)).transpose(0, 1).flatten(1, 2).contiguous() for t in (signals, inputs))
+            like = inputs.new_empty(n * shape[0], *shape[1:])
+            return torch.ops.aten.convolution_backward(s, x, like, *settings)[1].view(n, *shape)
         like = inputs.new_empty(shape).contiguous(memory_format=torch.channels_last)
-        settings = (None, stride, padding, dilation, False, [0, 0], groups, [False, True, False])
         pairs = zip(signals.unflatten(0, (n, -1)), inputs.unflatten(0, (n, -1)), strict=True)
         return torch.stack([torch.ops.aten.convolution_backward(s, x, like, *settings)[1] for s, x in pairs])
 
@@ -211,6 +211,7 @@ class _Correlation(torch.autograd.Function):
 class _SquaredNorm(torch.autograd.Function):
     """||S^T U||^2 = <U U^T, S S^T> for u (n, positions, inputs) and s (n, positions, outputs): (n,)."""
 
+    # By hand, as Gram matrices are symmetric: one product each way back, where autograd would take two.
     @staticmethod
     def forward(ctx: Any, u: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
         of_u, of_s = bmm(u, u.mT), bmm(s, s.mT)
@@ -230,8 +231,9 @@ class ChannelSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, s: Tensor, n: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, s)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return _over_positions(s, n).to(dtype), _over_positions(s * x, n).to(dtype)
+        rows = [t.movedim(1, -1).reshape(n, -1, x.shape[1]) for t in (s, s * x)]
+        sums = [(t.new_ones(n, 1, t.shape[1]) @ t).squeeze(1) for t in rows]
+        return tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in sums)  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -240,9 +242,3 @@ class ChannelSums(torch.autograd.Function):
         shape = (len(x), -1, *[1] * (x.ndim - 2))
         of_sum, of_product = (t.to(x.dtype).repeat_interleave(len(x) // n, 0).view(shape) for t in slopes)
         return s * of_product, torch.addcmul(of_sum, x, of_product), None
-
-
-def _over_positions(x: Tensor, n: int) -> Tensor:
-    """(n * batch, channels, ...) -> (n, channels)."""
-    flat = x.movedim(1, -1).reshape(n, -1, x.shape[1])
-    return (flat.new_ones(n, 1, flat.shape[1]) @ flat).squeeze(1)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from toys import distance, synthetic
 
-from raytrust.attacks.learned import Auxiliary, CountSketch, auxiliary_messages, image_gradients, train_inverter
+from raytrust.attacks.learned import Auxiliary, CountSketch, auxiliary_messages, train_inverter
 from raytrust.attacks.learned.encoding import Encoder
 from raytrust.attacks.learned.network import Dropout, Inverter, fit, inversion_loss, structural_similarity
 from raytrust.config import (
@@ -34,6 +34,7 @@ from raytrust.leak.observation import Capture, Observation, decoded
 from raytrust.metrics.images import ssim
 from raytrust.metrics.statistics import paired_difference
 from raytrust.networks.build import build_model
+from raytrust.persample.engine import PerSampleGradients
 from raytrust.studies.evaluate import evaluate_learned
 from raytrust.train.loop import train
 from raytrust.wire.channel import LocalChannel, Message
@@ -154,7 +155,9 @@ def test_image_gradients_are_those_of_a_plain_loop(
     model = build_model(ModelConfig(name, width=3), 3, 4, seed=0).train(training)
     x, labels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 1])
     before = {k: b.clone() for k, b in model.named_buffers()}
-    found = image_gradients(model, x, labels)
+    gradients = PerSampleGradients(model)
+    found = gradients.dense(x[:, None], labels[:, None])
+    assert gradients.fast
     assert all(torch.equal(b, before[k]) for k, b in model.named_buffers())
     twin = build_model(ModelConfig(name, width=3), 3, 4, seed=0).train(training)
     for i in range(3):

@@ -25,7 +25,7 @@ from raytrust.config import (
 from raytrust.leak.observation import Capture, Observation, decoded
 from raytrust.metrics.roc import auc
 from raytrust.networks.build import build_model
-from raytrust.persample.inner_products import products_and_norms
+from raytrust.persample.engine import PerSampleGradients
 from raytrust.train.loop import train
 from raytrust.wire.channel import LocalChannel, Message
 
@@ -44,6 +44,12 @@ def inputs(config: ModelConfig, n: int = 5) -> tuple[nn.Module, Tensor, Tensor, 
         model.train()(x)  # running statistics that differ from 0 and 1
     model.eval()
     return model, x, labels, [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+
+
+def products_and_norms(
+    model: nn.Module, x: Tensor, labels: Tensor, direction: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return PerSampleGradients(model).products_and_norms(x[:, None], labels[:, None], direction)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,19 +85,6 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_layers_without_a_rule_are_refused() -> None:
-    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
-    for layer in (nn.Conv2d(3, 3, 3, groups=3), nn.GroupNorm(1, 3), nn.BatchNorm2d(3)):
-        model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(2))
-        model(x)
-        with pytest.raises(ValueError, match="Expected layers that have a rule for norms, got"):
-            products_and_norms(model, x, labels, list(model.parameters()))
-    shared = nn.Linear(4, 4)
-    twice = nn.Sequential(nn.Flatten(), shared, shared)
-    with pytest.raises(ValueError, match="Expected the model to use each layer once"):
-        products_and_norms(twice, torch.randn(2, 1, 2, 2), labels, list(twice.parameters()))
 
 
 DATA = synthetic(train=160, test=64)

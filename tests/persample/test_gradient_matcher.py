@@ -117,7 +117,7 @@ def test_a_matcher_may_be_used_again() -> None:
     matcher(2 * x, labels.flip(0), to_target)
     assert all(map(torch.equal, matcher(x, labels, to_target), first))
     del x, first
-    assert not any(module._forward_hooks for module in matcher._model.modules())
+    assert not any(module._forward_hooks for module in matcher._path._model.modules())
 
 
 def test_the_slow_path_is_announced() -> None:

@@ -20,5 +20,5 @@ def test_the_weight_s_gradient_is_autograd_s(channels: int, stride: int) -> None
     (expected,) = torch.autograd.grad(y, weight, signal.double())
     rows = (t.contiguous(memory_format=torch.channels_last) for t in (x, signal))
     geometry = Geometry((stride, stride), (0, 0), (1, 1), 1)
-    product = Product(*rows, 1, weight.shape, geometry, torch.float32)
+    product = Product(*rows, 1, weight.shape, geometry)
     torch.testing.assert_close(product.dense[0].double(), expected, rtol=1e-4, atol=1e-3)
