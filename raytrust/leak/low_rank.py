@@ -11,31 +11,29 @@ from raytrust.compress import Vantage
 from raytrust.compress.atomo import Atomo
 from raytrust.compress.powersgd import PowerSGD
 from raytrust.leak.rules import EarlierStep, Messages, decoded_of, pure_view_of, view_of
-from raytrust.leak.views import FactorView, LinearView, TensorwiseView
+from raytrust.leak.views import Product, ProductView, TensorwiseView
 
 
 @view_of.register(PowerSGD)
-def powersgd_view(compressor: PowerSGD, messages: Messages, vantage: Vantage, victim: int = 0) -> FactorView:
+def powersgd_view(compressor: PowerSGD, messages: Messages, vantage: Vantage, victim: int = 0) -> ProductView:
     """Two linear measurements of every matrix: M Q, for the public Q of this step, and M^T P^."""
     factors = compressor.factors(messages, vantage)
     # Q enters as an orthonormal basis of its columns (M Q^ follows from M Q), so that no direction counts for more than
     # it weighs in M; a warm start's columns differ a thousandfold in length.
     whitened = [_whiten(q.to(p)) for q, p in zip(compressor.q, factors.ps, strict=True)]
     ps = [mix @ p for p, (_, mix) in zip(factors.ps, whitened, strict=True)]
-    return FactorView(
-        [*ps, *factors.qs, *factors.vectors],
-        matrices=dict(zip(compressor.matrices, compressor.sizes, strict=True)),
-        rights=[basis for basis, _ in whitened],
-        lefts=factors.bases,
-        vectors=compressor.vectors,
-        shapes=compressor.layout.shapes,
-    )
+    products = [
+        *(Product(i, right=basis) for i, (basis, _) in zip(compressor.matrices, whitened, strict=True)),
+        *(Product(i, left=basis) for i, basis in zip(compressor.matrices, factors.bases, strict=True)),
+        *map(Product, compressor.vectors),
+    ]
+    return ProductView([*ps, *factors.qs, *factors.vectors], products, compressor.layout.shapes)
 
 
 @pure_view_of.register(PowerSGD)
 def pure_powersgd_view(
     compressor: PowerSGD, messages: Messages, vantage: Vantage, victim: int, history: Sequence[EarlierStep]
-) -> LinearView:
+) -> ProductView:
     """The residual E is what the projection on the P^ of the step before left over, so P^^T E = 0, for each worker, as
     all have the same P^, and for their mean.
 
@@ -44,38 +42,21 @@ def pure_powersgd_view(
     """
     factors = compressor.factors(messages, vantage)
     former = compressor.factors(history[-1].messages, vantage).bases if history else []
-    pieces: list[tuple[int, Tensor, Tensor | None]] = []  # (matrix, left, right): left M right^T is measured
-    observed: list[Tensor] = []
+    observed, products = [], []
     for j, left in enumerate(former):
+        i = compressor.matrices[j]
         right, mix = _whiten(compressor.q[j].to(left))
         inside = _within(factors.bases[j], left)
-        for piece, value in (
-            ((j, left, right), left @ (mix @ factors.ps[j]).T),
-            ((j, inside @ factors.bases[j], None), inside @ factors.qs[j]),
-        ):
-            if value.numel():
-                pieces.append(piece)
-                observed.append(value)
-    if not observed and not factors.vectors:
+        observed += [left @ (mix @ factors.ps[j]).T, inside @ factors.qs[j]]
+        products += [Product(i, left, right), Product(i, left=inside @ factors.bases[j])]
+    kept = [k for k, o in enumerate(observed) if o.numel()]
+    if not kept and not factors.vectors:
         raise ValueError("Expected a history of at least 1 step, to tell the gradient from the residual.")
-
-    def measure(grads: Sequence[Tensor]) -> list[Tensor]:
-        measured = []
-        for j, left, right in pieces:
-            product = left @ grads[compressor.matrices[j]].reshape(len(grads[0]), *compressor.sizes[j])
-            measured.append(product if right is None else product @ right.T)
-        return [*measured, *(grads[i] for i in compressor.vectors)]
-
-    def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
-        grads = [measured[0].new_zeros(len(measured[0]), *shape) for shape in compressor.layout.shapes]
-        for m, (j, left, right) in zip(measured, pieces, strict=False):
-            matrix = left.T @ (m if right is None else m @ right)
-            grads[compressor.matrices[j]] += matrix.reshape(grads[compressor.matrices[j]].shape)
-        for i, vector in zip(compressor.vectors, measured[len(pieces) :], strict=True):
-            grads[i] = vector
-        return grads
-
-    return LinearView([*observed, *factors.vectors], measure, adjoint)
+    return ProductView(
+        [*(observed[k] for k in kept), *factors.vectors],
+        [*(products[k] for k in kept), *map(Product, compressor.vectors)],
+        compressor.layout.shapes,
+    )
 
 
 @pure_view_of.register(Atomo)
@@ -83,19 +64,11 @@ def pure_atomo_view(
     compressor: Atomo, messages: Messages, vantage: Vantage, victim: int, history: Sequence[EarlierStep]
 ) -> TensorwiseView:
     """Tensors of one dimension are sent whole, and have no residual; each weighs as its square."""
-    decoded = decoded_of(compressor, messages, vantage, victim)
-    vectors = compressor.vectors
-    if not vectors:
+    if not compressor.vectors:
         raise ValueError("Expected tensors of one dimension, which alone have no residual under ATOMO.")
-
-    def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
-        grads = [measured[0].new_zeros(len(measured[0]), *shape) for shape in compressor.layout.shapes]
-        for i, vector in zip(vectors, measured, strict=True):
-            grads[i] = vector
-        return grads
-
-    observed = [decoded[i] for i in vectors]
-    view = LinearView(observed, lambda grads: [grads[i] for i in vectors], adjoint)
+    decoded = decoded_of(compressor, messages, vantage, victim)
+    observed = [decoded[i] for i in compressor.vectors]
+    view = ProductView(observed, [Product(i) for i in compressor.vectors], compressor.layout.shapes)
     return TensorwiseView(view, [float(x.square().sum()) for x in observed])
 
 

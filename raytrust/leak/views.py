@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -72,43 +72,46 @@ def identity_view(observed: Sequence[Tensor]) -> LinearView:
     return WholeView(observed)
 
 
-class FactorView(LinearView):
-    """Products of the gradient's matrices with known factors, and its other tensors as they are (PowerSGD).
+class Product(NamedTuple):
+    """A known product of one parameter M, taken as a matrix: left M right^T, (s, r).
 
-    matrices: by parameter, the size (n, m) as which it is multiplied. rights: (r, m) each, for right M^T, lefts: (s, n)
-    each, for left M; in the order of `matrices`. vectors: the parameters that are measured as they are.
-    observed: all right M^T, then all left M, then the vectors.
+    left: (s, n). right: (r, m). Without a left factor it is measured as right M^T, (r, n), without a right one as
+    left M, (s, m), and without either M is measured as it is, in its own shape.
     """
 
-    # The factors are attributes besides the functions that use them, because factors of equal shapes can be stacked,
-    # and functions can't.
-    def __init__(
-        self,
-        observed: Sequence[Tensor],
-        matrices: dict[int, tuple[int, int]],
-        rights: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        vectors: Sequence[int],
-        shapes: Sequence[torch.Size],
-    ):
-        self.matrices, self.rights, self.lefts, self.vectors = matrices, rights, lefts, vectors
+    parameter: int
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+class ProductView(LinearView):
+    """Products of the gradient's matrices with known factors (PowerSGD), and whole tensors among them.
+
+    A matrix is the parameter with all dimensions but the first as one. observed: one tensor a product.
+    """
+
+    # The factors are kept besides the functions that use them: factors of equal shapes can be stacked, functions can't.
+    def __init__(self, observed: Sequence[Tensor], products: Sequence[Product], shapes: Sequence[torch.Size]):
+        self.products = products
+
+        def measured(m: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+            if left is None:
+                return m if right is None else right @ m.flatten(2).mT
+            product = left @ m.flatten(2)
+            return product if right is None else product @ right.T
+
+        def returned(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+            if left is None:
+                return x if right is None else x.mT @ right
+            return left.T @ (x if right is None else x @ right)
 
         def measure(grads: Sequence[Tensor]) -> list[Tensor]:
-            reshaped = [grads[i].reshape(len(grads[i]), *size) for i, size in matrices.items()]
-            return [
-                *(right @ m.mT for m, right in zip(reshaped, rights, strict=True)),
-                *(left @ m for m, left in zip(reshaped, lefts, strict=True)),
-                *(grads[i] for i in vectors),
-            ]
+            return [measured(grads[i], left, right) for i, left, right in products]
 
-        def adjoint(measured: Sequence[Tensor]) -> list[Tensor]:
-            k = len(matrices)
-            grads: list[Tensor] = [torch.empty(0)] * len(shapes)
-            for j, i in enumerate(matrices):
-                matrix = measured[j].mT @ rights[j] + lefts[j].T @ measured[k + j]
-                grads[i] = matrix.reshape(len(matrix), *shapes[i])
-            for i, vector in zip(vectors, measured[2 * k :], strict=True):
-                grads[i] = vector
+        def adjoint(measurements: Sequence[Tensor]) -> list[Tensor]:
+            grads = [measurements[0].new_zeros(len(measurements[0]), *shape) for shape in shapes]
+            for x, (i, left, right) in zip(measurements, products, strict=True):
+                grads[i] += returned(x, left, right).view(grads[i].shape)
             return grads
 
         super().__init__(observed, measure, adjoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from raytrust.attacks.inversion.objectives import matching_distance
 from raytrust.attacks.inversion.stacks import stack, stack_key
 from raytrust.compress import build
 from raytrust.config import InversionConfig, PowerSGDConfig, ThresholdConfig, TopKConfig, parse_defence
-from raytrust.leak import View, view_of
+from raytrust.leak import SparseView, View, view_of
 from raytrust.wire.channel import LocalChannel, Tap
 
 SIGNS = ["signsgd", "scaledsign"]
@@ -96,6 +97,32 @@ def test_the_owner_may_change() -> None:
         found = together.distance([g[: len(owner)] for g in grads], owner)
         expected = [views[o].distance([g[i : i + 1] for g in grads]) for i, o in enumerate(owner.tolist())]
         torch.testing.assert_close(found, torch.cat(expected))
+
+
+def sparse(*positions: list[int]) -> SparseView:
+    """One entry of value 1 at each of these positions of some tensors of 3."""
+    at = [torch.tensor(p, dtype=torch.int64) for p in positions]
+    return SparseView([torch.ones(len(p)) for p in at], at, [torch.Size((3,))] * len(at))
+
+
+@pytest.mark.parametrize("matching", ["cosine", "tensors"])
+def test_what_a_view_does_not_hold_is_not_compared(matching: Literal["cosine", "tensors"]) -> None:
+    """Even where it is infinite, and lies where shorter views of a stack are padded."""
+    views, config = [sparse([1, 2]), sparse([1])], InversionConfig(matching=matching)
+    g = torch.tensor([[5.0, 1.0, 2.0], [torch.inf, 2.0, -torch.inf]], requires_grad=True)
+    found = stack(views, config).distance([g], torch.tensor([0, 1]))
+    expected = [matching_distance(view, config)([g[i : i + 1]]) for i, view in enumerate(views)]
+    torch.testing.assert_close(found, torch.cat(expected))
+    (slope,) = torch.autograd.grad(found.sum(), g)
+    assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("matching", ["cosine", "tensors"])
+def test_a_view_without_entries_is_at_distance_one(matching: Literal["cosine", "tensors"]) -> None:
+    views, config = [sparse([], []), sparse([0], [])], InversionConfig(matching=matching)
+    g = [torch.ones(2, 3), torch.ones(2, 3)]
+    assert stack(views, config).distance(g, torch.tensor([0, 1])).tolist() == [1, 0]
+    assert [matching_distance(view, config)(g).tolist() for view in views] == [[1, 1], [0, 0]]
 
 
 def test_only_alike_views_share_a_key() -> None:

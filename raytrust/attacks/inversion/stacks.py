@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from raytrust.config import InversionConfig
 from raytrust.leak.views import (
-    FactorView,
     LinearView,
+    ProductView,
     SignView,
     SparseView,
     TensorwiseView,
@@ -59,9 +59,10 @@ def stack_key(view: View, config: InversionConfig) -> tuple[object, ...] | None:
     match linear:
         case WholeView():
             return "whole", tensorwise
-        case FactorView():
-            shapes = tuple(t.shape for t in (*linear.rights, *linear.lefts))
-            return "factors", tensorwise, tuple(linear.matrices.items()), shapes
+        # Of one factor each: those of two, where a residual is avoided, are too few to be worth it.
+        case ProductView() if all(p.left is None or p.right is None for p in linear.products):
+            shapes = [(p.parameter, *(None if f is None else f.shape for f in p[1:])) for p in linear.products]
+            return "products", tensorwise, tuple(shapes)
         case SparseView():
             return "sparse", tensorwise
         case _:
@@ -76,7 +77,7 @@ def stack(views: Sequence[View], config: InversionConfig) -> Stack:
     if config.matching == "tensors" or isinstance(views[0], TensorwiseView):
         by_tensor = [v if isinstance(v, TensorwiseView) else TensorwiseView(v) for v in views]  # type: ignore[arg-type]
         views, weights = [v.view for v in by_tensor], [v.weights for v in by_tensor]
-    kinds = {WholeView: WholeStack, FactorView: FactorStack, SparseView: SparseStack}
+    kinds = {WholeView: WholeStack, ProductView: ProductStack, SparseView: SparseStack}
     return kinds[type(views[0])](views, weights)
 
 
@@ -157,32 +158,32 @@ class WholeStack(LinearStack):
         return torch.stack(inner, 1), torch.stack(squared, 1)
 
 
-class FactorStack(LinearStack):
-    """Products with factors of equal shapes."""
+class ProductStack(LinearStack):
+    """Products of the same parameters with factors of equal shapes."""
 
-    def __init__(self, views: Sequence[FactorView], weights: Weights):
+    def __init__(self, views: Sequence[ProductView], weights: Weights):
         super().__init__(views, weights)
-        self._sizes, self._others = views[0].matrices, views[0].vectors
-        self._rights, self._lefts, self._observed = (
-            [torch.stack(column) for column in zip(*columns, strict=True)]
-            for columns in ([v.rights for v in views], [v.lefts for v in views], [v.observed for v in views])
-        )
+        self._parameters = [product.parameter for product in views[0].products]
+        columns = zip(*(v.products for v in views), strict=True)
+        self._factors = [(_stacked([p.left for p in c]), _stacked([p.right for p in c])) for c in columns]
+        self._observed = [torch.stack(column) for column in zip(*(v.observed for v in views), strict=True)]
 
     def _select(self, owner: Tensor) -> None:
-        self._right, self._left = ([f[owner].mT for f in factors] for factors in (self._rights, self._lefts))
-        k = 2 * len(self._sizes)  # products come out transposed: lay out once what they are compared with
-        self._targets = [o[owner].mT.contiguous() for o in self._observed[:k]] + [o[owner] for o in self._observed[k:]]
+        self._mine = [[None if f is None else f[owner].mT for f in factors] for factors in self._factors]
+        # A ghost gradient takes one matrix a candidate from the right alone, so that products come out transposed: what
+        # they are compared with is laid out so, once.
+        self._targets = [
+            o[owner] if factors == [None, None] else o[owner].mT.contiguous()
+            for o, factors in zip(self._observed, self._mine, strict=True)
+        ]
 
     def _products(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        matrices = [
-            (grads[i].reshape(len(grads[i]), *size), right, left)
-            for (i, size), right, left in zip(self._sizes.items(), self._right, self._left, strict=True)
-        ]
-        measured = [
-            *(m @ right for m, right, _ in matrices),
-            *(m.mT @ left for m, _, left in matrices),
-            *(grads[i] for i in self._others),
-        ]
+        measured = []
+        for i, (left, right) in zip(self._parameters, self._mine, strict=True):
+            if left is not None:
+                measured.append(grads[i].flatten(2).mT @ left)
+            else:
+                measured.append(grads[i] if right is None else grads[i].flatten(2) @ right)
         inner, squared = self._vectors(list(zip(measured, self._targets, strict=True)))
         return torch.stack(inner, 1), torch.stack(squared, 1)
 
@@ -252,6 +253,11 @@ class SignStack:
         if i not in self._matrices:
             self._matrices[i] = g.product.as_matrix(self._targets[i]).flatten(1)
         return g.product.matrix.flatten(1), self._matrices[i]
+
+
+def _stacked(factors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [f for f in factors if f is not None]
+    return torch.stack(present) if present else None
 
 
 def _entries(tensors: Sequence[Tensor]) -> int:
