@@ -121,14 +121,7 @@ def _style_axes(ax: Axes, label: str, lines: int) -> None:
 def _draw(panels: Sequence[Axes], rows: Sequence[Row], stark: Row | None) -> None:
     """Each row's marks, its name before them, and what it costs behind them."""
     leaks, accuracies = panels
-    naive = [row.get("naive_ssim") for row in rows if not is_plain(row)]
-    floors = [row.get("floor_ssim") for row in rows]
-    _set_limits(leaks, [leakage(row) for row in rows], [*naive, *floors], 1.0)
-    _set_limits(accuracies, [accuracy(row) for row in rows], [], 1.0)
     accuracies.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}")
-    # The same images for all, so the same floor.
-    if known := [floor for floor in floors if floor is not None]:
-        _draw_floor(leaks, float(np.mean(known)))
     before: dict[str, Any] = {"transform": leaks.get_yaxis_transform(), "va": "center", "ha": "right"}
     behind = before | {"transform": accuracies.get_yaxis_transform()}
     accuracies.text(2.58, -0.75, "bytes a step", fontsize=10, color="0.3", **behind)
@@ -145,6 +138,12 @@ def _draw(panels: Sequence[Axes], rows: Sequence[Row], stark: Row | None) -> Non
         leaks.text(-0.03, y, name, fontsize=11, weight=weight, parse_math=False, **before)
         accuracies.text(1.7, y, f"{100 * row['accuracy']:.1f} %", fontsize=11, **behind)
         accuracies.text(2.58, y, human_bytes(row.get("bytes_per_step")), fontsize=11, **behind)
+    # The same images for all, so the same floor.
+    if floors := [row["floor_ssim"] for row in rows if row.get("floor_ssim") is not None]:
+        _draw_floor(leaks, float(np.mean(np.array(floors, dtype=float))))
+    # No tick stands above what can be reached, 100 % or a copy.
+    for ax in panels:
+        ax.set_xlim(right=min(1.0, ax.get_xlim()[1]))
 
 
 def _draw_marks(ax: Axes, figure: statistics.Figure, y: float, row: Row) -> None:
@@ -161,20 +160,11 @@ def _draw_marks(ax: Axes, figure: statistics.Figure, y: float, row: Row) -> None
     ax.plot(figure.value, y, marker, clip_on=False, zorder=3, **style)
 
 
-def _set_limits(ax: Axes, figures: Sequence[statistics.Figure], others: Sequence[float | None], most: float) -> None:
-    """Limits that show every mark, and every interval as far as its metric can go, which is from 0 to `most`."""
-    marks = np.array([x for x in (*(figure.value for figure in figures), *others) if x is not None])
-    ends = np.array([end for f in figures for end in (f.low, f.high) if end is not None])
-    shown = np.concatenate([marks, ends.clip(min(0.0, marks.min()), max(most, marks.max()))])
-    room = max(0.05 * np.ptp(shown), 0.01 * most)
-    # No tick stands above what can be reached, 100 % or a copy.
-    ax.set_xlim(shown.min() - room, min(shown.max() + room, max(most, marks.max())))
-
-
 def _draw_floor(ax: Axes, floor: float) -> None:
+    ax.axvline(floor, color="0.35", linewidth=1.4, linestyle=(0, (4, 3)), zorder=1)
     left, right = ax.get_xlim()
     ax.axvspan(left, floor, color="0.93", zorder=0)
-    ax.axvline(floor, color="0.35", linewidth=1.4, linestyle=(0, (4, 3)), zorder=1)
+    ax.set_xlim(left, right)
     align = "left" if floor - left < 0.4 * (right - left) else "right"
     text = f"floor {floor:.2f}: reached without any attack"
     ax.text(floor, 1.01, text, transform=ax.get_xaxis_transform(), fontsize=10, color="0.3", ha=align, va="bottom")

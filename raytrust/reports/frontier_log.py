@@ -113,6 +113,7 @@ class SweepLog(Silent):
         self._tracker.attacked(key, digest(attack), attack.name, figures)
 
     def _train(self, key: str) -> TrainConfig:
+        # A trial reports many attacks, and the store would read a file for each.
         if key not in self._trains:
             self._trains[key] = replace(self._sweep.train, defence=self._store.defence(key))
         return self._trains[key]

@@ -56,6 +56,7 @@ def _control_line(where: str, auc: Figure) -> str:
 def _control(auc: Figure) -> Control:
     if auc.value is None:
         return control_of(None)
+    # Of the excess over chance, as for images over their floor: one rule judges both.
     interval = None if auc.low is None or auc.high is None else (auc.low - 0.5, auc.high - 0.5)
     return control_of(Evidence(auc.value, 0.5, interval, auc.n or 0, measure="AUC"))
 
@@ -101,6 +102,7 @@ def message_table(rows: Sequence[Row]) -> Lines:
     kinds = [(control, score) for control in _CONTROLS for score in _SCORES]
     lines = [["defence", "step", *(f"{score} | {control.split()[0]}" for control, score in kinds)]]
     for row in finished(rows):
+        # Each kind has the same steps in the same order, or the lines would mix them.
         steps = zip(*(messages_of(row, *kind) for kind in kinds), strict=True)
         lines += [[row["name"], str(figures[0].step), *map(str, figures)] for figures in steps]
     return lines

@@ -138,6 +138,7 @@ def remarks_of(row: Row, rows: Sequence[Row], classes: int | None = None) -> lis
 
 def threat_sentence(threat: Mapping[str, Any]) -> str:
     """A row's ``threat`` in words: what the attacker sees and knows. Other keys than ours follow as they are."""
+    # What is left in it at the end are fields that this text doesn't know: they must not be passed over.
     rest = dict(threat)
     vantage, size = rest.pop("vantage", "link"), rest.pop("batch_size", 1)
     mode, labels = rest.pop("batch_norm", "eval"), rest.pop("labels", "known")

@@ -82,6 +82,7 @@ def with_password(uri: str, environment: Mapping[str, str]) -> str:
 
 def scrub(text: str, uri: str = "") -> str:
     """A text to be shown, without the passwords in the addresses that it names, nor that of `uri`."""
+    # An address within another text can't be told apart from it if its password holds spaces: this one is known.
     text = text.replace(uri, without_password(uri)) if uri else text
     if (password := _password(uri)) is not None:
         text = text.replace(password, "***")

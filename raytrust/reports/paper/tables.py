@@ -123,6 +123,7 @@ def table_2(report: Report, dataset: str) -> dict[str, Any]:
         floor = next(rule["null_floor"] for rule in rules if rule is not None)
         values = ["-" if rule is None else f"{rule['ours']:.1f}" for rule in rules]
         grid.append([rule_name(key), f"{floor:.1f}", *values])
+    # A row's setting names its rule first, and then the audit, which is the same for all.
     setting = rows[0]["setting"].split("; ")[-1] if rows else ""
     return {"dataset": TITLES[dataset], "lines": lines, "grid": grid, "setting": setting}
 
