@@ -19,6 +19,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raytrust.config.method import CompressorConfig
+
 # In the environment, as all processes that this one starts have it: files and modules, as PATH has directories.
 PLUGINS = "RAYTRUST_PLUGINS"
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # package.module:attribute
@@ -119,8 +121,6 @@ def compressor(options: type) -> Callable[[C], C]:
     options: a frozen dataclass derived from `raytrust.config.CompressorConfig`. Its `method` is the name, its first
     field what may follow that on a command line without a name: "topk:0.1".
     """
-    from raytrust.config.compressors import CompressorConfig
-
     frozen = is_dataclass(options) and options.__dataclass_params__.frozen  # type: ignore[attr-defined]
     if not frozen or not issubclass(options, CompressorConfig) or not isinstance(getattr(options, "method", None), str):
         raise ValueError(f"Expected options={options!r} to be a frozen dataclass of CompressorConfig with a `method`.")
