@@ -44,6 +44,7 @@ class Atomo(Stochastic):
         ]
         count = torch.tensor([len(s) for s, _, _ in triples], dtype=torch.int32, device=flat.device)
         parts = [x.reshape(-1) for triple in triples for x in triple] + [tensors[i].reshape(-1) for i in self.vectors]
+        # How many triples each worker sends is told first, as a gather needs the lengths of what it receives.
         floats = torch.cat(parts) if parts else flat.new_empty(0)
         counts = channel.all_gather((count,))
         gathered = channel.all_gather((floats,), [self._length(theirs.tolist()) for (theirs,) in counts])

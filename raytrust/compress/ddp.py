@@ -46,14 +46,18 @@ def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None) -> Hoo
     wait until this one ends. A loss scaled for float16 overflows on purpose: train in bfloat16 instead.
     """
     pending: list[tuple[Bucket, Future[Tensor]]] = []
-    places: dict[Tensor, int] = {}  # of a parameter in the layout
+    # Of each parameter in the layout. Kept from the first pass on: DDP then rebuilds its buckets in the order in which
+    # gradients came, and theirs says nothing any more.
+    places: dict[Tensor, int] = {}
 
     def hook(state: object, bucket: Bucket) -> Future[Tensor]:
+        # What a pass that failed has left.
         if bucket.index() == 0:
-            pending.clear()  # what a pass that failed has left
+            pending.clear()
         device = bucket.buffer().device
         future: Future[Tensor] = Future(devices=None if device.type == "cpu" else [device])
         pending.append((bucket, future))
+        # A future for each bucket at once, but the work when the last is full: a step is of the whole gradient.
         if bucket.is_last():
             buckets = [b for b, _ in pending]
             if not places:
@@ -64,7 +68,8 @@ def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None) -> Hoo
             pending.clear()
         return future
 
-    hook.__annotations__.clear()  # DDP refuses any but the types themselves, and these are strings
+    # DDP refuses any annotations but the types themselves, and these are strings.
+    hook.__annotations__.clear()
     return hook
 
 
@@ -80,14 +85,12 @@ def _reduce(buckets: Sequence[Bucket], places: dict[Tensor, int], compressor: Co
 
 
 def _gradients(bucket: Bucket) -> list[Tensor]:
-    """Views into the bucket, each like its parameter.
-
-    They lie there with their parameters' strides, such as channels_last, which `bucket.gradients()` does not heed.
-    """
+    """Views into the bucket, each like its parameter."""
     buffer, parameters = bucket.buffer(), bucket.parameters()
     if buffer.is_sparse:
         raise ValueError("Expected dense gradients, got a sparse one.")
     parts = buffer.split([p.numel() for p in parameters])
+    # They lie there with their parameters' strides, such as channels_last, which `bucket.gradients()` does not heed.
     return [
         part.as_strided(p.shape, p.stride()) if _is_dense(p) else part.view(p.shape)
         for part, p in zip(parts, parameters, strict=True)

@@ -37,9 +37,11 @@ class DGC(Sparse):
         u, v = self._memory.vectors(channel, flat.device)
         u.mul_(self._config.momentum).add_(flat, alpha=self._clipping(flat, channel.world_size))
         v.add_(u)
+        # Not error feedback around Top-K: what is not sent gathers momentum while it waits, as if it had been applied.
         indices = largest(v, self.k)
         reduced = self._exchange(v, indices, channel)
         v.index_fill_(0, indices, 0.0)
+        # Otherwise momentum of before an entry was sent would push it on, in a direction that is by now stale.
         if self._config.masking:
             u.index_fill_(0, indices, 0.0)
         self._step += 1
@@ -58,6 +60,7 @@ class DGC(Sparse):
         """How much of u an entry that was sent still gets in the next step: the momentum, 0 with masking."""
         return 0.0 if self._config.masking else self._config.momentum
 
+    # Public, as everyone on the wire counts steps, and k follows from it; u and v are the worker's.
     def public_state(self) -> dict[str, Tensor]:
         return {"step": torch.tensor(self._step)}
 

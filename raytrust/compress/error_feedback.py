@@ -42,6 +42,7 @@ class ErrorFeedback:
         return next(map(self._view, self._memory.held), None)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
+        # Checked before the sum is made in place: a gradient that is refused must leave no trace in the residual.
         self.layout.check(grads)
         inputs = self._view(*self._memory.vectors(channel, grads[0].device if grads else torch.device("cpu")))
         if grads:

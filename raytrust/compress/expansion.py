@@ -30,5 +30,6 @@ def _reason(defence: Defence) -> str:
             return "a value and its position are 8 bytes, an entry is 4, so send less than half of the entries"
         case VqSGDConfig():
             return "a vertex takes log2(2 x entries) bits, so take fewer samples"
-        case _:  # such as a few bytes a tensor where tensors hold few entries
+        # Such as a few bytes a tensor where tensors hold few entries: nothing that an option would change.
+        case _:
             return ""

@@ -10,10 +10,8 @@ from torch import Tensor
 
 
 def compare(operation: np.ufunc, x: Tensor, value: float, out: Tensor) -> None:
-    """Which entries of x are `operation` (numpy's less or greater_equal) `value`, bool, in `out`.
-
-    On the CPU numpy does it faster than torch.
-    """
+    """Which entries of x are `operation` (numpy's less or greater_equal) `value`, bool, in `out`."""
+    # On the CPU numpy does it faster than torch.
     if x.device.type == "cpu" and x.dtype == torch.float32:
         operation(x.numpy(), np.float32(value), out=out.numpy())
     else:
@@ -25,6 +23,7 @@ def pack_bits(bits: Tensor, out: Tensor) -> None:
     if bits.device.type == "cpu":
         out.numpy()[:] = np.packbits(bits.numpy(), bitorder="little")
     else:
+        # torch has no packbits: a sum of shifted bits, on the device where they are.
         missing = -len(bits) % 8
         rows = torch.cat([bits, bits.new_zeros(missing)]).view(-1, 8)
         out.copy_((rows.long() << torch.arange(8, device=bits.device)).sum(1))
@@ -32,15 +31,16 @@ def pack_bits(bits: Tensor, out: Tensor) -> None:
 
 def unpack_signs(packed: Tensor, scale: float, out: Tensor, rows: Tensor) -> None:
     """uint8 (n/8,) -> float32 (n,) in `out`: -scale where the bit is set, else scale. rows: int32 (n/8,), scratch."""
+    # A byte is a row of a table of 256: one lookup for eight entries, where shifts and masks would be eight passes.
     torch.index_select(_signs(packed.device) * scale, 0, rows.copy_(packed), out=out.view(-1, 8))
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """(n,) of 0..2**bits - 1, uint8 -> uint8 (ceil(n bits / 8),), for 1, 2, 4 or 8 bits.
 
-    By planes: with L bytes in all, byte j holds the entries j, j + L, j + 2 L, ... from the lowest bits on, so that
-    whole vectors are shifted and none is strided.
+    By planes: with L bytes in all, byte j holds the entries j, j + L, j + 2 L, ... from the lowest bits on.
     """
+    # By planes, because then whole vectors are shifted; neighbours in one byte would be strided reads.
     planes = 8 // bits
     if planes == 1:
         return codes
@@ -64,6 +64,8 @@ def unpack_codes(packed: Tensor, bits: int, out: Tensor) -> Tensor:
 
 def pack_words(words: Tensor, width: int) -> Tensor:
     """(n,) of 0..2**width - 1, int64 -> uint8 (ceil(n width / 8),): one word after the other, up to 62 bits each."""
+    # Word after word, as a width such as 25 bits fills no whole number of planes. There are few words, so that a bool a
+    # bit on the way does not matter.
     bits = ((words[:, None] >> torch.arange(width, device=words.device)) & 1).bool().view(-1)
     packed = torch.empty(-(-len(bits) // 8), dtype=torch.uint8, device=words.device)
     pack_bits(bits, packed)

@@ -13,27 +13,29 @@ from raytrust.compress.interface import CHUNK, Reduced, chunks
 from raytrust.compress.packing import compare
 from raytrust.wire.channel import Channel
 
-EXACT_BELOW = 2**16  # entries: a plain selection is faster there
-SAMPLE = 2**16  # entries from which a threshold is estimated
+# Entries below which a plain selection is faster than a threshold, and from which a threshold is estimated.
+EXACT_BELOW = 2**16
+SAMPLE = 2**16
 
 
 def largest(flat: Tensor, k: int) -> Tensor:
-    """Positions, in increasing order, of the k entries of largest magnitude of (n,): exactly k, whatever the ties.
-
-    A threshold estimated from a sample leaves few candidates (Lin et al. 2018, section 3.3), from which the k are
-    selected exactly: the sample decides the speed, not the result.
-    """
+    """Positions, in increasing order, of the k entries of largest magnitude of (n,): exactly k, whatever the ties."""
     n = len(flat)
     if k >= n:
         return torch.arange(n, device=flat.device)
     if n <= EXACT_BELOW or k > n // 4:
         return flat.abs().topk(k, sorted=False).indices.sort().values
+    # A threshold estimated from a sample leaves few candidates (Lin et al. 2018, section 3.3), from which the k are
+    # selected exactly: the sample decides the speed, not the result.
     sample = flat[:: max(1, n // SAMPLE)].abs()
     share = k / n * len(sample)
-    kept = int(share + 4 * share**0.5 + 16)  # four standard deviations above, so that one try nearly always suffices
+    # Four standard deviations above, so that one try nearly always suffices.
+    kept = int(share + 4 * share**0.5 + 16)
     candidates = above(flat, float(sample.topk(min(kept, len(sample)), sorted=True).values[-1]))
-    if len(candidates) < k:  # the sample misled: structure of the same period as its stride
+    # The sample misled, as the gradient has a structure of the same period as its stride.
+    if len(candidates) < k:
         candidates = torch.arange(n, device=flat.device)
+    # All above the k-th, and as many of those equal to it as are left: k is also what is counted on the wire.
     magnitudes = flat[candidates].abs()
     smallest = magnitudes.kthvalue(len(magnitudes) - k + 1).values
     chosen = magnitudes > smallest
@@ -44,19 +46,21 @@ def largest(flat: Tensor, k: int) -> Tensor:
 
 def above(flat: Tensor, threshold: float) -> Tensor:
     """Positions, in increasing order, of the entries that are not zero and of magnitude at least `threshold`."""
-    found = []
+    parts = []
+    # The least positive float32: zeros are not worth their positions.
     least = max(threshold, torch.finfo(torch.float32).smallest_normal * 2.0**-23)
     magnitudes = flat.new_empty(min(CHUNK, len(flat)))
     for part in chunks(len(flat)):
         n = part.stop - part.start
         chosen = torch.empty(n, dtype=torch.bool, device=flat.device)
         compare(np.greater_equal, torch.abs(flat[part], out=magnitudes[:n]), least, chosen)
-        if flat.device.type == "cpu":  # numpy's is faster than torch's
+        # numpy's is faster than torch's.
+        if flat.device.type == "cpu":
             positions = torch.from_numpy(np.flatnonzero(chosen.numpy()))
         else:
             positions = chosen.nonzero().flatten()
-        found.append(positions.add_(part.start))
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=flat.device)
+        parts.append(positions.add_(part.start))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=flat.device)
 
 
 class Sparse(Base):

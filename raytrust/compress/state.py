@@ -36,6 +36,7 @@ class Memory:
     def vectors(self, channel: Channel, device: torch.device) -> tuple[Tensor, ...]:
         """Those of a step of this worker, on `device`, to be written to. Raises ValueError for another worker's."""
         worker = channel.rank, channel.world_size
+        # Another worker's residual would be sent a second time, and its own never.
         if self.worker not in (None, worker):
             raise ValueError(
                 f"Expected channel of worker {self.worker[0]} of {self.worker[1]}, whose {self.kinds[0]} this is, got "
@@ -69,13 +70,12 @@ class Memory:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over what `tensors` gave, of a state that is known to fit."""
-        keys = [[f"{kind}.{name}" for name in self._layout.names] for kind in self.kinds]
         worker = state["metadata"]["worker"]
         self.worker = None if worker is None else (worker[0], worker[1])
-        self.held = (
-            tuple(torch.cat([state[key].reshape(-1) for key in of_kind]) for of_kind in keys)
-            if self.expected(state)
-            else ()
+        names = self._layout.names
+        self.held = tuple(
+            torch.cat([state[f"{kind}.{name}"].reshape(-1) for name in names])
+            for kind in (self.kinds if self.expected(state) else ())
         )
 
 
@@ -181,11 +181,13 @@ def redistribute(states: Sequence[State]) -> State:
     if not states:
         raise ValueError(f"Expected states={states!r} of at least 1 worker.")
     first = metadata_of(states[0])
+    # By their prefix, so that this needs no compressor: states of any method, also one that isn't registered here.
     kinds = tuple(f"{kind}." for kind in first["memory"])
     for state in states[1:]:
         _expect_one_training(states[0], state, kinds)
     _expect_every_worker(states, kinds)
-    ordered = sorted(states, key=lambda state: state["metadata"]["worker"] or [0])  # so that all round alike
+    # In the order of ranks and in float64, so that all workers round alike, whatever order they read the files in.
+    ordered = sorted(states, key=lambda state: state["metadata"]["worker"] or [0])
     result: State = {"metadata": first | {"worker": None}}
     for key, x in states[0].items():
         if key.startswith(kinds):

@@ -46,12 +46,15 @@ class VqSGD(Stochastic):
         d = len(flat)
         if d == 0:
             return flat.new_empty(0, dtype=torch.int64)
+        # By the inverse of the running sum of |x|. It is made chunk by chunk, from the mass of each: as one vector in
+        # float64 it would be twice the gradient, and in float32 its end would not tell entries apart.
         parts = list(chunks(d))
         masses = np.array([float(flat[part].abs().sum(dtype=torch.float64)) for part in parts])
         share = masses.sum() / (norm * d**0.5) if norm > 0 else 0.0
         even = dice.random(self._samples) >= share
         vertices = torch.from_numpy(dice.integers(0, 2 * d, self._samples)).to(flat.device)
-        points = np.sort(dice.random(self._samples - even.sum()) * masses.sum())  # positions in the running sum of |x|
+        # Sorted, so that those of a chunk lie together.
+        points = np.sort(dice.random(self._samples - even.sum()) * masses.sum())
         ends = masses.cumsum()
         drawn = []
         for part, mass, end, mine in zip(
@@ -59,6 +62,8 @@ class VqSGD(Stochastic):
         ):
             running = flat[part].abs().cumsum(0, dtype=torch.float64)
             inside = torch.from_numpy(mine - (end - mass)).to(flat.device)
+            # From the right, so that an entry of zero mass is never found. Clamped, as the mass of a chunk and the end
+            # of its running sum round differently.
             found = torch.searchsorted(running, inside, right=True).clamp_(max=part.stop - part.start - 1)
             drawn.append(2 * (found + part.start) + (flat[part][found] < 0))
         vertices[torch.from_numpy(~even).to(flat.device)] = torch.cat(drawn)

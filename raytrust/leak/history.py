@@ -29,7 +29,7 @@ from raytrust.compress.dense import Dense
 from raytrust.compress.dgc import DGC
 from raytrust.compress.randk import RandK
 from raytrust.compress.sparse import Sparse
-from raytrust.leak.rules import EarlierStep, Messages, pure_view_of, view_of
+from raytrust.leak.rules import EarlierStep, Messages, expect_history, pure_view_of, view_of
 from raytrust.leak.sparse import entries_view, sent_entries, sparse_view
 from raytrust.leak.views import LinearView, SparseView, View
 
@@ -71,7 +71,7 @@ def pure_sparse_view(
     compressor: Sparse | RandK, messages: Messages, vantage: Vantage, victim: int, history: Sequence[EarlierStep]
 ) -> SparseView:
     """The entries that were sent in the step before, too, and, where momentum goes on, in that before it."""
-    _expect(history)
+    expect_history(history)
     values, positions = sent_entries(compressor, messages, vantage, victim)
     before = [_sent_earlier(compressor, step, vantage, victim) for step in history]
     carried = compressor.carried if isinstance(compressor, DGC) else 0.0
@@ -113,15 +113,14 @@ def weighed_view(
         raise ValueError(
             f"Expected a method that sends entries and then forgets them, to weigh them by age, got {name}."
         )
-    _expect(history)
+    expect_history(history)
     now = sparse_view(method, messages, vantage, victim)
     _, positions = sent_entries(method, messages, vantage, victim)
     ages = torch.full_like(positions, len(history) + 1)
     # The oldest first, so that what was sent again is younger.
     for i, step in enumerate(history):
-        ages[torch.isin(positions, _sent_earlier(method, step, vantage, victim)[1], assume_unique=True)] = (
-            len(history) - i
-        )
+        _, earlier = _sent_earlier(method, step, vantage, victim)
+        ages[torch.isin(positions, earlier, assume_unique=True)] = len(history) - i
     weights = ages.to(torch.float32).rsqrt().split([len(o) for o in now.observed])
 
     def weighed(measured: Sequence[Tensor]) -> list[Tensor]:
@@ -136,11 +135,6 @@ def weighed_view(
 
 def _method(compressor: Compressor) -> Compressor:
     return compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
-
-
-def _expect(history: Sequence[EarlierStep]) -> None:
-    if not history:
-        raise ValueError("Expected a history of at least 1 step, to tell the gradient from the residual.")
 
 
 def _sent_earlier(method: Sparse | RandK, step: EarlierStep, vantage: Vantage, victim: int) -> tuple[Tensor, Tensor]:

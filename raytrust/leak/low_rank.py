@@ -10,7 +10,7 @@ from torch import Tensor
 from raytrust.compress import Vantage
 from raytrust.compress.atomo import Atomo
 from raytrust.compress.powersgd import PowerSGD
-from raytrust.leak.rules import EarlierStep, Messages, decoded_of, pure_view_of, view_of
+from raytrust.leak.rules import EarlierStep, Messages, decoded_of, expect_history, pure_view_of, view_of
 from raytrust.leak.views import Product, ProductView, TensorwiseView
 
 
@@ -50,8 +50,8 @@ def pure_powersgd_view(
         observed += [left @ (mix @ factors.ps[j]).T, inside @ factors.qs[j]]
         products += [Product(i, left, right), Product(i, left=inside @ factors.bases[j])]
     kept = [k for k, o in enumerate(observed) if o.numel()]
-    if not kept and not factors.vectors:
-        raise ValueError("Expected a history of at least 1 step, to tell the gradient from the residual.")
+    # Tensors of one dimension need no history: where there are some, a view without one is theirs.
+    expect_history([*kept, *factors.vectors])
     return ProductView(
         [*(observed[k] for k in kept), *factors.vectors],
         [*(products[k] for k in kept), *map(Product, compressor.vectors)],

@@ -62,6 +62,11 @@ def pure_view_of(
     raise ValueError(f"Expected a method whose residual has zeros, got {type(compressor).__name__}.")
 
 
+def expect_history(history: Sequence[object]) -> None:
+    if not history:
+        raise ValueError("Expected a history of at least 1 step, to tell the gradient from the residual.")
+
+
 def decoded_of(compressor: Compressor, messages: Messages, vantage: Vantage, victim: int) -> list[Tensor]:
     """What the messages decode to, one tensor a parameter: the victim's gradient, or the mean in which it is hidden."""
     return _of_victim(compressor.decode(messages, vantage), victim)

@@ -19,7 +19,8 @@ from raytrust.leak import LinearView
 from raytrust.leak.observation import Observation, decoded
 
 ITERATIONS = 200
-TOLERANCE = 1e-7  # of the residual, relative to its beginning
+# Of the residual, relative to its beginning: what float32 resolves.
+TOLERANCE = 1e-7
 
 
 def analytic(seen: Observation, config: InversionConfig, device: str = "cpu") -> Candidates:
@@ -54,6 +55,7 @@ def solve_first_layer(seen: Observation, config: InversionConfig, device: str = 
     def backward(measured: list[Tensor]) -> Tensor:
         return view.adjoint(measured)[matrix][0].T @ signal
 
+    # By products alone: as a matrix, the map would hold a column of all measurements for each pixel.
     x, residual = conjugate_gradient(lambda v: backward(forward(v)), backward([o[None] for o in view.observed]))
     image = x.cpu().view(seen.image_shape) * seen.std.view(-1, 1, 1) + seen.mean.view(-1, 1, 1)
     return image.clamp(0, 1)[None], residual
@@ -82,6 +84,7 @@ def conjugate_gradient(apply: Callable[[Tensor], Tensor], right: Tensor) -> tupl
 @torch.no_grad()
 def _first_layer(seen: Observation) -> str:
     """The name of the layer that takes the image itself, if it is linear and has a bias."""
+    # By what enters layers, not by their names or order: a model may flatten, scale or skip before its first one.
     model = seen.build_model().eval()
     image = torch.randn((1, *seen.image_shape), generator=torch.Generator().manual_seed(0))
     used: list[tuple[str, nn.Module, Tensor]] = []

@@ -21,7 +21,8 @@ from raytrust.config.register import ATTACKS
 from raytrust.leak.observation import Observation
 from raytrust.persample.memory import candidate_bytes, free_bytes, is_out_of_memory
 
-MAX_GRADIENT_ENTRIES = 2**28  # per-candidate gradients held at once; beyond it candidates are taken in turns (1 GiB)
+# Of per-candidate gradients that are held at once, 1 GiB, whatever memory is free; beyond it candidates take turns.
+MAX_GRADIENT_ENTRIES = 2**28
 
 Job = tuple[Observation, InversionConfig]
 
@@ -85,6 +86,7 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
     for seen, _ in jobs[1:]:
         if not same_model(jobs[0][0], seen):
             raise ValueError("Expected all observations to be of one model at one step.")
+    # What pieces of a program share is the loop itself; all else is a number a candidate, and runs in one batch.
     found: dict[int, list[Candidates]] = {}
     programs: dict[tuple[object, ...], list[Piece]] = {}
     for i, (seen, config) in enumerate(jobs):
@@ -102,6 +104,7 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
 
 def _alike_together(pieces: Sequence[Piece]) -> list[Piece]:
     """The pieces with those next to each other whose views can be stacked; otherwise in their order."""
+    # Only neighbours are compared by one call, as a batch is cut into runs of candidates.
     keys = [stack_key(piece.view, piece.config) for piece in pieces]
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     return [piece for _, piece in sorted(enumerate(pieces), key=lambda at: (first[keys[at[0]]], at[0]))]
@@ -136,6 +139,7 @@ def _room(seen: Observation, device: str) -> int:
 
 def _run(batch: Sequence[Piece], device: str) -> list[tuple[Piece, Found]]:
     """The batch, or its halves one after the other where memory does not suffice in spite of the estimate."""
+    # The estimate of memory is of the usual network; to halve costs less than to be careful with all.
     try:
         return list(zip(batch, search(batch, device), strict=True))
     except RuntimeError as error:
@@ -180,5 +184,6 @@ def same_model(a: Observation, b: Observation) -> bool:
     """Whether both are of one model at one step under one threat: its weights, buffers and normalisation are equal."""
     if (a.model, a.classes, a.image_shape, a.threat) != (b.model, b.classes, b.image_shape, b.threat):
         return False
+    # By identity first: captures of one step share their tensors, and to compare them costs a pass over the model each.
     first, second = ([*s.weights.values(), *s.buffers.values(), s.mean, s.std] for s in (a, b))
     return all(x is y or torch.equal(x, y) for x, y in zip(first, second, strict=True))

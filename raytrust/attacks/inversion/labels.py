@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from raytrust.leak.observation import Observation, decoded
 
 NOISE_IMAGES = 64
-ROUNDING = 1e-4  # of B b_c, in labels
+# Of B b_c, in labels: a class that is absent and never predicted has a slope of rounding, of either sign.
+ROUNDING = 1e-4
 
 
 def recover_labels(seen: Observation, method: str) -> Tensor:
@@ -43,12 +44,15 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
         order = slopes.argsort(stable=True)
         present = order[: max(1, int((slopes < 0).sum()))]
         return present.repeat(batch)[:batch].sort().values
-    at_least = torch.ceil(-batch * slopes - ROUNDING)  # as no probability is below 0
+    # As no probability is below 0, count_c >= -B b_c: what a class must have for sure.
+    at_least = torch.ceil(-batch * slopes - ROUNDING)
     expected = torch.maximum(batch * (probabilities - slopes), at_least)
     counts = torch.zeros_like(expected)
     present = slopes.argsort(stable=True)[: int((slopes * batch < -ROUNDING).sum())][:batch]
-    counts[present] = 1  # first, as a sign survives more than a magnitude does
-    for _ in range(batch - len(present)):  # each place left goes to the class that is furthest below its due
+    # First one of each class whose slope is negative, as a sign survives more of a compressor than a magnitude does.
+    counts[present] = 1
+    # Each place that is left goes to the class that is furthest below its due: so the counts sum to the batch.
+    for _ in range(batch - len(present)):
         counts[(expected - counts).argmax()] += 1
     return torch.repeat_interleave(torch.arange(len(counts)), counts.long())
 
@@ -83,11 +87,9 @@ def _bias_gradient(weight: Tensor, bias: Tensor | None, feature_sum: float) -> T
 
 @torch.no_grad()
 def _on_noise(seen: Observation) -> tuple[Tensor, float]:
-    """What the model makes of noise images: mean probabilities (classes,), and the sum of the classifier's inputs.
-
-    Half of them are white and half smooth noise: an untrained model gives all images much the same probabilities, a
-    trained one takes white noise for very few classes.
-    """
+    """What the model makes of noise images: mean probabilities (classes,), and the sum of the classifier's inputs."""
+    # Half of them white and half smooth: an untrained model gives all images much the same probabilities, a trained one
+    # takes white noise for very few classes.
     model = seen.build_model()
     features: list[Tensor] = []
     _classifier(model, seen.classes)[1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))

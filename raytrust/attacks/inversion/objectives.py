@@ -22,6 +22,7 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
 
     Raises ValueError for messages that are not finite, and where the attacker can't tell gradient and residual apart.
     """
+    # Before any work: NaN in a message would be NaN in every distance, and look like an attack that diverged.
     messages = [*seen.messages, *(m for step in seen.history for m in step.messages)]
     payloads = [x for m in messages for x in (*m.sent, *m.received) if not x.is_meta and x.is_floating_point()]
     if not all(bool(x.isfinite().all()) for x in payloads):

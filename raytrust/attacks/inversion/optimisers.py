@@ -25,6 +25,7 @@ class Optimiser(Protocol):
 class Adam:
     """Kingma & Ba 2015, Algorithm 1, with its default constants."""
 
+    # Not torch.optim's: that one steps by itself, at one rate for all rows, and can't drop any.
     def __init__(self, like: Tensor):
         self._mean, self._square, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
 
@@ -62,6 +63,7 @@ class LBFGS:
         curvature = (s * y).sum(1, keepdim=True)
         sound = curvature > 1e-10
         self._scale = torch.where(sound, curvature / y.square().sum(1, keepdim=True), self._scale)
+        # A row whose pair is left out keeps it with weight 0: so all rows have as many pairs, and are one matrix.
         self._pairs.append((s, y, torch.where(sound, 1 / curvature, torch.zeros_like(curvature))))
         del self._pairs[: -self._memory]
         q, weights = -gradient, []

@@ -97,6 +97,7 @@ class LinearStack:
         self._owner: Tensor | None = None
 
     def distance(self, grads: Sequence[Tensor], owner: Tensor) -> Tensor:
+        # By identity: to compare the tensors would wait for the device in every iteration.
         if owner is not self._owner:
             self._owner = owner
             self._select(owner)
@@ -145,7 +146,8 @@ class WholeStack(LinearStack):
                 plain.append(i)
                 continue
             if i not in self._matrices:
-                target = g.product.as_matrix(self._targets[i])  # rounded only where the passes' products want it
+                target = g.product.as_matrix(self._targets[i])
+                # Rounded to the dtype of the passes only where products of their factors want it.
                 self._matrices[i] = target.to(g.product.inputs.dtype if g.product.low_rank else target).contiguous()
             inner[i], squared[i] = g.product.inner_each(self._matrices[i]), g.product.squared_norm()
         found = self._vectors([(grads[i], self._targets[i]) for i in plain])
@@ -248,6 +250,7 @@ class SignStack:
 
     def _like(self, i: int, g: Tensor) -> tuple[Tensor, Tensor]:
         """A gradient and its signs as rows, in whichever order is at hand."""
+        # The signs are laid out as the gradient is, once: to bring each gradient into their order would copy it.
         if not isinstance(g, GhostGradient):
             return rows(g), rows(self._targets[i])
         if i not in self._matrices:
