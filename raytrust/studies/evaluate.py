@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +23,10 @@ from raytrust.config import InversionConfig, LearnedInverterConfig
 from raytrust.leak.observation import Capture
 from raytrust.metrics.images import mse, psnr, ssim_table
 
-DISTRACTORS = 99  # identification is among these and the true image
+# With the true image that makes a hundred candidates, of which guessing finds one in a hundred.
+DISTRACTORS = 99
+
+Request: TypeAlias = tuple[Sequence[Capture], Sequence[InversionConfig]]
 
 
 @dataclass(frozen=True)
@@ -112,26 +116,23 @@ def evaluate_inversions(
     device: str = "cpu",
     references: Tensor | None = None,
 ) -> list[InversionResult | InversionFailure]:
-    """`evaluate_inversion` for several attacks, run together; each bears its share of the time, by restarts and
-    iterations. An attack that fails does so alone.
-    """
+    """`evaluate_inversion` for several attacks, run together; an attack that fails does so alone."""
     (results,) = evaluate_together([(captures, attacks)], device, references)
     return results
 
 
 def evaluate_together(
-    requests: Sequence[tuple[Sequence[Capture], Sequence[InversionConfig]]],
-    device: str = "cpu",
-    references: Tensor | None = None,
+    requests: Sequence[Request], device: str = "cpu", references: Tensor | None = None
 ) -> list[list[InversionResult | InversionFailure]]:
     """`evaluate_inversions` for the captures of several defences, each with attacks of its own, as one batch.
 
     All captures are of one model at one step, as those of the untrained model are. The results of each request, in
     order.
     """
-    watch = _Watch()
+    watch = _watch()
     reached = _run(requests, device)
-    spent = watch.read()
+    spent = watch()
+    # The attacks run as one batch, with one clock: each is charged by the iterations that it asked for.
     total = sum(len(captures) * a.restarts * a.iterations for captures, attacks in requests for a in attacks)
     results = []
     for (captures, attacks), of_request in zip(requests, reached, strict=True):
@@ -152,6 +153,7 @@ def _result(
         if isinstance(candidates, ValueError):
             raise candidates
         return InversionResult(attack=attack, **vars(_compare(captures, candidates, floors, spent)))
+    # A failure becomes a value, so that an attack which diverges does not take the others of its batch with it.
     except (ValueError, FloatingPointError) as error:
         return InversionFailure(attack, error)
 
@@ -168,11 +170,12 @@ def evaluate_learned(
 
     Raises ValueError if a private image is among the auxiliary ones, and as `train_inverter` does.
     """
+    # An inverter that was trained on a private image hands back what it remembers, not what the message tells.
     _refuse_private(captures, auxiliary.images)
-    watch = _Watch()
+    watch = _watch()
     inverter = train_inverter(captures[0].seen, auxiliary, config, device)
     images = inverter.reconstruct([c.seen for c in captures])
-    spent = watch.read()
+    spent = watch()
     candidates = [Candidates(image[None, None], torch.tensor([inverter.held_out_loss])) for image in images]
     reached = _compare(captures, candidates, _floors(captures, references), spent)
     return LearnedResult(attack=config, losses=inverter.losses, **vars(reached))
@@ -182,6 +185,7 @@ def _refuse_private(captures: Sequence[Capture], images: Tensor) -> None:
     """Raises ValueError if a private image is, to 8 bits a pixel, among these."""
 
     def key(image: Tensor) -> bytes:
+        # Bytes can be looked up at once, and do not depend on how a float was rounded.
         return (image * 255).round().byte().numpy().tobytes()
 
     places = {key(image): i for i, image in enumerate(images)}
@@ -205,15 +209,10 @@ class _Spent:
         return _Spent(self.wall * part, self.cpu * part)
 
 
-class _Watch:
-    def __init__(self) -> None:
-        self._started = time.perf_counter(), time.process_time()
-
-    def read(self) -> _Spent:
-        return _Spent(time.perf_counter() - self._started[0], time.process_time() - self._started[1])
-
-
-Request = tuple[Sequence[Capture], Sequence[InversionConfig]]
+def _watch() -> Callable[[], _Spent]:
+    """Begin to measure; what it returns tells what has been spent since."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    return lambda: _Spent(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candidates] | ValueError]]:
@@ -223,6 +222,7 @@ def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candida
     try:
         candidates = iter(invert(jobs, device))
     except ValueError as error:
+        # The error does not say which attack can't be made: each is tried alone, so that the others still run.
         if len(requests) > 1:
             return [_run([request], device)[0] for request in requests]
         ((captures, attacks),) = requests
@@ -251,13 +251,17 @@ class _Floors:
         reached = []
         for start in starts:
             part = table[:, start : start + size]
+            # Reconstructions of a batch are assigned to their best matches, which raises SSIM: chance gets the same
+            # favour.
             rows, columns = linear_sum_assignment(part, maximize=True)
             reached.append(part[rows, columns])
+        # With fewer references than images no whole batch can be drawn, and the plain mean has to do.
         return np.mean(reached or [table.mean(1)], axis=0).tolist()
 
     def identified(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
         """By SSIM: truth holds that of each reconstruction with its original."""
         rivals = ssim_table(reconstructions, self.references).max(1)
+        # A reconstruction as near to another image as to its own identifies nobody: a tie is lost.
         return [t > rival for t, rival in zip(truth, rivals.tolist(), strict=True)]
 
     def identified_by_mse(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
@@ -268,9 +272,11 @@ class _Floors:
 def _compare(
     captures: Sequence[Capture], candidates: Sequence[Candidates], floors: _Floors | None, spent: _Spent
 ) -> Reconstructions:
+    # The attacker picks by its own objective: to pick by SSIM to the truth would flatter the attack.
     picked = [_match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
     oracle: list[float] = []
     for capture, found in zip(captures, candidates, strict=True):
+        # A restart that never had a finite objective arrived nowhere, and bounds nothing.
         every = [_match(images, capture.truth.images)[1] for images in found.images[found.objective.isfinite()]]
         oracle += np.max(every, axis=0).tolist()
     originals = torch.cat([c.truth.images for c in captures])
@@ -306,6 +312,7 @@ def _match(images: Tensor, truth: Tensor) -> tuple[Tensor, list[float]]:
     """The images in the truth's order, and their SSIM."""
     table = ssim_table(images.numpy(), truth.numpy())
     rows, columns = linear_sum_assignment(table, maximize=True)
+    # By the truth's columns: the inverse permutation would pair images with strangers, and no error would say so.
     order = rows[np.argsort(columns)]
     return images[torch.from_numpy(order)], [float(table[i, j]) for j, i in enumerate(order)]
 
@@ -313,6 +320,7 @@ def _match(images: Tensor, truth: Tensor) -> tuple[Tensor, list[float]]:
 def _label_accuracy(captures: Sequence[Capture], candidates: Sequence[Candidates]) -> list[float] | None:
     shares = []
     for capture, found in zip(captures, candidates, strict=True):
+        # Labels that were granted were not recovered: their 100 % would be no merit of the attack.
         if capture.seen.labels is not None or found.labels is None:
             return None
         recovered, true = (Counter(x.tolist()) for x in (found.labels[found.pick()], capture.truth.labels))
@@ -327,6 +335,7 @@ def perceptual_distance() -> Callable[[Tensor, Tensor], list[float]] | None:
     cache: nothing is downloaded. Images of one channel are repeated to three.
     """
     weights = Path(torch.hub.get_dir()) / "checkpoints"
+    # Without its weights the network would download them; a measurement must not hang on a server.
     if find_spec("lpips") is None or not list(weights.glob("alexnet-*.pth")):
         return None
     network = import_module("lpips").LPIPS(net="alex", verbose=False).eval()

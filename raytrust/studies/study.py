@@ -41,12 +41,15 @@ def answer(study: Study, runner: Runner, progress: Progress, until: float | None
     """Do what is left of a study; no job is begun after `until`, by `time.time`."""
     for name, bundles in study.phases():
         count = sum(len(store.missing(jobs)) for store, jobs in bundles)
+        # A resumed run passes silently through the phases that it did before.
         if count:
+            # Anew in every phase, because what a search has chosen turns guesses about later phases into known jobs.
             progress.expect_jobs(study.kinds, study.left())
             seconds = progress.seconds_left()
             left = "" if seconds is None else f"; about {clock(seconds)} left in all"
             progress.say(f"{name}: {count} jobs{left}")
             runner.run(bundles, progress, until)
+        # Later phases are chosen by the results of this one, which may have been cut short.
         if too_late(until):
             return
 

@@ -33,14 +33,17 @@ def audit(
     """
     config = replace(sweep.train, defence=defence)
     jobs = [AttackRun(config, attack, "tuning") for attack in sweep.portfolio_against(defence)]
+    # Looked up before anything runs, since afterwards the store can't tell what this run of the program has done.
     trained, missing = store.training(config) is not None, store.missing(jobs)
     started = time.perf_counter()
     training = train(config)
     attack(jobs)
     objectives = defence_objectives(store, sweep, defence)
+    # Without any attack there is no leakage, and a number that is missing must not pass for a small one.
     if objectives is None:
         raise FloatingPointError(f"No attack has a result: {store.failure(jobs[0])}")
     figures = [f for job in jobs if (f := store.result(job)) is not None]
+    # All attacks are on the same images, so that any of them knows the floor.
     floor = floor_of_images(figures[0]["mean_image_ssim"], figures[0]["other_image_ssim"])
     spent = sum(f["cpu_seconds"] for job in missing if (f := store.result(job)) is not None)
     return {
@@ -49,7 +52,8 @@ def audit(
         "attacks": len(figures),
         "attack_seconds": sum(f["seconds"] for f in figures),
         "train_seconds": training["seconds"],
-        "cpu_seconds": spent + (0.0 if trained else training["cpu_seconds"]),  # of this run of the program alone
+        # What lay in the store already has cost this run of the program nothing.
+        "cpu_seconds": spent + (0.0 if trained else training["cpu_seconds"]),
         "waited_seconds": 0.0 if trained else training.get("waited_seconds", 0.0),
         "wall_seconds": time.perf_counter() - started,
     }
@@ -69,11 +73,14 @@ def audit_here(sweep: SweepConfig, store: Store, runner: Runner, listener: Liste
         if too_late(until):
             return
         if defence_objectives(store, sweep, defence) is not None:
+            # A resumed sweep neither audits nor announces again what is finished.
             continue
+        # The same name as the run's folder, so that whoever listens can find its results.
         key = store.run_id(replace(sweep.train, defence=defence))
         listener.started("defences", key, defence.name)
         try:
             result = audit(sweep, defence, store, train, lambda jobs: runner.run([(store, tuple(jobs))], Silent()))
+        # A defence that diverges is a row which says so; the others are audited all the same.
         except FloatingPointError as error:
             store.fail_run(replace(sweep.train, defence=defence), str(error))
             listener.failed("defences", key, str(error))

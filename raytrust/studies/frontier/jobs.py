@@ -42,8 +42,10 @@ class TrainingRun(Job):
         """Train in this process, or several workers in processes of their own. On Ray, warm groups do this instead."""
         folder = begin(store, self.train)
         work = partial(train_and_capture, self.train, place.images, folder=folder, device=place.device)
+        # A single worker has nobody to exchange with, and is spared the start of a process.
         if self.train.workers == 1:
             return Result(work(LocalChannel()))
+        # All workers hold the same model and send as much: the figures of the first stand for all.
         return Result(in_processes(work, self.train.workers)[0])
 
 
@@ -66,6 +68,7 @@ class AttackRun(Job):
 
     @property
     def shelf(self) -> str:
+        # Tuning and evaluation results lie apart, so that listing the one can't take in the other.
         return self.split
 
     @property
@@ -77,6 +80,7 @@ class AttackRun(Job):
 
     def captures(self, store: Results) -> list[Capture]:
         n, m = self.train.capture.tuning, self.train.capture.evaluation
+        # Disjoint batches: an attack that is reported on the images which chose it looks stronger than it is.
         indices = range(n) if self.split == "tuning" else range(n, n + m)
         return load_captures(store.folder(self.parent), self.attack.capture_step, indices)
 
@@ -91,6 +95,7 @@ class AttackRun(Job):
         """Attacks with equal iterations on equal models are one batch, as the untrained models of all runs are."""
         attacks = cast("Sequence[AttackRun]", jobs)
         results: dict[Job, Result | Exception] = {}
+        # The attacks of a batch take their steps together, on one model: only those of equal length and step can join.
         for step, iterations in dict.fromkeys((j.attack.capture_step, j.attack.iterations) for j in attacks):
             alike = [j for j in attacks if (j.attack.capture_step, j.attack.iterations) == (step, iterations)]
             for batch in _of_equal_models(alike, store):
@@ -134,10 +139,12 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
     return {
         **evaluation,
         "losses": [s.loss for s in steps],
+        # A mean, as threshold dropping sends another number of entries at every step.
         "bytes_per_step": sum(s.sent_bytes for s in steps) / len(steps),
         "dense_bytes": steps[0].gradient_bytes,
         "seconds": time.perf_counter() - started,
-        "cpu_seconds": config.workers * (time.process_time() - cpu),  # all workers do the same
+        # The other workers run in processes of their own, but do the same: one is measured for all.
+        "cpu_seconds": config.workers * (time.process_time() - cpu),
     }
 
 
@@ -160,6 +167,7 @@ def _of_equal_models(jobs: Sequence[AttackRun], store: Results) -> list[_Batch]:
     for config, split in dict.fromkeys((j.train, j.split) for j in jobs):
         of_run = [j for j in jobs if (j.train, j.split) == (config, split)]
         captures = of_run[0].captures(store)
+        # By the weights themselves: runs of different defences share the untrained model, which no config tells.
         alike = (batch for batch in batches if same_model(batch[0][1][0].seen, captures[0].seen))
         if (batch := next(alike, None)) is None:
             batches.append(batch := [])
@@ -175,7 +183,8 @@ def _result(job: AttackRun, outcome: InversionResult | InversionFailure) -> Resu
         "attack": to_dict(outcome.attack),
         "split": job.split,
         **{name: getattr(outcome, name) for name in names},
-        "psnr": [min(p, 100.0) for p in outcome.psnr],  # dB; a perfect copy has no finite value
+        # A perfect copy has an infinite PSNR (in dB), which JSON can't hold.
+        "psnr": [min(p, 100.0) for p in outcome.psnr],
     }
     arrays = {name: getattr(outcome, name).numpy() for name in ("reconstructions", "originals")}
     return Result(figures, arrays)

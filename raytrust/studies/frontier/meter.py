@@ -18,6 +18,7 @@ class Meter(Silent):
         self._runs: set[str] = set()
 
     def started(self, phase: str, key: str, name: str) -> None:
+        # Until the first job starts nothing but the program's own start takes time.
         if self._ready == self._began:
             self._ready = time.monotonic()
 
@@ -27,10 +28,12 @@ class Meter(Silent):
             self._ready += result.get("waited_seconds", 0.0)
         self._note(key)
         figures = result.get("figures") or []
+        # An evaluation brings the figures of all attacks on a defence, a trial of the search those of one.
         each = figures if isinstance(figures, list) else [figures]
         self.busy += result.get("cpu_seconds", 0.0) + sum(f["cpu_seconds"] for f in each)
 
     def failed(self, phase: str, key: str, reason: str) -> None:
+        # A defence that fails has taken its time as well, and belongs to the mean.
         self._note(key)
 
     def _note(self, key: str) -> None:

@@ -16,7 +16,9 @@ from raytrust.studies.frontier.jobs import AttackRun
 from raytrust.studies.frontier.rows import audited_defences, trained_defences
 from raytrust.studies.frontier.store import Store
 
-TOGETHER = 4  # settings of a trial, and runs of an evaluation task, that are attacked as one batch
+# Settings of a trial, and runs of an evaluation task, that are attacked as one batch: small networks pay for calls, of
+# which a batch makes hardly more than a single attack.
+TOGETHER = 4
 
 Finalists = tuple[TrainConfig, list[InversionConfig]]
 
@@ -29,11 +31,14 @@ def defence_objectives(store: Store, sweep: SweepConfig, defence: Defence) -> di
     train = replace(sweep.train, defence=defence)
     training = store.training(train)
     jobs = [AttackRun(train, attack, "tuning") for attack in sweep.portfolio_against(defence)]
+    # A failed attack is no evidence of privacy, and is left out. One that is still to be made could be the strongest,
+    # so that nothing is said before it is done.
     figures = [store.result(job) for job in jobs if store.failure(job) is None]
     finished = [f for f in figures if f is not None]
     if training is None or not figures or len(finished) < len(figures):
         return None
     return {
+        # A maximum, since a defence is as private as its strongest attack leaves it.
         "leakage": max(float(np.mean(f["ssim"])) for f in finished),
         "accuracy": training["correct"] / training["n_test"],
         "bytes_per_step": float(training["bytes_per_step"]),
@@ -63,6 +68,7 @@ def evaluation_bundles(finalists: Sequence[Finalists], places: int, store: Store
 def _entries(store: Store, train: TrainConfig) -> float:
     """Of the run's gradient."""
     training = store.training(train)
+    # Of a run without figures the size is unknown; taken for large, it is attacked alone. Dense bytes are of float32.
     return math.inf if training is None else training["dense_bytes"] / 4
 
 
@@ -96,6 +102,7 @@ class ByDefence(Silent):
         if self._open[run]:
             return
         figures = [f for job in self._jobs[run] if (f := self._store.result(job)) is not None]
+        # A single attack that worked gives the defence a row: it has failed only where all of them did.
         if figures:
             self._listener.finished("evaluation", run, {"figures": figures})
         else:
@@ -115,8 +122,10 @@ def totals(sweep: SweepConfig, store: Store) -> dict[str, int]:
         train = replace(sweep.train, defence=defence)
         portfolio = [to_dict(attack) for attack in sweep.portfolio_against(defence)]
         attacks = [f["attack"] for f in store.attacks(train, "tuning")]
+        # The portfolio was tried when the defence was audited: the search owes its trials besides.
         tried += sum(a not in portfolio and a["iterations"] == iterations for a in attacks)
         evaluated += bool(store.attacks(train, "evaluation"))
+    # A resumed sweep may hold more defences than it now asks for, and they are evaluated as well.
     trials = max(sweep.trials, len(defences))
     attacks_left = max(0, trials * sweep.attack_trials - tried)
     return {"defences": trials - done, "attacks": attacks_left, "evaluation": max(0, trials - evaluated)}

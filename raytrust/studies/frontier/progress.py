@@ -32,7 +32,9 @@ class FrontierProgress(Progress):
         name = self.end(phase, key)
         if phase == "defences":
             self.measure(phase, result["wall_seconds"])
+            # The audit's own attacks tell how long one takes before the search has made any.
             self.measure("attacks", result["attack_seconds"], result["attacks"])
+            # The later phases report on the defence without knowing its training.
             self._accuracy[key] = result["accuracy"]
             text = f"SSIM {result['leakage']:.2f} on the tuning images{_floor_text(result.get('floor'))}"
         elif phase == "attacks":
@@ -52,6 +54,7 @@ class FrontierProgress(Progress):
 
     def seconds_left(self) -> float | None:
         """Defences are trained one after another, attacks `parallel` at once."""
+        # Before a defence is finished there is no rate, and a guess would mislead.
         if (defence := self.rate("defences")) is None:
             return None
         attacks = self._count["attacks"] + self._evaluation_cost * self._count["evaluation"]
@@ -60,6 +63,7 @@ class FrontierProgress(Progress):
 
 def _floor(figures: Sequence[dict[str, Any]]) -> float | None:
     """What is reached on the attacked images without any attack, if it was measured; the same for all attacks."""
+    # The floor belongs to the images, so that whichever attack has it will do.
     for of_one in figures:
         floor = floor_of_images(of_one.get("mean_image_ssim"), of_one.get("other_image_ssim"))
         if floor is not None:

@@ -38,11 +38,11 @@ class Row(TypedDict, total=False):
     remarks: list[str]  # what a reader must know, such as "sends more bytes than the gradient itself"
     bytes_per_step: float | None
     compression_ratio: float | None
-    # of training
+    # Of training. It stands beside leakage, since a defence that spoils the model is no bargain.
     accuracy: float  # in [0, 1]
     accuracy_interval: Ends | None
     n_test: int
-    # of the strongest attack on the evaluation images: means over them, unless it is said otherwise
+    # Of the strongest attack, as a defence is only as private as that leaves it: means over the evaluation images.
     leakage_ssim: float
     leakage_interval: Ends | None
     ssim_std: float
@@ -55,13 +55,14 @@ class Row(TypedDict, total=False):
     attack: dict[str, Any]  # its settings
     attacks_tried: int
     n_tuning_images: int
-    # of the best attack that ignores the compressor, and of the best that knows it
+    # Of the best attack that ignores the compressor and of the best that knows it: what lies between them is a
+    # protection against the ignorant alone.
     naive_ssim: float | None
     aware_ssim: float | None
     aware_gain: float | None
     aware_gain_interval: Ends | None
     aware_gain_p: float | None
-    # floors, without any attack, and the evidence beside them
+    # An SSIM says little by itself: on small digits the mean image reaches 0.4 to 0.5 without any attack.
     mean_image_ssim: float | None
     other_image_ssim: float | None
     identified_mse: float | None
@@ -73,13 +74,15 @@ class Row(TypedDict, total=False):
     candidates: int | None
     naive_excess_interval: Ends | None
     naive_identified: int | None
-    # computed anew from the evidence of all rows whenever they are read: see `studies.frontier.verdicts`
+    # A verdict depends on the other rows too, so that one in a file is not believed but computed anew when rows are
+    # read: see `studies.frontier.verdicts`.
     verdict: Verdict | None
     verdict_reason: str | None
     control: bool
     pareto: bool
 
 
+# A failed row carries None for each of these: a leakage of 0 after a failure would look like perfect privacy.
 MEASURED = (
     "accuracy", "accuracy_interval", "n_test", "leakage_ssim", "leakage_interval", "ssim_std", "psnr", "mse", "lpips",
     "n_images", "oracle_ssim", "label_accuracy", "attack", "naive_ssim", "aware_ssim", "aware_gain",
@@ -96,6 +99,7 @@ def load_rows(path: str | os.PathLike[str]) -> list[Row]:
     """
 
     def refuse(constant: str) -> None:
+        # Python reads NaN and Infinity though JSON has neither, and comparisons with NaN are silently false.
         raise ValueError(f"Expected finite numbers in {path}, got {constant}.")
 
     return checked(json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse))
@@ -112,6 +116,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
 
     The file is then left as it was.
     """
+    # Checked and turned into text before the file is touched: refused rows leave the old file as it was.
     write_file(path, (json.dumps(checked(rows), indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -130,6 +135,7 @@ def checked(rows: Any) -> list[Row]:
                 raise ValueError(f"Expected {key}=None in the failed row {name!r}, got {row[key]!r}.")
         for key in ("accuracy", "leakage_ssim") if status == "finished" else ():
             value = row.get(key)
+            # To Python True is a number, and would pass for an accuracy of 1.
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"Expected a finite number {key} in the finished row {name!r}, got {value!r}.")
         if row.get("verdict") not in (None, *VERDICTS):

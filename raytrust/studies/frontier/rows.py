@@ -25,7 +25,7 @@ from raytrust.metrics.verdict import Evidence, image_evidence
 from raytrust.studies.frontier.row import MEASURED, Row
 from raytrust.studies.frontier.store import Store
 
-# Figures of the strongest attack that are averaged over images, None where they weren't measured.
+# Averaged with a case for None, as each may be unmeasured; SSIM and PSNR always are measured.
 _MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy")
 
 
@@ -38,6 +38,7 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     # Without a compressor there is nothing to know: the two objectives are one.
     if isinstance(defence.compressor, DenseConfig):
         by_objective["aware"] = by_objective["naive"]
+    # By the evaluation images: on the tuning images an attack was chosen, and looks better than it is.
     worst = best(figures)
     reason = store.failure_of_run(train)
     if reason is None and (training is None or worst is None):
@@ -57,15 +58,19 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         "remarks": [remark] if remark else [],
         "bytes_per_step": training and _integer(training["bytes_per_step"]),
         "compression_ratio": training and training["dense_bytes"] / training["bytes_per_step"],
+        # A finalist is run on the tuning images and on the evaluation images, and is one attack.
         "attacks_tried": len({digest(f["attack"]) for f in [*store.attacks(train, "tuning"), *figures]}),
         "n_tuning_images": sweep.train.capture.tuning * sweep.train.threat.batch_size,
     }
     if reason is not None or training is None or worst is None:
+        # None everywhere, never 0: a failure must not pass for a defence that leaks nothing.
         return cast(Row, base | dict.fromkeys(MEASURED))
     ssim = worst["ssim"]
+    # The images are few and their SSIM skewed and bounded: the bootstrap stays within the values' range.
     interval = bootstrap_interval(ssim)
     measured = {
         "accuracy": training["correct"] / training["n_test"],
+        # Wilson's interval keeps its width at 0 and at 100 %, where the plain one vanishes.
         "accuracy_interval": list(proportion_interval(training["correct"], training["n_test"])),
         "n_test": training["n_test"],
         "leakage_ssim": float(np.mean(ssim)),
@@ -107,8 +112,10 @@ def evidence_of(figures: dict[str, Any], batch: int = 1) -> Evidence:
 
 def _gain(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:
     """How much the best aware attack gains over the best naive one, image by image."""
+    # Where both objectives are one attack, a gain of exactly 0 would look like a measured one.
     if naive is None or aware is None or naive is aware:
         return {"aware_gain": None, "aware_gain_interval": None, "aware_gain_p": None}
+    # Both met the same images, which differ among each other more than the two attacks do on one of them.
     gain = paired_difference(aware["ssim"], naive["ssim"])
     return {
         "aware_gain": gain.difference,
@@ -131,6 +138,7 @@ def finalists(store: Store, sweep: SweepConfig, defence: Defence) -> tuple[Train
         from_dict(InversionConfig, {**(best(tried, objective) or winner)["attack"], "objective": objective})
         for objective in ("naive", "aware")
     ]
+    # Where the two objectives come to the same attack, as without a compressor, it is run once.
     attacks = [attack.against(defence) for attack in attacks]
     return train, list(dict.fromkeys(attacks))
 
@@ -163,11 +171,13 @@ def compressor_columns(defence: Defence, training: dict[str, Any] | None) -> Row
 
 
 def _integer(value: float) -> float:
+    # A mean of equal counts is a count of bytes, and reads better without a decimal point.
     return int(value) if float(value).is_integer() else value
 
 
 def audited_defences(sweep: SweepConfig, store: Store) -> list[Defence]:
     """Those of the list first, then those that the search chose, in the order in which they were begun."""
+    # The list comes first even where the search began earlier, so that reports keep the order that was asked for.
     return list(dict.fromkeys([*sweep.defences, *store.defences(sweep.train)]))
 
 

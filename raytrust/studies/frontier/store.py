@@ -93,6 +93,7 @@ class Store(JobStore):
     def keep_references(self, images: Tensor) -> None:
         """Other images than the private ones, uint8 (n, channels, height, width); those already kept stay."""
         path = references_path(self)
+        # Floors and identification of the rows that are there rest on the first references: others would not compare.
         if not path.exists():
             with atomic_write(path) as file:
                 torch.save(images.clone(), file)
@@ -111,8 +112,10 @@ class Store(JobStore):
         for path in (self.root / TrainingRun.kind).glob("*/config.json"):
             if (content := read_json(path)) is not None and content["data"] == self.fingerprint:
                 train = from_dict(TrainConfig, content["train"])
+                # Runs that differ in more than the defence are no rows of one frontier.
                 if replace(train, defence=base.defence) == base:
                     begun.append((content["begun"], train.defence))
+        # Sorted by the date alone, as defences have no order of their own to break a tie by.
         return [defence for _, defence in sorted(begun, key=lambda pair: pair[0])]
 
 
@@ -129,6 +132,7 @@ def open_store(root: Path, sweep: SweepConfig, fingerprint: str, options: dict[s
 
 def _identity(content: dict[str, Any]) -> dict[str, Any]:
     """What decides which runs a sweep trains and captures."""
+    # More trials and other attacks work on captures that are there; anything else would need other captures.
     changeable = ("trials", "portfolio", "attack_trials")
     sweep = {k: v for k, v in (content.get("sweep") or {}).items() if k not in changeable}
     return {"sweep": sweep, "data": content.get("data")}

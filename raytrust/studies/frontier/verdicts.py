@@ -26,6 +26,7 @@ def judge_rows(rows: Sequence[Row]) -> list[Row]:
     control = control_of_rows(checked(rows))
     judged = []
     for row in rows:
+        # A failed row has no verdict: an attack that was not made has not been resisted.
         verdict = _judged(row, control) if row["status"] == "finished" else None
         words = {"verdict": verdict and verdict.verdict, "verdict_reason": verdict and verdict.reason}
         judged.append(cast(Row, row | words | {"control": control.works}))
@@ -35,6 +36,8 @@ def judge_rows(rows: Sequence[Row]) -> list[Row]:
 def _judged(row: Row, control: Control) -> Judgement:
     """By the strongest attack; but a leak that the best naive attack shows, by identification, say, is a leak too."""
     verdict, naive = judge(evidence(row), control), naive_evidence(row)
+    # The attack of the greatest SSIM is not always the one that identifies most, so that the naive one is heard as
+    # well.
     if verdict.verdict == LEAKS or row.get("excess_interval") is None or naive is None or naive.interval is None:
         return verdict
     ignorant = judge(naive, control)
@@ -45,8 +48,10 @@ def control_of_rows(rows: Sequence[Row]) -> Control:
     """Whether the attack works on the uncompressed gradient: on the row without a compressor that leaks most."""
     plain = [row for row in rows if is_plain(row)]
     tried = [evidence(row) for row in plain if row["status"] == "finished"]
+    # A control that failed can be mended, unlike one that was never asked for: the reader is told which it is.
     if not tried and plain:
         return Control(False, f"no control: without compression it failed: {plain[0].get('reason')}")
+    # The question is whether the attack can work at all, so that it is asked where that shows best.
     return control_of(max(tried, key=lambda e: e.value, default=None))
 
 
@@ -59,6 +64,7 @@ def only_looks_private(row: Row, control: Control) -> bool:
     naive = naive_evidence(row)
     if row.get("verdict") != LEAKS or naive is None or naive.floor is None or naive.interval is None:
         return False
+    # By the rule that judged the row: a rule of its own could make the difference all by itself.
     return judge(naive, control).verdict != LEAKS
 
 
@@ -67,6 +73,7 @@ def starkest(rows: Sequence[Row]) -> Row | None:
     if there are none, among those where the gain is certain, with its interval."""
     control = control_of_rows(rows)
     deceptive = [row for row in rows if only_looks_private(row, control)]
+    # Of many rows the greatest gain may be the luckiest, unless its interval excludes 0.
     certain = [row for row in rows if row.get("verdict") == LEAKS and (row.get("aware_gain_interval") or [0.0])[0] > 0]
     return max(deceptive or certain, key=lambda row: row["leakage_ssim"] - (row["naive_ssim"] or 0.0), default=None)
 
@@ -81,6 +88,8 @@ def mark_pareto(rows: Sequence[Row]) -> list[Row]:
     finished = [row for row in rows if row["status"] == "finished"]
 
     def stays(row: Row) -> bool:
+        # Intervals decide, because points differ by chance: a defence that is out by luck would never be looked at
+        # again.
         return row["status"] == "finished" and row["control"] and not any(_beats(other, row) for other in finished)
 
     return [row | {"pareto": stays(row)} for row in rows]

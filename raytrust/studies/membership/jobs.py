@@ -70,6 +70,7 @@ def property_models(config: MembershipConfig, arm: Arm) -> list[PropertyModel]:
 def plan(config: MembershipConfig) -> list[Model]:
     """All models of the audit, those of one arm together."""
     models: list[Model] = []
+    # Arm by arm, so that a run which is cut short has whole rows.
     for arm in config.arms:
         models += [*shadow_models(config, arm), *property_models(config, arm)]
     return models
@@ -83,6 +84,7 @@ def arm_key(store: JobStore, config: MembershipConfig, arm: Arm) -> str:
 def load_shadows(store: JobStore, config: MembershipConfig, arm: Arm) -> list[Shadow] | None:
     """What is kept of all models of an arm, None if one is missing. Raises ValueError if a file is damaged."""
     models = shadow_models(config, arm)
+    # Each model is attacked with the others as its shadows: with fewer of them it would be another, weaker attack.
     if not all(map(store.finished, models)):
         return None
     return [Shadow(**_scalars(store.arrays(model))) for model in models]
@@ -107,8 +109,10 @@ def open_audit(root: Path, config: MembershipConfig, fingerprint: str, options: 
 
 def _deciding(config: MembershipConfig) -> MembershipConfig:
     """What decides a model: not which others there are, or how they are attacked in the end."""
+    # A defence that is added later, or another number of guesses, must not train the finished models again.
     return replace(config, name="", defences=(Defence(),), dp_sgd=(), guesses=2)
 
 
 def _scalars(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    # An .npz file gives a number back as an array without dimensions.
     return {name: value.item() if value.ndim == 0 else value for name, value in arrays.items()}

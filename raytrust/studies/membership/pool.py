@@ -42,6 +42,7 @@ def draw_pool(config: MembershipConfig, data: Dataset) -> Pool:
             f"Expected points={config.points} to be at most {len(data.train_labels)}, the training images."
         )
     batches = (config.train.capture.tuning + config.train.capture.evaluation) * config.train.threat.batch_size
+    # A model must fill a batch of training, and the private batches, in which no image comes twice.
     least = max(batches, config.train.batch_size)
     # Fair coins give a model half of the points, give or take.
     if config.points * 2 // 5 < least:
@@ -50,8 +51,10 @@ def draw_pool(config: MembershipConfig, data: Dataset) -> Pool:
         )
     generator = np.random.default_rng(config.train.seed)
     chosen = generator.permutation(len(data.train_labels))[: config.points]
-    labels = data.train_labels[torch.from_numpy(chosen)].clone()
+    # Indexing copies, so that the canaries' wrong labels do not reach the data set, which all models share.
+    labels = data.train_labels[torch.from_numpy(chosen)]
     kinds = np.full(config.points, PLAIN)
+    # The order of the points is random already, so that the first ones are a fair draw of canaries.
     kinds[: config.mislabelled] = MISLABELLED
     kinds[config.mislabelled : config.mislabelled + config.duplicates] = DUPLICATE
     # A wrong label is one of another class that has images: no network is taught an empty class by a canary alone.
@@ -59,8 +62,11 @@ def draw_pool(config: MembershipConfig, data: Dataset) -> Pool:
     shift = torch.from_numpy(generator.integers(1, len(present), config.mislabelled))
     place = torch.searchsorted(present, labels[: config.mislabelled])
     labels[: config.mislabelled] = present[(place + shift) % len(present)]
+    # Independent coins: with each point in exactly half of the models, the other models' coins alone would give away
+    # whether this one has it, and attacks would find members in pure noise.
     keep = generator.random((config.models, config.points)) < 0.5
     pool = Pool(data.train_images[torch.from_numpy(chosen)], labels, kinds, keep)
+    # Forty per cent of the points is an estimate; the coins have the last word.
     fewest = min(len(pool.rows(model, config.copies)) for model in range(config.models))
     if fewest < least:
         raise ValueError(f"Expected points={config.points} to be more: a model has {fewest} images, and needs {least}.")

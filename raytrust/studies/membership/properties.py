@@ -20,7 +20,8 @@ from raytrust.leak.observation import Capture
 from raytrust.train.loop import private_batches, train
 from raytrust.wire.channel import LocalChannel
 
-MOST = 8  # images of a batch; of larger ones nearly all would hold the property
+# Images of a batch. Nearly all of larger ones would hold the property, and leave nothing to tell.
+MOST = 8
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def choose_property(config: MembershipConfig, data: Dataset) -> Property:
             f"{len(data.train_labels)}."
         )
     models = range(config.property_models)
+    # Every model has halves of its own, and the class must suffice in all of them, or one model would fail alone.
     halves = [data.train_labels[_halves(config, model, len(data.train_labels))[1]] for model in models]
     held = {label: min(int((labels == label).sum()) for labels in halves) for label in candidates}
     others = {label: min(int((labels != label).sum()) for labels in halves) for label in candidates}
@@ -81,6 +83,7 @@ def property_run(config: MembershipConfig, base: TrainConfig) -> TrainConfig:
         base,
         threat=replace(base.threat, batch_size=min(MOST, base.batch_size)),
         capture=CaptureConfig((step,), tuning=1, evaluation=config.property_batches - 1),
+        # Nothing after the captured step is looked at, so that training ends there.
         steps=step + 1,
     )
 
@@ -101,6 +104,7 @@ def train_property(config: MembershipConfig, base: TrainConfig, model: int, data
         train_images=data.train_images[victims],
         train_labels=task[victims],
         test_labels=wanted.task(data.test_labels),
+        # The model learns two classes while the property is one of the original ones: it is no part of the task.
         classes=2,
     )
     captures = [r for r in train(run, part, LocalChannel()) if isinstance(r, Capture)]
@@ -110,6 +114,7 @@ def train_property(config: MembershipConfig, base: TrainConfig, model: int, data
     index = own[auxiliary_batches(has[own], 2 * config.property_batches, run.threat.batch_size, generator)]
     images, labels, holds = data.train_images[index].float() / 255, task[index], has[index].any(1)
     seen = [c.seen for c in captures]
+    # Against the same messages twice: the difference is what knowing the compressor is worth.
     scores = {
         name: property_scores(seen, images, labels, holds, compressed)
         for name, compressed in (("aware", True), ("naive", False))
@@ -120,5 +125,6 @@ def train_property(config: MembershipConfig, base: TrainConfig, model: int, data
 def _halves(config: MembershipConfig, model: int, images: int) -> tuple[Tensor, Tensor, np.random.Generator]:
     """Indices of the images that a model is trained on, and of the attacker's; and what its batches are drawn with."""
     generator = np.random.default_rng([config.train.seed, model])
+    # The attacker's half is never trained on: else it would find members of the training set, not the property.
     order = torch.from_numpy(generator.permutation(images))
     return order[: images // 2], order[images // 2 :], generator

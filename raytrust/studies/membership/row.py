@@ -55,6 +55,7 @@ class MatchedFit(TypedDict):
     message_auc: Figure
 
 
+# Written as a call, since a class can't have the keyword `class` among its fields.
 Property = TypedDict(
     "Property",
     {"aware": Figure, "naive": Figure, "label": int, "class": str, "reason": str},
@@ -90,6 +91,8 @@ def finished(rows: Sequence[Row]) -> list[Row]:
 
 def messages_of(row: Row, control: str = "held-out points", score: str = "gradient difference") -> list[MessageFigure]:
     """What the messages of a finished row give away by one score against one control, step by step."""
+    # By default against held-out points, which attacks on the final model are measured with as well: so the two
+    # compare.
     return [m for m in row["messages"] if (m.control, m.score) == (control, score)]
 
 

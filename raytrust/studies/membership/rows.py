@@ -39,10 +39,15 @@ from raytrust.train.dp_sgd import epsilon
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+# Against held-out points a message may look telling just because the model remembers its training set. Points of other
+# batches are remembered as well: what sets a batch apart from them is the message alone.
 CONTROLS = {"held-out points": HELD_OUT, "other training points": OTHER}
 COLUMNS = {"cosine": 3, "gradient difference": 4, "loss at that step": 5}  # of `Shadow.messages`
-DELTA = 1e-5  # of DP-SGD's own account
-_ATTACK_MODEL_POINTS = 4000  # shadow outputs that an attack model is fitted on
+# Of DP-SGD's own account: well below one over the number of points, as a guarantee for each of them asks.
+DELTA = 1e-5
+# Shadow outputs that an attack model is fitted on: its few coefficients need no more, and the shadows have as many as
+# models times points.
+_ATTACK_MODEL_POINTS = 4000
 
 
 def row(store: JobStore, config: MembershipConfig, arm: Arm, pool: Pool, test_labels: NDArray[np.int64]) -> Row:
@@ -68,6 +73,7 @@ def row(store: JobStore, config: MembershipConfig, arm: Arm, pool: Pool, test_la
         "curves": curves(scores[LIRA_ONLINE.name], pool, shadows),
     }
     if isinstance(arm, DPSGDConfig):
+        # The fewest points give the highest sampling rate and so the largest epsilon, which holds for every model.
         least = min(len(pool.rows(i, config.copies)) for i in range(config.models))
         figures["privacy"] = {"epsilon": epsilon(config.train, arm, least, DELTA), "delta": DELTA}
     return figures
@@ -76,6 +82,7 @@ def row(store: JobStore, config: MembershipConfig, arm: Arm, pool: Pool, test_la
 def final_scores(shadows: Sequence[Shadow], pool: Pool, test_labels: NDArray[np.int64]) -> dict[str, Array]:
     """Scores (models, n) of every attack on the final models, by the attack's name."""
     logits, test = stack(shadows)
+    # RMIA compares with points that no model was trained on, which the test images are.
     values, population = signals(logits, pool.labels.numpy()), signals(test, test_labels)
     scores = {"attack model": _attack_model(logits, pool)} | {name: values[name] for name in SIGNALS}
     for rule in RULES:
@@ -85,9 +92,11 @@ def final_scores(shadows: Sequence[Shadow], pool: Pool, test_labels: NDArray[np.
 
 def _attack_model(logits: NDArray[np.float32], pool: Pool) -> Array:
     """Each model's points, scored by an attack model that was fitted on the other models: (models, n)."""
+    # A fixed seed, so that a report which is made again from the same models says the same.
     generator = np.random.default_rng(0)
     scores = []
     for i in range(len(logits)):
+        # Without the model that is attacked, whose members are what the attacker wants to know.
         others = np.arange(len(logits)) != i
         x, y = logits[others].reshape(-1, logits.shape[-1]), pool.keep[others].ravel()
         some = generator.permutation(len(x))[:_ATTACK_MODEL_POINTS]
@@ -97,6 +106,7 @@ def _attack_model(logits: NDArray[np.float32], pool: Pool) -> Array:
 
 def grid(scores: dict[str, Array], pool: Pool) -> list[Rule]:
     """Balanced accuracy of signal x one threshold or one a class x the threshold's origin, averaged over models."""
+    # Canaries are made to be found, and would raise the figures of the ordinary points.
     plain = pool.kinds == PLAIN
     keep, labels = pool.keep[:, plain], pool.labels.numpy()[plain]
     cells = []
@@ -118,9 +128,11 @@ def _cell(s: Array, keep: Mask, groups: NDArray[np.int64], model: int, origin: O
     match origin:
         case "yeom":
             thresholds = yeom_thresholds(s[model], keep[model], groups)
+        # Pooled over the attacker's own models, so that nothing of the attacked one enters its threshold.
         case "shadow":
             tiled = np.tile(groups, len(s) - 1)
             thresholds = best_thresholds(s[others].ravel(), keep[others].ravel(), tiled)
+        # No attacker has this threshold, but the paper does not say that its own are not of this kind.
         case "in-sample":
             thresholds = best_thresholds(s[model], keep[model], groups)
     decisions = decide(s[model], thresholds, groups)
@@ -132,12 +144,15 @@ def _cell(s: Array, keep: Mask, groups: NDArray[np.int64], model: int, origin: O
 def _report(config: MembershipConfig, scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> AuditReport:
     """AUC, TPR at low FPR, one-run epsilon on all points, and AUC of slices: canaries, the vulnerable, each class."""
     labels, plain = pool.labels.numpy(), pool.kinds == PLAIN
+    # Averages hide the exposed. They are found by the other models, since picking them by the attacked model would pick
+    # by the result.
     exposed = vulnerability(signals(stack(shadows)[0], labels)["logit"], pool.keep)[:, plain]
     tenth = exposed >= np.quantile(exposed, 0.9, axis=1, keepdims=True)
     slices: dict[str, Any] = {"most vulnerable tenth": tenth}
     slices |= {f"class {k}": labels[plain] == k for k in range(int(labels.max()) + 1)}
     report = pooled_audit(scores[:, plain], pool.keep[:, plain], slices)
     canaries = {"mislabelled": pool.kinds == MISLABELLED, "duplicated": pool.kinds == DUPLICATE}
+    # A bound on epsilon may use any point whose coin was its own: canaries too, which come nearest to the worst case.
     everyone = pooled_audit(scores, pool.keep, canaries, guesses=config.guesses)
     return replace(report, epsilon=everyone.epsilon, slices=everyone.slices | report.slices)
 
@@ -150,6 +165,7 @@ def message_figures(shadows: Sequence[Shadow]) -> list[MessageFigure]:
     steps = sorted({int(s) for shadow in shadows for s in shadow.steps})
     figures = []
     for step, (control, kind), (score, column) in product(steps, CONTROLS.items(), COLUMNS.items()):
+        # Batches of one model share its training, so that the model is the unit of the interval.
         mean = mean_figure([area for s in shadows if (area := message_auc(s, step, kind, column)) is not None])
         figures.append(MessageFigure(**vars(mean), step=step, control=control, score=score))
     return figures
@@ -158,10 +174,12 @@ def message_figures(shadows: Sequence[Shadow]) -> list[MessageFigure]:
 def curves(scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> Curves:
     """Mean TPR at each of a range of FPRs: of `scores` over models, of the last step's messages over all of them."""
     plain = pool.kinds == PLAIN
+    # On a logarithmic axis: an attacker who is sure of a few members does harm that an average hides.
     fpr = np.geomspace(1e-3, 1, 61)
     final = [roc(s[plain], k[plain]) for s, k in zip(scores, pool.keep, strict=True)]
     least = {"final": float(1 / (~pool.keep[:, plain]).sum(axis=1).min())}
     tables = [_rows_of(s, int(s.steps[-1]), int(b), HELD_OUT) for s in shadows if len(s.steps) for b in _batches(s)]
+    # A batch without candidates of both kinds has no curve.
     tables = [t for t in tables if len(np.unique(t[:, 2])) == 2]
     if tables:
         least["messages"] = float(1 / min((t[:, 2] == HELD_OUT).sum() for t in tables))
@@ -176,6 +194,7 @@ def curves(scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> Curves:
 
 def _mean_tpr(drawn: Sequence[Roc], fpr: Array) -> list[float]:
     """The greatest TPR at an FPR of at most each of `fpr`, mean over the curves."""
+    # The slack keeps rounding from putting a point of the curve just beyond the rate that it belongs to.
     reached = [curve.tpr[np.searchsorted(curve.fpr, fpr * (1 + 1e-9), side="right") - 1] for curve in drawn]
     return np.asarray(np.mean(reached, axis=0)).tolist()
 
@@ -186,6 +205,7 @@ def message_auc(shadow: Shadow, step: int, control: int, column: int) -> float |
     None if no batch has both: canaries are left out, and a small pool may have no other points.
     """
     areas = []
+    # Batch by batch, as the scores against two messages have scales of their own and can't be pooled.
     for batch in _batches(shadow):
         rows = _rows_of(shadow, step, batch, control)
         member = rows[:, 2] == MEMBER
@@ -214,9 +234,12 @@ def matched_fit(uncompressed: Sequence[Shadow], shadows: Sequence[Shadow], pool:
     plain = pool.kinds == PLAIN
     losses, areas, messages, steps = [], [], [], []
     for i, (plainly_trained, defended) in enumerate(zip(uncompressed, shadows, strict=True)):
+        # Compression also slows the fit, which lowers membership by itself: a comparison at equal fit leaves what is
+        # the compressor's own.
         points = np.vstack([plainly_trained.step_losses, -signals(plainly_trained.logits, pool.labels)["loss"]])
         fits = points[:, pool.keep[i]].mean(axis=1)
         best = int(np.abs(fits - final_loss(defended, pool, i)).argmin())
+        # At the end of training no message is captured, so that the last one before stands for it.
         captured = plainly_trained.steps[min(best, len(plainly_trained.steps) - 1)]
         steps.append(int(captured) if best < len(plainly_trained.steps) else len(plainly_trained.losses))
         losses.append(float(fits[best]))
@@ -239,6 +262,7 @@ def property_figures(store: JobStore, config: MembershipConfig, arm: Arm) -> Pro
     finished = load_properties(store, config, arm)
     if not finished:
         return {"reason": "not finished"}
+    # An AUC needs batches with and without the property.
     told = [m for m in finished if m["holds"].any() and not m["holds"].all()]
     aware, naive = (mean_figure([auc(m[name], m["holds"]) for m in told]) for name in ("aware", "naive"))
     return {"aware": aware, "naive": naive, "label": int(finished[0]["label"])}

@@ -59,15 +59,18 @@ def train_shadow(config: MembershipConfig, arm: Arm, model: int, data: Dataset) 
     records = train_privately(run, arm, part) if isinstance(arm, DPSGDConfig) else train(run, part, LocalChannel())
     steps: list[Step] = []
     before: dict[int, Array] = {}
+    # A model without captures, as under DP-SGD, keeps a table without rows.
     messages = [np.zeros((0, 6))]
     for record in records:
         match record:
             case Step():
                 steps.append(record)
             case Capture(index=index, seen=seen):
+                # All batches of a step meet the same weights: one pass over the pool serves them.
                 if seen.step not in before:
                     logits = outputs(run, seen.weights, seen.buffers, pool.images, part)
                     before[seen.step] = _cross_entropy(logits, pool.labels)
+                # A point that comes several times in the batch is one candidate.
                 batch = rows[private_batches(run, len(rows))[index]].unique().numpy()
                 messages.append(_message_scores(config, record, pool, model, batch, generator))
             case Trained(weights=weights, buffers=buffers):
@@ -89,6 +92,7 @@ def train_shadow(config: MembershipConfig, arm: Arm, model: int, data: Dataset) 
 def model_config(config: MembershipConfig, arm: Arm, model: int) -> TrainConfig:
     """The training config of one model: equal for all arms but for the defence."""
     defence = arm if isinstance(arm, Defence) else Defence()
+    # Model i of every arm has the same points and the same start, so that arms can be compared model by model.
     return replace(config.train, defence=defence, seed=config.train.seed + model)
 
 
@@ -96,11 +100,14 @@ def outputs(
     run: TrainConfig, weights: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, part: Dataset
 ) -> Array:
     """Logits (n, classes) for uint8 images, in evaluation mode, normalised as the model's own training images."""
+    # Any seed will do, as all weights are replaced.
     model = build_model(run.model, part.channels, part.classes, seed=0)
     model.load_state_dict({**weights, **buffers})
+    # The statistics of the model's own half: others would be inputs that it was not trained on.
     mean, std = (s.view(-1, 1, 1) for s in (part.mean, part.std))
     with torch.no_grad():
         model.eval()
+        # In parts, as the activations of a whole pool would be gigabytes.
         parts = [model((some.float() / 255 - mean) / std) for some in images.split(256)]
     return torch.cat(parts).numpy().astype(np.float32)
 
@@ -118,6 +125,7 @@ def _message_scores(
     in_batch = np.isin(np.arange(len(plain)), batch)
     choices = [in_batch & plain, ~pool.keep[model] & plain, pool.keep[model] & ~in_batch & plain]
     found = [np.flatnonzero(choice) for choice in choices]
+    # A sample of the controls settles an AUC, while each of them costs a backward pass.
     found[1:] = [generator.permutation(f)[: config.controls] for f in found[1:]]
     index = torch.from_numpy(np.concatenate(found))
     scores = message_scores(capture.seen, pool.images[index].float() / 255, pool.labels[index])

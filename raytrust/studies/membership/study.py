@@ -37,6 +37,7 @@ def measurable(config: MembershipConfig, data: Dataset) -> tuple[MembershipConfi
     """The audit without what can't be measured on these images; and why, by the name of what is left out."""
     if config.property_models == 0:
         return config, {}
+    # Hours of training must not be refused for the one part of the audit that these images do not allow.
     try:
         choose_property(config, data)
     except ValueError as error:

@@ -35,7 +35,8 @@ RULE = (
     "Reproduced if all 95 % intervals (Student's t over images) lie above 0; overturned if one lies below, at a "
     "confidence that allows for their number."
 )
-EXACT = 1e-3  # relative; what rounding in float32 leaves of an identity
+# Relative: more than what rounding in float32 leaves of an identity, and less than any loss that matters.
+EXACT = 1e-3
 
 
 def inversion_claims(rows: Sequence[SimilarityRow]) -> list[Claim]:
@@ -51,12 +52,14 @@ def inversion_claims(rows: Sequence[SimilarityRow]) -> list[Claim]:
         _top_k(table, AWARE),
         _easiest(table),
     ]
+    # The claims are about all data sets: one that is still running could turn any of them over.
     return [replace(c, verdict=still_open(c.verdict)) for c in claims] if table.unfinished else claims
 
 
 def _resistance(table: Table) -> Claim:
     differences, notes = [], []
     for dataset in table.datasets:
+        # With the paper's own attack: the claim is about that one, whatever a better attack shows.
         pairs = [table.pair(dataset, (("none", None), NAIVE), (cell, NAIVE)) for cell in COMPRESSED]
         own = [plain - compressed for plain, compressed in (p for p in pairs if p is not None)]
         lower = sum(above_zero([d]) == REPRODUCED for d in own)
@@ -75,6 +78,7 @@ def _remainder(table: Table) -> Claim:
     for dataset in table.datasets:
         here, shares = 0, []
         for cell in COMPRESSED:
+            # Without a compressor there is nothing to know, so that the naive attack is the aware one's whole.
             pair = table.pair(dataset, (cell, AWARE), (("none", None), NAIVE))
             if pair is None or (found := share(*pair)) is None:
                 continue
@@ -92,6 +96,7 @@ def _remainder(table: Table) -> Claim:
     total = more + less + equal
     verdict = UNTESTED
     if total:
+        # Wide intervals hold the paper's figure whatever it is: agreement in most cells counts only if none disagrees.
         verdict = OVERTURNED if 2 * more > total else REPRODUCED if 2 * equal > total and not more else UNDECIDED
     if verdict == UNDECIDED and 2 * less > total:
         verdict = "not reproduced"
@@ -109,6 +114,7 @@ def _remainder(table: Table) -> Claim:
 def slope(ssim: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """The least-squares slope of each image's SSIM over the place of its rank, per step of the ranks."""
     y = np.stack(ssim)
+    # Over the place of a rank: over 1, 2, 4, 30 and 50 themselves the two largest would decide the slope alone.
     x = np.arange(len(y)) - (len(y) - 1) / 2
     return np.asarray(x @ y / (x @ x))
 
@@ -131,6 +137,7 @@ def _trend(table: Table, attack: str) -> Claim:
         found: dict[str, NDArray[np.float64] | None] = {}
         for method, name in (("powersgd", "PowerSGD"), ("topk", "Top-K")):
             ssim = [s for r in RANKS if (s := table.ssim(dataset, (method, r), attack)) is not None]
+            # A slope over fewer ranks is one over another range, and does not belong beside the others.
             found[f" {name}"] = slope(ssim) if len(ssim) == len(RANKS) else None
         return found
 
@@ -147,6 +154,7 @@ def _top_k(table: Table, attack: str) -> Claim:
     def differences(dataset: str) -> dict[str, NDArray[np.float64] | None]:
         pairs = [table.pair(dataset, (("powersgd", r), attack), (("topk", r), attack)) for r in RANKS]
         known = [a - b for a, b in (p for p in pairs if p is not None)]
+        # One number an image, as the ranks of one image are not independent.
         return {"": np.mean(known, axis=0) if known else None}
 
     verdict, notes = _per_dataset(table, differences)
@@ -166,7 +174,8 @@ def _easiest(table: Table) -> Claim:
         for cell in CELLS:
             mnist, ours = table.ssim("mnist", cell, NAIVE), table.ssim(other, cell, NAIVE)
             if mnist is not None and ours is not None and len(mnist) == len(ours):
-                own.append(mnist - ours)  # of independent images, so any pairing will do
+                # The images of two data sets are independent, so that any pairing will do.
+                own.append(mnist - ours)
         higher = sum(above_zero([d]) == REPRODUCED for d in own)
         theirs = sum(TABLE_1["mnist"][c].mean > TABLE_1[other][c].mean for c in CELLS)
         notes.append(f"higher than {TITLES[other]} in {higher} of {len(own)} cells (the paper's own table: {theirs})")
@@ -191,7 +200,7 @@ SECTION_3 = (
         "Overturned if, where the limit is below 1, the aware attacker's distance at the true image is below "
         f"{EXACT:g}: the limit then does not bind who compares only what was sent.",
     ),
-)  # claims and rules
+)
 
 
 def theory_claims(figures: Sequence[TheoryRow], left: Mapping[str, Sequence[str]]) -> list[Claim]:
@@ -201,6 +210,7 @@ def theory_claims(figures: Sequence[TheoryRow], left: Mapping[str, Sequence[str]
     without figures that it is not finished, or why it failed.
     """
     notes = [f"{TITLES[d]} left out: of its tests, {_ends(reasons)}" for d, reasons in left.items() if reasons]
+    # A test that is missing might be the one that breaks an identity: its data set decides nothing yet.
     figures = [f for f in figures if not left.get(f["dataset"])]
     if not figures:
         return [Claim(quote, UNTESTED, rule, "; ".join(notes)) for quote, rule in SECTION_3] if notes else []
@@ -209,12 +219,14 @@ def theory_claims(figures: Sequence[TheoryRow], left: Mapping[str, Sequence[str]
     identity = max(np.abs(flat["cosine"] - flat["attainable"]).max(), _gap(projections))
     truths = theory_values([f for f in figures if f["cell"][0] == "none"], "naive_at_truth")
     power = [f for f in projections if f["cell"][0] == "powersgd"]
+    # Where the rank holds the whole matrix nothing is discarded, and the ratio would be 0 / 0.
     lossy = theory_values(power, "discarded") > 1e-9
     excess = theory_values(power, "error")[lossy] / theory_values(power, "discarded")[lossy]
     svd = float(np.abs(theory_values(power, "svd") - theory_values(power, "discarded")).max())
     top_k = [f for f in projections if f["cell"][0] == "topk"]
     sparse = float(np.abs(theory_values(top_k, "error") - theory_values(top_k, "discarded")).max())
     bounded = flat["attainable"] < 1 - EXACT
+    # PowerSGD finds its subspace by one iteration only: its error may exceed the bound, but not fall below it.
     holds = (
         identity < EXACT
         and excess.min(initial=1) >= 1 - EXACT
@@ -223,6 +235,7 @@ def theory_claims(figures: Sequence[TheoryRow], left: Mapping[str, Sequence[str]
         and sparse < EXACT
     )
     aware = theory_values(projections, "aware_at_truth")
+    # A limit of 1 limits nobody: an attacker can only be seen to escape where something was discarded.
     bites = bool(bounded.any())
     escaped = bites and float(aware.max()) < EXACT
     evidence = (

@@ -18,7 +18,9 @@ from raytrust.studies.paper.theory import examine
 from raytrust.train.loop import Evaluation, Step, Trained, capture_images, train
 from raytrust.wire.channel import LocalChannel
 
-_START = 10.0  # what beginning a job costs; costs are in iterations of an image's attack at width 64
+# What beginning a job costs. Costs only order the jobs and share out the time, so that a rough unit will do: an
+# iteration of an image's attack at width 64.
+_START = 10.0
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,15 @@ class Training(Job):
 
     @property
     def cost(self) -> float:
+        # The work of a convolution grows with the square of the width.
         return _START + self.victim.of * self.batch_size * 0.3 * (self.victim.width / 64) ** 2
 
     def run(self, store: Results, place: Place) -> Result:
         kept = tuple(step for step in self.keep if step < self.victim.of)
         config = replace(
             self.victim.train_config(),
+            # A capture holds the weights at its step: so the common training loop keeps the states, and needs no other
+            # hook.
             capture=CaptureConfig(kept or (0,), tuning=1, evaluation=1),
             batch_size=self.batch_size,
             steps=self.victim.of,
@@ -49,6 +54,7 @@ class Training(Job):
         losses, figures, states = [], {}, {}
         for record in train(config, place.images, LocalChannel()):
             match record:
+                # The weights are the same in all captures of a step.
                 case Capture(index=0, seen=seen):
                     states[seen.step] = {**seen.weights, **seen.buffers}
                 case Step(loss=loss):
@@ -58,6 +64,7 @@ class Training(Job):
                 case Evaluation(correct=correct, n=n):
                     figures = {"accuracy": correct / n, "n_test": n}
         arrays = {f"{step}/{name}": t.numpy() for step, state in states.items() for name, t in state.items()}
+        # The loss of a single batch is noise; ten of them say where training has arrived.
         return Result({**figures, "loss": float(np.mean(losses[-10:]))}, arrays)
 
 
@@ -108,10 +115,12 @@ class Attack(OnVictim):
             self.state(store),
             self.victim.steps,
         )
+        # References are training images, because test images are attacked: among them each would be its own rival.
         result = evaluate_inversion(captures, self.attack, references=data.train_images[:99].float() / 255)
         sent = [x for m in captures[0].seen.messages for x in m.sent]
         figures = {
             "ssim": result.ssim,
+            # A perfect copy has an infinite PSNR (in dB), which JSON can't hold.
             "psnr": [min(p, 100.0) for p in result.psnr],
             "oracle_ssim": result.oracle_ssim,
             "matching": result.matching,

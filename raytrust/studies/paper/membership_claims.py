@@ -35,6 +35,7 @@ def _insensitive(audits: Mapping[str, Sequence[Row]]) -> Claim:
     notes = []
     for dataset, rows in audits.items():
         done = finished(rows)
+        # All comparisons are with uncompressed SGD, so that without it nothing can be called alike or lower.
         if not done or done[0]["name"] != "none":
             notes.append(f"{TITLES[dataset]} left out: uncompressed SGD failed")
             continue
@@ -42,6 +43,7 @@ def _insensitive(audits: Mapping[str, Sequence[Row]]) -> Claim:
         for row in done[1:]:
             difference, half = _difference(row["final"]["loss"].auc, done[0]["final"]["loss"].auc)
             kind = "lower" if difference < -half else "higher" if difference > half else "alike"
+            # So wide an interval contains 0 for nearly any two defences: that is no agreement.
             counts["too wide" if kind == "alike" and half > 0.05 else kind] += 1
         total = sum(counts.values())
         verdicts.append(
@@ -62,6 +64,7 @@ def _unreliable(audits: Mapping[str, Sequence[Row]]) -> Claim:
         (last, row["final"]["loss"].auc)
         for rows in audits.values()
         for row in finished(rows)
+        # The last captured step is the nearest to the final model that it is compared with.
         for last in messages_of(row)[-1:]
     ]
     known = [(m, loss) for m, loss in pairs if m.low is not None and loss.high is not None]
@@ -87,6 +90,8 @@ def _high_levels(audits: Mapping[str, Sequence[Row]], missing: str) -> Claim:
     """missing: what to say where CIFAR-100 is not among the audits."""
     table = TABLE_2["cifar100"]
     plain = np.mean(table["none", None])
+    # In the paper's own table the low levels fall far more than those which its sentence names: the reader must see
+    # that.
     drop = {levels: plain - np.mean([table["topk", k] for k in levels]) for levels in ((1, 2, 4), (30, 50))}
     own = (
         f"The paper's own table: levels 30 and 50 fall by {drop[30, 50]:.1f} points on average, levels 1, 2 and 4 by "
@@ -98,6 +103,7 @@ def _high_levels(audits: Mapping[str, Sequence[Row]], missing: str) -> Claim:
         "models; overturned if levels 1, 2 and 4 fall by more, and 30 and 50 do not fall."
     )
     quote = "On CIFAR-100, Top-K at levels 30 and 50 leads to a more pronounced decrease of MIA success."
+    # As the audit names them, with error feedback: the paper describes its methods so.
     names = {k: f"Top-K (bytes of rank {k}) + EF" for k in (1, 2, 4, 30, 50)}
     if "none" not in done or not set(names.values()) <= set(done):
         why = "an audit that this needs failed" if "cifar100" in audits else missing
@@ -114,6 +120,7 @@ def _high_levels(audits: Mapping[str, Sequence[Row]], missing: str) -> Claim:
 def _all_of(verdicts: Sequence[Verdict]) -> Verdict:
     if not verdicts:
         return UNTESTED
+    # A claim about all data sets falls with one of them.
     if OVERTURNED in verdicts:
         return OVERTURNED
     return REPRODUCED if all(v == REPRODUCED for v in verdicts) else UNDECIDED
@@ -123,6 +130,7 @@ def _difference(one: Figure, other: Figure) -> tuple[float, float]:
     """(difference, half width of its 95 % interval) of two independent figures; infinite without intervals."""
 
     def half(figure: Figure) -> float:
+        # Without an interval a difference proves nothing: infinitely wide, it counts neither as lower nor as higher.
         return np.inf if figure.low is None or figure.high is None else (figure.high - figure.low) / 2
 
     assert one.value is not None and other.value is not None  # noqa: PT018

@@ -32,7 +32,8 @@ class CellRow(TypedDict, total=False):
 class SimilarityRow(CellRow, total=False):
     """Table 1: SSIM of one attack on one cell. ssim, identified and floor are image by image, for the report."""
 
-    ssim_mean: float  # of the paper, as are the next two
+    # The paper's three figures are copied into each row, so that a line of the CSV is a comparison by itself.
+    ssim_mean: float
     ssim_std: float
     percent_of_original: float
     attack: str

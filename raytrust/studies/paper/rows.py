@@ -31,6 +31,7 @@ TABLE_2_COLUMNS = (
 def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | None, found: Found) -> SimilarityRow:
     """A row of table 1. The CSV leaves out what is image by image."""
     paper = TABLE_1[dataset][cell]
+    # The images are few and their SSIM skewed and bounded: the bootstrap stays within the values' range.
     ours = mean_figure(found.ssim, bootstrap_interval) if found.ssim is not None else Figure(None)
     return {
         "dataset": dataset,
@@ -64,6 +65,7 @@ def with_percent(rows: Sequence[SimilarityRow]) -> list[SimilarityRow]:
 
     def percent(row: SimilarityRow) -> float | None:
         whole, ours = plain.get((row["dataset"], row["attack"])), row["ours"]
+        # SSIM can be negative, and a share of a negative number means nothing.
         return None if whole is None or ours is None or whole <= 0 else 100 * ours / whole
 
     return [row | {"ours_percent_of_original": percent(row)} for row in rows]
@@ -129,6 +131,7 @@ def nearest_rules(audit: Sequence[Row], dataset: str) -> list[Nearest]:
 def to_csv(rows: Sequence[CellRow], columns: Sequence[str]) -> str:
     """Equal rows give equal bytes. Measured numbers have four decimals; what is missing is empty."""
     buffer = io.StringIO()
+    # The same bytes everywhere: by default csv ends lines as Windows does.
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     published = {"ssim_mean", "ssim_std", "percent_of_original", "prediction_pct", "loss_pct", "cross_entropy_pct"}
@@ -141,5 +144,7 @@ def _cell(value: Any, published: bool) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
+        # A published figure keeps the digits that the paper prints; four of ours are already more than the images
+        # settle.
         return f"{value:g}" if published else f"{value:.4f}"
     return str(value)

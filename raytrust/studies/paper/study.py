@@ -47,6 +47,7 @@ def open_run(root: Path, config: PaperConfig, data: dict[str, Dataset], options:
     Raises ValueError if `root` holds another run, or the data don't suffice.
     """
     for name, dataset in data.items():
+        # Both raise where the data don't suffice: that must show now, not after hours of table 1.
         plan_for(name, dataset, config.budget, config.images, config.seed)
         if 2 in config.tables:
             draw_pool(audit_config(config.budget, config.seed, dataset), dataset)
@@ -104,10 +105,12 @@ class PaperStudy:
             # The time was up before the search had ended.
             return
         if isinstance(settings, str):
+            # Section 3 rests on no setting of the search, and is tested all the same.
             self._say(f"{TITLES[name]}: no setting of the search gave a figure: {settings}")
             yield "section 3", each(store, theory)
             return
         self._say(f"{TITLES[name]}: nearest to the paper is {settings[0].name}")
+        # In one phase, so that no processor waits between the table, the search for the worst case and section 3.
         jobs = [*_table_1(plan, settings), *theory]
         yield "table 1: naive and aware attacks, search for the worst case, section 3", each(store, jobs)
         worst = [worst_attacks(store, plan, settings, cell) for cell in CELLS]
@@ -122,6 +125,7 @@ class PaperStudy:
             return jobs
         known = not isinstance(settings, str)
         if isinstance(settings, str):
+            # Any two settings will do for counting, as the number of jobs hardly depends on what is chosen.
             every = plan.budget.search(plan.seed)
             settings = every[0], every[-1]
         jobs += _table_1(plan, settings)

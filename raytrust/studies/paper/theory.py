@@ -43,6 +43,7 @@ def examine(
     """All figures of one defence at one state, a list over images each; see the module for what they test."""
     chosen = torch.tensor(list(images))
     x, y = data.test_images[chosen], data.test_labels[chosen]
+    # Also without compression, since a message does not hold what it discards.
     plain = capture_images(victim.train_config(), data, x, y, state, victim.steps)
     sent = capture_images(victim.train_config(defence), data, x, y, state, victim.steps)
     found: dict[str, Any] = {}
@@ -65,21 +66,25 @@ def compare(gradient: Sequence[Tensor], sent: Sequence[Tensor], defence: Defence
     least that rank r allows, or the squares of what Top-K did not send. svd: the error of the truncated SVD itself,
     for PowerSGD, else discarded.
     """
+    # In float64: float32 sums of millions of squares lose the digits by which an identity is tested.
     g, c = (torch.cat([t.flatten().double() for t in tensors]) for tensors in (gradient, sent))
     square = float(g @ g)
     error = float((g - c).square().sum()) / square
     discarded = svd = 0.0
     match defence.compressor:
         case PowerSGDConfig(rank=rank):
+            # PowerSGD sends biases and scales whole: only matrices lose anything.
             pairs = [_truncated(m.flatten(1).double(), rank) for m in gradient if m.ndim > 1]
             discarded, svd = (sum(column) / square for column in zip(*pairs, strict=True))
         case TopKConfig():
+            # Counted in the message itself, so that the test does not repeat the rule which chose the number.
             kept = int((c != 0).sum())
             discarded = svd = float(g.abs().sort(descending=True).values[kept:].square().sum()) / square
     return {
         "cosine": float(g @ c) / (square * float(c @ c)) ** 0.5,
         "attainable": (float(c @ c) / square) ** 0.5,
         "error": error,
+        # Rounding can leave an error slightly above 1.
         "from_error": max(0.0, 1 - error) ** 0.5,
         "discarded": discarded,
         "svd": svd,
@@ -95,26 +100,26 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[float, float]:
 
 def at_the_truth(seen: Observation, image: Tensor, attack: InversionConfig) -> dict[str, float]:
     """The matching distances of both objectives at the private image, (channels, height, width) in [0, 1]."""
-    model, labels = seen.build_model(), seen.labels
-    assert labels is not None
-    x = (image - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
-    grads = [g.detach() for g in per_candidate_gradients(model, x[None, None], labels[None])]
+    grads = _gradient_at(seen, image)
     views = {o: target_view(seen, replace(attack, objective=o)) for o in ("naive", "aware")}
     return {f"{o}_at_truth": float(view.distance(grads)) for o, view in views.items()}
+
+
+def _gradient_at(seen: Observation, image: Tensor) -> list[Tensor]:
+    """The gradient that the observed model has at an image, (channels, height, width) in [0, 1], with its label."""
+    assert seen.labels is not None
+    x = (image - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
+    return [g.detach() for g in per_candidate_gradients(seen.build_model(), x[None, None], seen.labels[None])]
 
 
 def _reached(plain: Sequence[Capture], sent: Sequence[Capture], attack: InversionConfig) -> dict[str, list[float]]:
     """What an attack reaches: its own cosine (1 - matching distance), that with the whole gradient, and SSIM."""
     result = evaluate_inversion(sent, attack)
     assert result.matching is not None
-    cosines = []
+    naive, cosines = replace(attack, objective="naive"), []
+    # The paper's limit is on the cosine with the whole gradient, which the attacker never sees.
     for capture, image in zip(plain, result.reconstructions, strict=True):
-        seen = capture.seen
-        assert seen.labels is not None
-        x = (image - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
-        found = per_candidate_gradients(seen.build_model(), x[None, None], seen.labels[None])
-        grads = [g.detach() for g in found]
-        cosines.append(1 - float(target_view(seen, replace(attack, objective="naive")).distance(grads)))
+        cosines.append(1 - float(target_view(capture.seen, naive).distance(_gradient_at(capture.seen, image))))
     name = attack.objective
     return {
         f"{name}_reached": [float(1 - m) for m in result.matching],
