@@ -28,7 +28,8 @@ class PerSampleGradients:
     AVX512-BF16 and for GPUs; not for the slow path, which ignores it.
     """
 
-    _twice = False  # whether derivatives of the gradients are asked for, too
+    # Whether derivatives of the gradients are asked for, too, which the first call then checks.
+    _twice = False
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
         self._precision = reduce(torch.promote_types, (p.dtype for p in model.parameters()), torch.float32)
@@ -100,12 +101,14 @@ class PerSampleGradients:
             try:
                 fast, plain = FastPath(model, dtype, rows), PlainPath(model, dtype)
                 error = _error(*(self._probe(path, noise.to(dtype), labels, direction) for path in (fast, plain)))
-            except Exception as failure:  # in whatever way it fails, the slow path is the definition
+            # In whatever way a model makes the fast path fail, the slow one is the definition.
+            except Exception as failure:
                 if isinstance(failure, RuntimeError) and is_out_of_memory(failure):
                     raise
                 problem = f"the fast one fails, {str(failure).splitlines()[0].rstrip('.')}"
                 continue
-            if error <= torch.finfo(dtype).eps ** 0.25:  # 2 % in single precision, 0.01 % in double
+            # 2 % in single precision, 0.01 % in double: more than rounding makes of smooth layers.
+            if error <= torch.finfo(dtype).eps ** 0.25:
                 return fast if dtype == self._dtype else FastPath(model, self._dtype, rows)
             problem = f"the fast one's gradients are off by {error:.1%}"
         return problem
@@ -136,4 +139,5 @@ def _error(probe: Sequence[Sequence[Tensor]], exact: Sequence[Sequence[Tensor]])
         sizes = torch.stack([e[k].norm() for e, k in zip(references, known, strict=True)])
         apart = torch.stack([(t - e)[k].norm() for t, e, k in zip(tensors, references, known, strict=True)])
         errors.append(apart / sizes.maximum(1e-3 * sizes.norm() + torch.finfo(sizes.dtype).tiny))
-    return float(torch.cat(errors).max())  # NaN, and so no agreement, if the fast path alone is not finite
+    # NaN, which agrees with nothing, where the fast path alone is not finite.
+    return float(torch.cat(errors).max())

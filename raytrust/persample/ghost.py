@@ -67,7 +67,8 @@ class GhostGradient(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise NotImplementedError(f"{func} got around __torch_function__.")  # it would find no storage
+        # A kernel would find no storage.
+        raise NotImplementedError(f"{func} got around __torch_function__.")
 
 
 # Each rule returns None where it does not apply.

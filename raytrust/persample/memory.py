@@ -14,7 +14,8 @@ from raytrust.leak.observation import Observation
 # Measured: how many times an iteration holds what goes into and comes out of each layer, and what is as long as a
 # gradient: targets, as they are laid out, and gradients that are formed.
 ACTIVATIONS, GRADIENTS = 3, 3
-SHARE = 0.8  # of what is free, the rest is for what can't be foreseen
+# Of what is free: the rest is for what can't be foreseen.
+SHARE = 0.8
 
 
 def candidate_bytes(seen: Observation) -> int:
@@ -28,7 +29,8 @@ def candidate_bytes(seen: Observation) -> int:
 
 def _activations(seen: Observation) -> int:
     """Numbers that go into and come out of the layers for one image, by their shapes alone."""
-    model = seen.build_model().to("meta").eval()  # so that one image has a batch norm, too
+    # In evaluation mode, as a batch norm refuses to train on one value; on "meta", where nothing is computed.
+    model = seen.build_model().to("meta").eval()
     counted = [0]
 
     def count(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:

@@ -19,8 +19,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from raytrust.persample.matmul import Bmm, bmm
 from raytrust.persample.windows import Convolve, Geometry, Unfold, convolve, transposed
 
-GATHER = 8  # measured: what an entry gathered from the factors costs, in entries of a gradient that is formed
-LOW_RANK = 2.0  # measured: fewer multiplications are not all that the factors save, but also passes over memory
+# Measured: what an entry gathered from the factors costs, in entries of a gradient that is formed.
+GATHER = 8
+# Measured: fewer multiplications are not all that the factors save, but also passes over memory.
+LOW_RANK = 2.0
 
 
 class Product:

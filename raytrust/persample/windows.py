@@ -11,7 +11,8 @@ from torch import Tensor
 
 from raytrust.persample.matmul import mm
 
-FEW = 16  # output positions an image, up to which oneDNN's convolutions are slower than unfolding and a product
+# Measured: up to so many output positions an image, oneDNN's convolutions are slower than unfolding and a product.
+FEW = 16
 
 
 class Geometry(NamedTuple):
@@ -28,6 +29,7 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if not (x.device.type == "cpu" and groups == 1 and len(x) > 1 and _positions(x, weight, geometry) <= FEW):
         return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
     windows = unfold(x, weight.shape[2:], geometry)
+    # Laid out as the input is: a model may flatten it by `view`.
     rows = x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if rows else torch.contiguous_format
     shape = (len(x), len(weight), *windows.shape[1:3])
