@@ -113,7 +113,8 @@ def take_steps(
 
 def gradients(seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+    # The default type is the user's to set, and must not change what is checked.
+    return [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in SHAPES]
 
 
 def _check_decoding(defence: Defence, step: Step, workers: Sequence[Sequence[Tensor]], holds: _Guarantees) -> None:

@@ -414,7 +414,8 @@ def test_no_gradient_is_formed_where_its_factors_are_cheaper(
     attack = replace(SHORT, objective=objective, iterations=2)
     invert([(s, attack) for s in seen(compressor, model="resnet18")[:3]])
     assert formed
-    assert not any(product.low_rank for product in formed)
+    # The check of a first call forms those of its two candidates, to compare them with autograd's.
+    assert not any(product.low_rank for product in formed if product.n > 2)
 
 
 def test_observations_must_be_of_one_model() -> None:

@@ -12,7 +12,7 @@ from toys import SHAPES, distance, gradients, norm
 from raytrust.compress import Layout
 from raytrust.compress.scaled_sign import ScaledSign
 from raytrust.compress.signsgd import SignSGD
-from raytrust.config import SignSGDConfig
+from raytrust.config import ScaledSignConfig, SignSGDConfig
 from raytrust.wire.channel import LocalChannel, Tap
 
 
@@ -76,7 +76,7 @@ def test_signs_have_no_scale() -> None:
 def test_the_scaled_sign_is_the_mean_magnitude_of_each_tensor() -> None:
     grads = [torch.tensor([[1.0, -3.0], [0.0, 4.0]]), torch.tensor([-6.0])]
     tap = Tap(LocalChannel(), keep=True)
-    own = ScaledSign(Layout([g.shape for g in grads])).reduce(grads, tap).decoded_own
+    own = ScaledSign(ScaledSignConfig(), Layout([g.shape for g in grads])).reduce(grads, tap).decoded_own
     assert [o.tolist() for o in own] == [[[2, -2], [2, 2]], [-6]]
     scales, packed = tap.messages[0].sent
     assert (scales.dtype, scales.tolist()) == (torch.float32, [2, 6])
@@ -87,7 +87,7 @@ def test_the_scaled_sign_is_the_mean_magnitude_of_each_tensor() -> None:
 def test_the_contraction_of_the_scaled_sign_is_an_identity(seed: int) -> None:
     """||x - own||^2 = (1 - ||x||_1^2 / (d ||x||_2^2)) ||x||^2, tensor by tensor (Karimireddy et al. 2019, Lemma 8)."""
     grads = gradients(seed)
-    own = ScaledSign(Layout(SHAPES)).reduce(grads, LocalChannel()).decoded_own
+    own = ScaledSign(ScaledSignConfig(), Layout(SHAPES)).reduce(grads, LocalChannel()).decoded_own
     for x, o in zip(grads, own, strict=True):
         d, l1, l2 = x.numel(), float(x.double().abs().sum()), float(x.double().norm())
         assert norm([x - o]) ** 2 == pytest.approx((1 - l1**2 / (d * l2**2)) * l2**2, rel=1e-4, abs=1e-6)
@@ -95,7 +95,7 @@ def test_the_contraction_of_the_scaled_sign_is_an_identity(seed: int) -> None:
 
 def test_a_tensor_of_one_magnitude_is_exact() -> None:
     grads = [g.sign() * (i + 1) for i, g in enumerate(gradients(0))]
-    own = ScaledSign(Layout(SHAPES)).reduce(grads, LocalChannel()).decoded_own
+    own = ScaledSign(ScaledSignConfig(), Layout(SHAPES)).reduce(grads, LocalChannel()).decoded_own
     assert distance(own, grads) < 1e-6
 
 
@@ -105,9 +105,9 @@ def test_tensors_that_begin_within_a_byte_and_end_beyond_a_chunk() -> None:
     grads = [(i + 1) * torch.randn(n, generator=generator).sign() for i, n in enumerate([3, 300_001, 1, 13, 140_000])]
     layout = Layout([g.shape for g in grads])
     tap = Tap(LocalChannel(), keep=True)
-    mean, own = ScaledSign(layout).reduce(grads, tap)
+    mean, own = ScaledSign(ScaledSignConfig(), layout).reduce(grads, tap)
     assert distance(own, grads) < 1e-6
     assert distance(mean, grads) < 1e-6
-    assert distance(ScaledSign(layout).decode(tap.messages, "peer")[0], grads) < 1e-6
+    assert distance(ScaledSign(ScaledSignConfig(), layout).decode(tap.messages, "peer")[0], grads) < 1e-6
     signs = SignSGD(SignSGDConfig(), layout).reduce(grads, LocalChannel()).decoded_own
     assert all(torch.equal(s, g.sign()) for s, g in zip(signs, grads, strict=True))

@@ -26,6 +26,7 @@ from raytrust.config import (
     TrainConfig,
 )
 from raytrust.data import Dataset
+from raytrust.leak import view_of
 from raytrust.leak.observation import Capture, Observation
 from raytrust.networks.build import build_model
 from raytrust.train.loop import Evaluation, Record, Step, check_sizes, learning_rate_factor, private_batches, train
@@ -151,7 +152,7 @@ def test_what_is_captured_is_the_private_gradient(
         assert truth.images.shape == (3, 3, 8, 8)
         assert 0 <= float(truth.images.min()) <= float(truth.images.max()) <= 1
         grads = gradient(seen, truth.images, truth.labels)
-        d = float(seen.build_compressor().view(seen.messages, "link").distance([g[None] for g in grads]))
+        d = float(view_of(seen.build_compressor(), seen.messages, "link").distance([g[None] for g in grads]))
         assert seen.residual == (error_feedback and seen.step > 0)
         assert d < 1e-5 if not seen.residual else d > 1e-3  # the residual hides the gradient
 
