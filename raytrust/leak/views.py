@@ -60,18 +60,6 @@ class LinearView:
         return torch.sqrt(total(o.square().sum() for o in self.observed))
 
 
-class WholeView(LinearView):
-    """All entries of the gradient."""
-
-    def __init__(self, observed: Sequence[Tensor]):
-        super().__init__(observed, measure=list, adjoint=list)
-
-
-def identity_view(observed: Sequence[Tensor]) -> LinearView:
-    """The view of a whole gradient. Of a decoded one, it is the view of an attacker who ignores the compressor."""
-    return WholeView(observed)
-
-
 class Product(NamedTuple):
     """A known product of one parameter M, taken as a matrix: left M right^T, (s, r).
 
@@ -85,7 +73,7 @@ class Product(NamedTuple):
 
 
 class ProductView(LinearView):
-    """Products of the gradient's matrices with known factors (PowerSGD), and whole tensors among them.
+    """Products of the gradient's matrices with known factors (PowerSGD), and whole tensors.
 
     A matrix is the parameter with all dimensions but the first as one. observed: one tensor a product.
     """
@@ -115,6 +103,11 @@ class ProductView(LinearView):
             return grads
 
         super().__init__(observed, measure, adjoint)
+
+
+def identity_view(observed: Sequence[Tensor]) -> ProductView:
+    """The view of a whole gradient. Of a decoded one, it is the view of an attacker who ignores the compressor."""
+    return ProductView(observed, [Product(i) for i in range(len(observed))], [o.shape for o in observed])
 
 
 class SparseView(LinearView):

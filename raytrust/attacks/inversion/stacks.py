@@ -23,7 +23,6 @@ from raytrust.leak.views import (
     SparseView,
     TensorwiseView,
     View,
-    WholeView,
     orthant_distance,
     rows,
 )
@@ -57,8 +56,6 @@ def stack_key(view: View, config: InversionConfig) -> tuple[object, ...] | None:
     if not isinstance(linear, LinearView) or _entries(linear.observed) > LARGEST:
         return None
     match linear:
-        case WholeView():
-            return "whole", tensorwise
         # Of one factor each: those of two, where a residual is avoided, are too few to be worth it.
         case ProductView() if all(p.left is None or p.right is None for p in linear.products):
             shapes = [(p.parameter, *(None if f is None else f.shape for f in p[1:])) for p in linear.products]
@@ -77,7 +74,7 @@ def stack(views: Sequence[View], config: InversionConfig) -> Stack:
     if config.matching == "tensors" or isinstance(views[0], TensorwiseView):
         by_tensor = [v if isinstance(v, TensorwiseView) else TensorwiseView(v) for v in views]  # type: ignore[arg-type]
         views, weights = [v.view for v in by_tensor], [v.weights for v in by_tensor]
-    kinds = {WholeView: WholeStack, ProductView: ProductStack, SparseView: SparseStack}
+    kinds = {ProductView: ProductStack, SparseView: SparseStack}
     return kinds[type(views[0])](views, weights)
 
 
@@ -127,41 +124,8 @@ class LinearStack:
         return [(m * o).sum(1) for m, o in flat], [m.square().sum(1) for m, _ in flat]
 
 
-class WholeStack(LinearStack):
-    """Whole gradients."""
-
-    def __init__(self, views: Sequence[WholeView], weights: Weights):
-        super().__init__(views, weights)
-        self._observed = [torch.stack(column) for column in zip(*(v.observed for v in views), strict=True)]
-
-    def _select(self, owner: Tensor) -> None:
-        self._targets = [o[owner] for o in self._observed]
-        self._matrices: dict[int, Tensor] = {}
-
-    def _products(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        inner, squared = [torch.empty(0)] * len(grads), [torch.empty(0)] * len(grads)
-        plain = []
-        for i, g in enumerate(grads):
-            if not isinstance(g, GhostGradient):
-                plain.append(i)
-                continue
-            if i not in self._matrices:
-                target = g.product.as_matrix(self._targets[i])
-                # Rounded to the dtype of the passes only where products of their factors want it.
-                self._matrices[i] = target.to(g.product.inputs.dtype if g.product.low_rank else target).contiguous()
-            inner[i], squared[i] = g.product.inner_each(self._matrices[i]), g.product.squared_norm()
-        found = self._vectors([(grads[i], self._targets[i]) for i in plain])
-        if self._tensorwise:
-            for i, x, y in zip(plain, *found, strict=True):
-                inner[i], squared[i] = x, y
-        else:
-            ghosts = [i for i in range(len(grads)) if i not in plain]
-            inner, squared = [*(inner[i] for i in ghosts), *found[0]], [*(squared[i] for i in ghosts), *found[1]]
-        return torch.stack(inner, 1), torch.stack(squared, 1)
-
-
 class ProductStack(LinearStack):
-    """Products of the same parameters with factors of equal shapes."""
+    """Whole tensors, and products of the same parameters with factors of equal shapes."""
 
     def __init__(self, views: Sequence[ProductView], weights: Weights):
         super().__init__(views, weights)
@@ -178,16 +142,35 @@ class ProductStack(LinearStack):
             o[owner] if factors == [None, None] else o[owner].mT.contiguous()
             for o, factors in zip(self._observed, self._mine, strict=True)
         ]
+        self._matrices: dict[int, Tensor] = {}
 
     def _products(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        measured = []
-        for i, (left, right) in zip(self._parameters, self._mine, strict=True):
+        ghosts: dict[int, tuple[Tensor, Tensor]] = {}
+        plain: dict[int, tuple[Tensor, Tensor]] = {}
+        for k, (i, (left, right), target) in enumerate(zip(self._parameters, self._mine, self._targets, strict=True)):
+            g = grads[i]
             if left is not None:
-                measured.append(grads[i].flatten(2).mT @ left)
+                plain[k] = g.flatten(2).mT @ left, target
+            elif right is not None:
+                plain[k] = g.flatten(2) @ right, target
+            elif isinstance(g, GhostGradient):
+                ghosts[k] = g.product.inner_each(self._matrix(k, g)), g.product.squared_norm()
             else:
-                measured.append(grads[i] if right is None else grads[i].flatten(2) @ right)
-        inner, squared = self._vectors(list(zip(measured, self._targets, strict=True)))
+                plain[k] = g, target
+        vectors = list(zip(*self._vectors(list(plain.values())), strict=True))
+        # Measurement by measurement their order matters, in sum it does not.
+        both = ghosts | dict(zip(plain, vectors, strict=True)) if self._tensorwise else {}
+        pairs = [both[k] for k in sorted(both)] or [*ghosts.values(), *vectors]
+        inner, squared = zip(*pairs, strict=True)
         return torch.stack(inner, 1), torch.stack(squared, 1)
+
+    def _matrix(self, k: int, g: GhostGradient) -> Tensor:
+        """What is compared with a ghost gradient, in its own order of entries."""
+        if k not in self._matrices:
+            target = g.product.as_matrix(self._targets[k])
+            # Rounded to the dtype of the passes only where products of their factors want it.
+            self._matrices[k] = target.to(g.product.inputs.dtype if g.product.low_rank else target).contiguous()
+        return self._matrices[k]
 
 
 class SparseStack(LinearStack):
