@@ -128,9 +128,11 @@ def field_help(kind: type) -> dict[str, str]:
 def _argument(hint: Any) -> dict[str, Any]:
     """What argparse has to know of a field's type."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):  # or None
+    # Such a field is of one type or None, which a command line says by leaving the option out.
+    if origin in (Union, types.UnionType):
         return _argument(arguments[0])
     if hint is bool:
+        # With its --no- form, as a preset may have set what is to be off.
         return {"action": argparse.BooleanOptionalAction}
     if origin is Literal:
         return {"choices": arguments}

@@ -74,6 +74,7 @@ def run_sweep(
     run.until = None if hours is None else time.time() + 3600 * hours
     run.program = program or Program("python sweeps/privacy_frontier.py", {}, {}, time.monotonic())
     with exclusive(store.root):
+        # The bar must be gone from the terminal before the table is printed.
         with run.progress:
             rows = run.all(address, device, spread)
         run.conclude(rows)
@@ -98,7 +99,9 @@ class _Run:
     ):
         self._sweep, self._spaces, self._data, self._store = sweep, spaces, data, store
         self._uri, self._cpus, self._parallel = uri, cpus, parallel
-        cost = 2 * sweep.train.capture.evaluation / sweep.train.capture.tuning  # two attacks on the evaluation images
+        # An evaluation runs two attacks, the best naive one and the best aware one, on the evaluation images; a trial
+        # runs one, on the tuning images.
+        cost = 2 * sweep.train.capture.evaluation / sweep.train.capture.tuning
         self.progress = FrontierProgress(totals(sweep, store), parallel=cpus, evaluation_cost=cost)
 
     def all(self, address: str | None, device: Device, spread: bool) -> list[Row]:
@@ -106,7 +109,8 @@ class _Run:
         sweep, store, data, say = self._sweep, self._store, self._data, self.progress.say
         store.clear_failures()
         others = torch.linspace(0, len(data.test_images) - 1, min(DISTRACTORS, len(data.test_images))).long()
-        store.keep_references(data.test_images[others])  # none is private: private images are training images
+        # Private images are training images, so that none of these is private.
+        store.keep_references(data.test_images[others])
         for line in data.summary().splitlines():
             say(line)
         say(f"{sweep.trials} defences, {sweep.train.model.title}, {sweep.train.workers} workers")
@@ -121,6 +125,8 @@ class _Run:
             training_groups(sweep.train.workers, data, store, device, self._parallel, say) as groups,
         ):
             if sum(store.training(replace(sweep.train, defence=d)) is not None for d in sweep.defences) < sweep.trials:
+                # Two workers take about ten seconds to start, which a resumed sweep with nothing to train must not wait
+                # for.
                 groups.start()
             say("Ray is up; the first training workers start")
             log = log or SweepLog(sweep, store, data, self._uri, say)

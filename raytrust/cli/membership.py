@@ -84,6 +84,7 @@ class _Membership(Program[MembershipStudy]):
                 figures["class"] = self._data.class_name(figures["label"])
         artifacts = self._write()
         for arm, of_arm in zip(self._config.arms, self.rows, strict=True):
+            # A tracking store may be away for a while: what is to be logged waits for it in the outbox.
             outbox.send(partial(_log_arm, tracker, self._config, self._data, self._store, arm, of_arm))
         finished = sum(r["status"] == "finished" for r in self.rows)
         return artifacts, {"defences_finished": finished, "defences_failed": len(self.rows) - finished}
@@ -106,6 +107,8 @@ class _Membership(Program[MembershipStudy]):
 
 def _match(rows: list[Row], config: MembershipConfig, store: JobStore, pool: Pool) -> None:
     """Put uncompressed SGD of equal fit beside every other defence, where both are finished."""
+    # Final models measure fit: a defence that only slows training down looks private, until it stands beside plain SGD
+    # that was stopped at the same training loss.
     uncompressed = load_shadows(store, config, Defence()) if Defence() in config.defences else None
     for arm, of_arm in zip(config.arms, rows, strict=True):
         shadows = load_shadows(store, config, arm)

@@ -21,7 +21,8 @@ from raytrust.config.register import PLUGINS, active_plugins, load_plugins, modu
 from raytrust.config.training import WIDTHS
 from raytrust.reports import tracking_uri
 
-STARTED = time.monotonic()  # of the program, near enough: libraries that take time load later
+# Near enough to when the program was started, as libraries that take time load later.
+STARTED = time.monotonic()
 # How the console program begins `sys.argv`, which is where errors and the command that resumes have the program's name.
 CONSOLE = "raytrust "
 NAMED_DATA = ("digits", "faces", "cifar10", "cifar100", "mnist")
@@ -33,6 +34,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program: str, text: str | None):
         text = (text or "").split("\n\n")[0]
         named = command(program)
+        # No abbreviations, which the next option could make ambiguous. Options that were not given stay absent, because
+        # presets and --resume must tell them from defaults.
         super().__init__(named, f"{named} [options]", text, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
@@ -109,9 +112,11 @@ class Directory:
 
     def keep(self, options: Namespace, dropped: Sequence[str] = ()) -> dict[str, Any]:
         """The options that a resumed run takes over, from whatever directory it is resumed."""
-        dropped = ("output", "resume", "address", "local", "plugin", *dropped)  # a directory brings in no code
+        # Not the plugins: a directory, which may be somebody else's, must bring in no code.
+        dropped = ("output", "resume", "address", "local", "plugin", *dropped)
         kept = {k: v for k, v in vars(options).items() if k not in dropped}
         if kept.get("data", "digits") not in NAMED_DATA:
+            # A relative path would name another file once the run is resumed from elsewhere.
             kept["data"] = str(Path(kept["data"]).expanduser().resolve())
         if kept.get("tracking_uri"):
             kept["tracking_uri"] = tracking_uri.without_password(kept["tracking_uri"])
@@ -177,7 +182,8 @@ def start(main: Callable[[], int]) -> int:
 
 
 def _leave_no_core_files() -> None:
-    with suppress(ImportError):  # a system that has none
+    # Only Unix has this module.
+    with suppress(ImportError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -188,7 +194,8 @@ def _what_ended(interrupt: KeyboardInterrupt) -> str:
 
 
 def _say(text: str, file: TextIO) -> None:
-    with suppress(OSError):  # of a terminal or pipe that has gone, where nobody reads it
+    # The terminal or pipe may have gone, and then nobody reads it.
+    with suppress(OSError):
         print(text, file=file, flush=True)
 
 
@@ -199,7 +206,8 @@ def _tracking_uri(uri: str | None, root: Path) -> str | None:
         if tracking_uri.database_path(uri) != root / tracking_uri.DATABASE:
             tracking_uri.check_outside(uri, root)
             return uri
-    tracking_uri.default_uri(root)  # refuses a path that can't hold it
+    # Called for its refusal of a path that can't hold the database, before anything that takes time has begun.
+    tracking_uri.default_uri(root)
     return None
 
 
@@ -275,6 +283,7 @@ def check_hours(options: Namespace) -> None:
 
 def cpus() -> int:
     """How many this process may use."""
+    # A container or a batch system may allow fewer than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

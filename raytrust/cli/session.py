@@ -56,6 +56,7 @@ class Program(ABC, Generic[S]):
         another run goes on in the directory.
         """
         until = None if hours is None else time.time() + 3600 * hours
+        # Kept until the report is written, as what is finished by then is worth reading.
         interrupt: KeyboardInterrupt | None = None
         with exclusive(self.root), self.progress:
             for store in self.study.stores:
@@ -82,6 +83,7 @@ class Program(ABC, Generic[S]):
             return Local(self.study.data)
         from raytrust.cluster.runner import OnRay
 
+        # A cluster that has scaled to zero has no CPU until the first job asks for one.
         self.progress.parallel = max(1, capacity("CPU"))
         return OnRay(self.study.data, self.progress.parallel)
 

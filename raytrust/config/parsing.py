@@ -41,6 +41,7 @@ def parse_defence(text: str) -> Defence:
             if main is None or part != rest[0]:
                 raise ValueError(f"Expected defence={text!r} to be {syntax()}.")
             name, value = main, part
+            # Top-K has two levels, of which exactly one is given: a prefix tells which of them a bare value means.
             if kind is TopKConfig and part.startswith("rank"):
                 name, value = "equal_to_rank", part.removeprefix("rank")
         if name in values:
@@ -48,7 +49,8 @@ def parse_defence(text: str) -> Defence:
         try:
             values[name] = parse_text(type_hints(kind).get(name, str), value)
         except ValueError:
-            values[name] = value  # as it is: `from_dict` says what is wrong with it
+            # Left as it is, since `from_dict` says in the field's own terms what is wrong with it.
+            values[name] = value
     try:
         return from_dict(Defence, {"compressor": values, "error_feedback": "ef" in rest})
     except ValueError as error:
@@ -71,6 +73,7 @@ def parse_text(hint: Any, text: str) -> Any:
         return tuple(parse_text(arguments[0], item) for item in text.split(",") if item)
     if origin is tuple:
         return tuple(parse_text(of, item) for of, item in zip(arguments, text.split("=", 1), strict=True))
+    # bool() takes every text that is not empty for True, "False" as well.
     if hint is bool:
         if text not in ("True", "False"):
             raise ValueError(f"Expected {text!r} to be True or False.")

@@ -60,6 +60,7 @@ class Registry:
         if name in self._things or (self._paths and _PATH.fullmatch(name)):
             return True
         load_plugins()
+        # Last, as plugins and entry points run code and take time, for which a name of the package's own must not wait.
         self._load_entry_points(name)
         return name in self._things
 
@@ -73,10 +74,13 @@ class Registry:
         return _imported(thing) if isinstance(thing, str) else thing
 
     def _load_entry_points(self, name: str) -> None:
-        from importlib.metadata import entry_points  # takes 50 ms, which only an unknown name has to wait for
+        # The import takes 50 ms, for which only an unknown name has to wait.
+        from importlib.metadata import entry_points
 
         for point in entry_points(group=self.group, name=name):
-            _imported(point.value)  # its decorators register what it is
+            # The decorators of what is imported register it, so that there is nothing to be done with the object
+            # itself.
+            _imported(point.value)
             if name not in self._things:
                 raise ValueError(f"Expected {point.value} to register {name!r} in {self.group}, as it says.")
 
@@ -93,7 +97,8 @@ NETWORKS = Registry(
         "lenet": "raytrust.networks.build:LeNet",
     },
 )
-COMPRESSORS = Registry("raytrust.compressors", paths=False)  # the options of a method; its class is in METHODS
+# The options of a method, and its class, apart: options are checked before anything that takes time is imported.
+COMPRESSORS = Registry("raytrust.compressors", paths=False)
 METHODS = Registry("raytrust.compressors", paths=False)
 OBJECTIVES = Registry(
     "raytrust.objectives",
@@ -159,6 +164,7 @@ def load_plugins(plugins: Sequence[str] = ()) -> list[str]:
             try:
                 _import_plugin(plugin)
             except BaseException:
+                # An import that failed or was interrupted must be tried again, and not be taken for done.
                 _loaded.discard(plugin)
                 raise
     if plugins:
@@ -208,7 +214,8 @@ def _import_plugin(plugin: str) -> None:
         importlib.import_module(name)
     except ValueError:
         raise
-    except Exception as error:  # whatever the file does
+    # A user's file can raise anything. What it refuses itself is one line already, and passes through above.
+    except Exception as error:
         raise ValueError(f"Expected plugin={plugin!r} to be imported, but {type(error).__name__}: {error}") from error
 
 

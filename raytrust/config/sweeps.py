@@ -33,9 +33,11 @@ class SweepConfig:
         expect(len(self.portfolio) >= 1, "portfolio", self.portfolio, "to hold at least one attack")
         expect(self.attack_trials >= 0, "attack_trials", self.attack_trials, "to be at least 0")
         expect(len(set(self.defences)) == len(self.defences), "defences", self.defences, "to differ from each other")
+        # Tables and plots know a defence by its name alone.
         names = [defence.name for defence in self.defences]
         expect(len(set(names)) == len(names), "defences", names, "to have names that tell them apart")
         for attack in self.portfolio:
+            # Refused here, as the attack would else find no messages once training, which takes minutes, is over.
             steps = self.train.capture.steps
             expect(attack.capture_step in steps, "capture_step", attack.capture_step, f"to be a captured step {steps}")
 

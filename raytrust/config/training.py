@@ -37,6 +37,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         expect_choices(self)
         if self.width is None:
+            # The default depends on the network, so that it can't stand at the field, and a frozen class sets nothing
+            # else.
             object.__setattr__(self, "width", WIDTHS.get(self.name))
         expect(self.width is None or 1 <= self.width <= 1024, "width", self.width, "in [1, 1024]")
         named = [name for name, _ in self.options]
@@ -104,6 +106,7 @@ class CaptureConfig:
     """
 
     steps: tuple[int, ...] = (0,)
+    # An attack that is chosen on the images it is reported on looks stronger than it is: hence two sets.
     tuning: int = 2
     evaluation: int = 4
 
@@ -151,6 +154,7 @@ class TrainConfig:
         expect(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "to be at least 0 and finite")
         expect(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
         expect(
+            # Steps are in increasing order, so that the last is the largest.
             self.capture.steps[-1] < self.steps,
             "capture.steps",
             self.capture.steps,

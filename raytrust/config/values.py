@@ -29,6 +29,7 @@ def expect_choices(config: Any) -> None:
     for name, hint in type_hints(type(config)).items():
         if get_origin(hint) is Literal:
             expect_choice(name, getattr(config, name), get_args(hint))
+        # A compressor's field has a registry as well, but holds a configuration of its own instead of a name.
         elif (registry := registry_of(hint)) is not None and hint.__origin__ is str:
             expect_choice(name, getattr(config, name), registry)
 
@@ -67,6 +68,7 @@ def from_dict(kind: type[T], values: Any, name: str = "") -> T:
     name = name or kind.__name__
     if not isinstance(values, dict):
         raise ValueError(f"Expected {name}={values!r} to be a mapping.")
+    # The tag that `to_dict` adds is no field.
     if "method" in values and values["method"] == getattr(kind, "method", None):
         values = {key: value for key, value in values.items() if key != "method"}
     hints = type_hints(kind)
@@ -100,6 +102,7 @@ def parse_value(hint: Any, value: Any, name: str) -> Any:
     # JSON writes 1.0 as 1 in other languages, and people do.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    # Not by isinstance, for which True is an integer.
     expect(type(value) is hint, name, value, f"to be of type {hint.__name__}")
     return value
 
@@ -126,8 +129,10 @@ def digest(*parts: Any) -> str:
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list):
             return [plain(item) for item in value]
+        # Other languages, and people, write 1.0 as 1: the same configuration must keep its results.
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
     values = [plain(to_dict(p)) for p in parts]
+    # Sorted and without spaces, so that the order in which fields were written does not change the digest.
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -29,5 +29,7 @@ def stratified_split(images: np.ndarray, labels: np.ndarray, seed: int) -> Array
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     test = np.zeros(len(labels), dtype=bool)
+    # Every fifth in the order of classes: rounding is carried on from class to class, so that even small ones give a
+    # fair share.
     test[by_class[::5]] = True
     return dict(zip(KEYS, (images[~test], labels[~test], images[test], labels[test]), strict=True))

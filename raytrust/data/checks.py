@@ -35,6 +35,7 @@ def checked_dataset(name: str, where: str, source: Source, image_size: int | Non
     top, test_top, found = int(train_labels.max()), int(test_labels.max()), len(train_labels.unique())
     if found < 2:
         raise ValueError(f"Expected train_labels in {where} to name at least 2 classes, got {found}: label {top}.")
+    # Years or identifiers that are taken for labels would make a last layer of thousands of outputs without an image.
     if top >= len(train):
         raise ValueError(
             f"Expected train_labels in {where} to be below {len(train)}, the number of training images, got {top}."

@@ -33,6 +33,7 @@ def image_conversion(images: np.ndarray) -> str:
         elif least >= 0 and most <= 255:
             expression = f"images{steps}" + (".round()" if kind == "f" else "") + ".astype('uint8')"
         elif images.dtype == np.uint16:
+            # 65535 is 255 times 257, so that the whole range of 16 bits falls evenly onto that of 8.
             expression = f"(images{steps} // 257).astype('uint8')"
         else:
             scale = f"(images{steps} - images.min()) * (255.0 / np.ptp(images))"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 _LISTED = 20  # classes at most that a summary names
-_FEW = 400  # test images below which a summary says how uncertain their accuracy is: to within five points
+# Test images below which a summary says how uncertain their accuracy is: 98 / sqrt(400) is about five points.
+_FEW = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,8 @@ class Dataset:
         digest = hashlib.sha256(f"{self.classes}".encode())
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             array = tensor.numpy(force=True)
+            # With the shape, as equal bytes in another shape are other images.
             digest.update(f"|{array.dtype.name}{array.shape}|".encode())
+            # In one byte order, so that the digits are the same on every machine.
             digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).data)
         return digest.hexdigest()[:16]

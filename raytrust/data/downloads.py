@@ -48,7 +48,8 @@ def read_torchvision(name: str, root: Path) -> Source:
             f"Expected {name} under {root} or a network to fetch it from, but the download failed ({reason(error)}); "
             f"give --data FILE.npz or put the intact files under {root}."
         ) from error
-    names = tuple(name.split(" - ")[-1] for name in classes)  # MNIST's are "0 - zero" and so on
+    # MNIST calls its classes "0 - zero" and so on, which is the number twice.
+    names = tuple(name.split(" - ")[-1] for name in classes)
     return Source(dict(zip(KEYS, arrays, strict=True)), names, ("Test images: the data set's own.",))
 
 

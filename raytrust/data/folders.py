@@ -13,7 +13,8 @@ from raytrust.data.arrays import DRAWN, KEYS, Source, stratified_split
 from raytrust.data.layout import Splits, find_splits, folders_in, is_hidden, says_split
 from raytrust.data.refusals import reason
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
+# Those of torchvision's ImageFolder, so that a folder which that can read is read here, too.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def _read_two(splits: Splits, test_folder: Path, size: int, notes: tuple[str, ..
         raise ValueError(
             f"Expected the classes in {test_folder} to be among those in {splits.train.name}, got {', '.join(strange)}."
         )
-    images, resized = _read_images(train.files + test.files, size)  # together: one number of channels
+    # Both together, because one file in colour gives all of them three channels.
+    images, resized = _read_images(train.files + test.files, size)
     labels = np.array(train.labels + [train.classes.index(test.classes[label]) for label in test.labels])
     n = len(train.files)
     arrays = dict(zip(KEYS, (images[:n], labels[:n], images[n:], labels[n:]), strict=True))

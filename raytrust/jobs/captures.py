@@ -24,6 +24,8 @@ from raytrust.leak.observation import Capture, Observation, Truth
 from raytrust.wire.channel import Message
 
 FORMAT = 4
+# Fields of an observation that a file of its own holds as they are, without a conversion.
+AS_THEY_ARE = ("step", "labels", "classes", "mean", "std", "victim", "world_size", "residual", "buffers_after")
 
 
 def save_capture(directory: Path, capture: Capture) -> None:
@@ -41,21 +43,13 @@ def save_capture(directory: Path, capture: Capture) -> None:
         steps = [{"messages": _packed(p.messages), "compressor_state": p.compressor_state} for p in seen.history]
         _save(history, {"steps": steps})
     body = {
-        "step": seen.step,
+        **{name: getattr(seen, name) for name in AS_THEY_ARE},
         "messages": _packed(seen.messages),
         "history": len(seen.history),
         "defence": to_dict(seen.defence),
         "model": to_dict(seen.model),
         "threat": to_dict(seen.threat),
-        "labels": seen.labels,
         "image_shape": list(seen.image_shape),
-        "classes": seen.classes,
-        "mean": seen.mean,
-        "std": seen.std,
-        "victim": seen.victim,
-        "world_size": seen.world_size,
-        "residual": seen.residual,
-        "buffers_after": seen.buffers_after,
     }
     _save(folder / f"truth-{capture.index:03d}.pt", {"images": capture.truth.images, "labels": capture.truth.labels})
     _save(folder / f"seen-{capture.index:03d}.pt", body)
@@ -83,7 +77,7 @@ def _read(folder: Path, model: dict[str, Any], histories: dict[int, tuple[Earlie
         steps = _load(folder / f"history-{victim}.pt")["steps"]
         histories[victim] = tuple(EarlierStep(_unpacked(p["messages"]), p["compressor_state"]) for p in steps)
     seen = Observation(
-        step=body["step"],
+        **{name: body[name] for name in AS_THEY_ARE},
         weights=model["weights"],
         buffers=model["buffers"],
         compressor_state=model["compressor_state"],
@@ -91,15 +85,7 @@ def _read(folder: Path, model: dict[str, Any], histories: dict[int, tuple[Earlie
         defence=from_dict(Defence, body["defence"]),
         model=from_dict(ModelConfig, body["model"]),
         threat=from_dict(Threat, body["threat"]),
-        labels=body["labels"],
         image_shape=tuple(body["image_shape"]),
-        classes=body["classes"],
-        mean=body["mean"],
-        std=body["std"],
-        victim=body["victim"],
-        world_size=body["world_size"],
-        residual=body["residual"],
-        buffers_after=body["buffers_after"],
         history=histories[victim] if body["history"] else (),
     )
     return Capture(index, seen, Truth(truth["images"], truth["labels"]))

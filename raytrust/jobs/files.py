@@ -13,6 +13,8 @@ from typing import IO, Any
 
 def make_private(directory: Path) -> None:
     """Make the directory; what is new of it and of its parents is the owner's alone."""
+    # One by one, as `parents=True` gives the mode to the last folder alone and leaves its parents open to everybody.
+    # Another process may be making the same folders.
     for folder in reversed([p for p in (directory, *directory.parents) if not p.exists()]):
         folder.mkdir(mode=0o700, exist_ok=True)
 
@@ -24,13 +26,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Its mode is 0600, that of new directories 0700: captures hold gradients and images that are private.
     """
     make_private(path.parent)
+    # In the same folder, because a file is renamed in one step only within one file system.
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
+            # On the disk before it has its name: after a power cut the name could else belong to an empty file.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    # Also on Ctrl-C no half file may stay behind.
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -95,6 +95,8 @@ class Job(ABC):
         for job in jobs:
             try:
                 results.append(job.run(store, place))
+            # What a job says of itself. Any other error is the runner's, who then does the jobs one by one to see whose
+            # it is.
             except (ValueError, FloatingPointError) as error:
                 results.append(error)
         return results

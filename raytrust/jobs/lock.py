@@ -20,17 +20,14 @@ from pathlib import Path
 from typing import Any
 
 NAME = "sweep.lock"
-BIRTH = 1.0  # seconds that a lock may be there without its content, where it can't be linked into place
+# Seconds that a lock may be there without its content, on file systems where it can't be linked into place.
+BIRTH = 1.0
 BEAT = 10.0  # seconds between two signs of life
-LINKLESS = {
-    errno.EOPNOTSUPP,
-    errno.ENOTSUP,
-    errno.EPERM,
-    errno.ENOSYS,
-    errno.EMLINK,
-    errno.EINVAL,
-}  # of link(), where there are none
-SILENCE = 180.0  # seconds without one until a holder on another machine is taken for dead; file systems cache for 60
+# What link() says where a file system has no links.
+LINKLESS = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+# Seconds without a sign of life until a holder on another machine is taken for dead: network file systems may show an
+# old time for 60 of them.
+SILENCE = 180.0
 
 
 @contextmanager
@@ -60,6 +57,8 @@ def _acquire(path: Path, identity: str) -> None:
     holder = {"identity": identity, "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
     mine.write_text(json.dumps(holder))
     try:
+        # Between the removal of a stale lock and the claim another run may be faster, and its lock may be stale in
+        # turn.
         for _ in range(3):
             try:
                 _claim(path, mine)
@@ -111,14 +110,16 @@ def _take_over(path: Path, mine: Path) -> None:
             # Without links a lock is there for a moment before its content is.
             time.sleep(BIRTH)
     holder = _read(path)
-    if holder is None:  # released just now
+    # It was released between the claim and this look at it.
+    if holder is None:
         return
     if not _stale(path, holder, mine):
         raise _refusal(path)
     aside = mine.with_suffix(".aside")
     try:
         os.rename(path, aside)
-    except FileNotFoundError:  # somebody else was faster
+    # Somebody else took it over first.
+    except FileNotFoundError:
         return
     # Somebody else took the stale lock over in between, and this is theirs: give it back.
     if _read(aside) != holder:
@@ -158,6 +159,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _started(pid: int) -> str | None:
     """When the process was started, as the system counts; None if it has ended. Process ids are used again."""
     try:
+        # The program's name stands in brackets and may hold brackets and spaces itself: fields are counted after the
+        # last.
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if stat[0] == "Z" else stat[19]
     except OSError:

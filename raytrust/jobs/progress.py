@@ -33,6 +33,7 @@ class Progress:
         self.parallel = parallel
         self._every, self._heartbeat, self._rates = every, heartbeat, rates or {}
         self._started = self._printed = time.monotonic()
+        # So long ago that the first job to finish is shown at once.
         self._counted = -every
         self._done: dict[str, int] = {}
         self._count: dict[str, int] = {}  # by kind, what is left

@@ -53,6 +53,7 @@ class Local:
         self._data, self._device = data, device
 
     def run(self, bundles: Sequence[Bundle], listener: Listener, until: float | None = None) -> None:
+        # As on a cluster, where a process has one core: sums in another order would change a job's figures.
         torch.set_num_threads(1)
         for store, jobs in bundles:
             if not (missing := store.missing(jobs)):
@@ -78,6 +79,7 @@ def work(store: JobStore, jobs: Sequence[Job], place: Place) -> list[Outcome]:
 
 
 def _work(store: JobStore, jobs: list[Job], place: Place) -> Iterator[Outcome]:
+    # Processor time, which other programs on the machine do not lengthen as they do the time on the wall.
     started = time.process_time()
     results = _results(store, jobs, place)
     seconds = (time.process_time() - started) / len(jobs)

@@ -105,6 +105,7 @@ class JobStore:
 
     def clear_failures(self) -> None:
         """Forget failures, so that what failed is tried again."""
+        # A list first, since a tree should not change while it is walked.
         for path in list(self.root.rglob("*.failed.json")):
             path.unlink()
 

@@ -27,6 +27,7 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
     for a network that can't be imported or does not take its options.
     """
     options: dict[str, Any] = dict(config.options)
+    # A network of somebody else's need not take a width.
     if config.width is not None:
         options["width"] = config.width
     if config.name == "resnet18":
@@ -56,7 +57,8 @@ def check_network(config: ModelConfig, image_shape: Sequence[int], classes: int)
     try:
         with torch.no_grad():
             logits = model(images)
-    except Exception as error:  # whatever the network raises for images that it can't take
+    # A network raises whatever it likes for images that it can't take.
+    except Exception as error:
         shape = tuple(images.shape)
         raise ValueError(f"Expected network={config.name!r} to take images {shape}, but {error}") from error
     if tuple(logits.shape) != (2, classes):
@@ -76,6 +78,7 @@ def _of_torchvision(network: str, channels: int, classes: int, **options: Any) -
     from torchvision.models import get_model
 
     model: nn.Module = get_model(network, weights=None, num_classes=classes, **options)
+    # Only the first convolution sees the image, and so has to fit its channels.
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d):
             if layer.in_channels != channels:
@@ -87,12 +90,14 @@ def _of_torchvision(network: str, channels: int, classes: int, **options: Any) -
 
 
 def resnet18(channels: int, classes: int, width: int = 64, stem: str = "cifar") -> nn.Module:
-    from torchvision.models.resnet import BasicBlock, ResNet  # 1.5 s to import, and attacks on a ConvNet don't need it
+    # The import takes 1.5 s, and an attack on a ConvNet does not need it.
+    from torchvision.models.resnet import BasicBlock, ResNet
 
     class ScaledResNet(ResNet):
         """torchvision's ResNet, whose first stage has 64 channels, with every stage scaled to `width` / 64."""
 
         def _make_layer(self, block: type, planes: int, *args: int, **kwargs: bool) -> nn.Sequential:
+            # torchvision's constructor sets 64 input channels just before it makes the first stage.
             if planes == 64:
                 self.inplanes = width
             return super()._make_layer(block, planes // 64 * width, *args, **kwargs)
@@ -103,7 +108,8 @@ def resnet18(channels: int, classes: int, width: int = 64, stem: str = "cifar") 
         model.maxpool = nn.Identity()
     else:
         model.conv1 = nn.Conv2d(channels, width, kernel_size=7, stride=2, padding=3, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as ResNet does
+    # As torchvision does in its constructor, which is over by now: a new layer has torch's other default.
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.bn1 = nn.BatchNorm2d(width)
     model.fc = nn.Linear(8 * width, classes)
     return model

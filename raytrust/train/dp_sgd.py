@@ -46,6 +46,7 @@ def train_privately(config: TrainConfig, private: DPSGDConfig, data: Dataset) ->
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
         )
+        # Seeds of their own, as the noise must not repeat the draws that choose the images.
         order, noise = (torch.Generator().manual_seed(config.seed + i) for i in (1, 2))
         loader = DataLoader(TensorDataset(images, data.train_labels), config.batch_size, generator=order)
         wrapped, private_optimiser, batches = PrivacyEngine().make_private(
@@ -63,6 +64,7 @@ def train_privately(config: TrainConfig, private: DPSGDConfig, data: Dataset) ->
                 if step == config.steps:
                     break
                 private_optimiser.zero_grad()
+                # A Poisson sample may be empty, and its mean loss would be NaN.
                 loss = F.cross_entropy(wrapped(x), labels, reduction="sum") / max(1, len(labels))
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"The training loss became {loss.item()} at step {step}.")

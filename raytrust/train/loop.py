@@ -88,6 +88,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     history: deque[EarlierStep] = deque(maxlen=config.threat.history)
     for step in range(config.steps):
         if step in config.capture.steps:
+            # Workers have seen other images, so that their batch-norm statistics differ, but the attacker knows one.
             _average_buffers(model, channel)
             private = data.train_images, data.train_labels, private_batches(config, len(data.train_labels))
             yield from _captures(config, step, model, compressor, data, channel, device, private, tuple(history))
@@ -96,8 +97,11 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
         loss = F.cross_entropy(model(images), labels)
         grads = torch.autograd.grad(loss, parameters)
         _agree_to_go_on(step, loss, grads, compressor, channel)
+        # A message of every step would fill the memory: only those that a later capture may hold as its history are
+        # kept.
         keep = any(step < captured <= step + config.threat.history for captured in config.capture.steps)
         tap = Tap(channel, keep=keep)
+        # Before the reduction, which changes it: a message means what the state says in which it was made.
         state = _public_state(compressor) if keep else {}
         reduced = compressor.reduce(grads, tap)
         if keep:
@@ -166,6 +170,7 @@ def private_batches(config: TrainConfig, n_train: int) -> Tensor:
 
 def _batches(config: TrainConfig, n_train: int, channel: Channel) -> Iterator[Tensor]:
     """Endless epochs of shuffled indices, the same order on all workers, of which each takes its share."""
+    # Not the seed of the private batches, whose images would then be the very first that the model is trained on.
     generator = torch.Generator().manual_seed(config.seed + 1)
     share = config.batch_size * channel.world_size
     while True:
@@ -226,6 +231,7 @@ def _captures(
         x, y = _fetch(images, labels, mine, data, device)
         tap = Tap(channel, keep=True)
         gradient, after = _private_gradient(model, x, y, config)
+        # A copy, or error feedback would carry what the private batch left into training.
         copy.deepcopy(compressor).reduce(gradient, tap)
         if index >= len(indices):
             continue
@@ -259,6 +265,7 @@ def _private_gradient(
     """The gradient of the mean loss over the private batch, in the threat's batch-norm mode, and the buffers that a
     worker would have afterwards; those of the model stay unchanged.
     """
+    # In training mode a pass moves the running statistics, of which training itself must not notice anything.
     before = {name: b.clone() for name, b in model.named_buffers()}
     model.train(config.threat.batch_norm == "train")
     grads = torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
@@ -290,6 +297,7 @@ def _average_buffers(model: nn.Module, channel: Channel) -> None:
 @torch.no_grad()
 def _evaluate(step: int, model: nn.Module, data: Dataset, device: str, batch: int = 256) -> Evaluation:
     model.eval()
+    # Sums instead of means of batches, the last of which is smaller than the others.
     correct, loss = 0, 0.0
     for indices in torch.arange(len(data.test_labels)).split(batch):
         images, labels = _fetch(data.test_images, data.test_labels, indices, data, device)

@@ -29,6 +29,7 @@ def analytic(seen: Observation, config: InversionConfig, device: str = "cpu") ->
     Raises ValueError as `solve_first_layer` does.
     """
     image, residual = solve_first_layer(seen, config, device)
+    # NaN stands for a bias gradient that was not sent. Candidates mark what was not found by infinity, which compares.
     return Candidates(image[None], torch.tensor([residual]).nan_to_num(torch.inf))
 
 
@@ -39,6 +40,7 @@ def solve_first_layer(seen: Observation, config: InversionConfig, device: str = 
     Raises ValueError for a batch of several images, a first layer that isn't linear with bias, and a view that isn't
     linear.
     """
+    # Of several images the rows of dW are mixtures of all images, and no longer multiples of one.
     if seen.threat.batch_size != 1:
         raise ValueError(f"Expected batch_size={seen.threat.batch_size} to be 1 for method='analytic'.")
     name = _first_layer(seen)
@@ -47,6 +49,7 @@ def solve_first_layer(seen: Observation, config: InversionConfig, device: str = 
     view = target_view(seen, config, device)
     if not isinstance(view, LinearView):
         raise ValueError("Expected a compressor with a linear view for method='analytic'.")
+    # A view measures whole gradients, of which only this layer's matrix depends on the image: the rest is left blank.
     blank = [torch.zeros(1, *w.shape, device=device) for w in seen.weights.values()]
 
     def forward(x: Tensor) -> list[Tensor]:
@@ -66,6 +69,7 @@ def conjugate_gradient(apply: Callable[[Tensor], Tensor], right: Tensor) -> tupl
 
     Hestenes & Stiefel 1952. NaN if `right` is zero.
     """
+    # Starting at zero leaves pixels that nothing was measured of at zero, which is the mean image in normalised pixels.
     x, residual = torch.zeros_like(right), right.clone()
     direction, square = residual.clone(), float(residual @ residual)
     start = square
@@ -93,6 +97,8 @@ def _first_layer(seen: Observation) -> str:
             module.register_forward_pre_hook(lambda m, inputs, name=name: used.append((name, m, inputs[0])))
     model(image)
     name, layer, entered = used[0]
+    # Compared with the image itself: behind a step that has no parameters, the layer's input would be taken for the
+    # image.
     if not isinstance(layer, nn.Linear) or layer.bias is None or not torch.equal(entered.flatten(), image.flatten()):
         raise ValueError("Expected a model whose first layer is linear, with bias, on the flat image.")
     return name

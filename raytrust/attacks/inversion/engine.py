@@ -57,6 +57,8 @@ class Candidates:
         """
         if not bool(self.objective.isfinite().any()):
             raise FloatingPointError(f"All {len(self.objective)} restarts of the attack diverged.")
+        # By what the attacker sees: picking by similarity to the true image, as some programs do, makes an attack look
+        # stronger.
         return int(self.objective.argmin())
 
 
@@ -83,6 +85,7 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
     What a job arrives at does not depend on the others. Raises ValueError, before any work, for observations of
     different models and for a job whose settings don't apply to what was seen.
     """
+    # All candidates pass through one network together, so they must be of the same weights.
     for seen, _ in jobs[1:]:
         if not same_model(jobs[0][0], seen):
             raise ValueError("Expected all observations to be of one model at one step.")
@@ -90,7 +93,8 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
     found: dict[int, list[Candidates]] = {}
     programs: dict[tuple[object, ...], list[Piece]] = {}
     for i, (seen, config) in enumerate(jobs):
-        if config.method != "optimise":  # a method of its own, one observation at a time
+        # A method of its own need not know of batches: it is asked for one observation at a time.
+        if config.method != "optimise":
             found[i] = [ATTACKS[config.method](seen, config, device)]
         else:
             piece = _prepare(i, seen, config, device)
@@ -106,6 +110,7 @@ def _alike_together(pieces: Sequence[Piece]) -> list[Piece]:
     """The pieces with those next to each other whose views can be stacked; otherwise in their order."""
     # Only neighbours are compared by one call, as a batch is cut into runs of candidates.
     keys = [stack_key(piece.view, piece.config) for piece in pieces]
+    # In reverse, as the last value that is written for a key stays: this keeps the first place of each.
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     return [piece for _, piece in sorted(enumerate(pieces), key=lambda at: (first[keys[at[0]]], at[0]))]
 
@@ -118,6 +123,8 @@ def _prepare(job: int, seen: Observation, config: InversionConfig, device: str) 
         restarts=range(config.restarts),
         view=target_view(seen, config, device),
         labels=_labels(seen, config),
+        # Asked for only where they count, as a network without batch norm, or one that never saw data, is refused
+        # there.
         statistics=known_statistics(seen) if config.bn > 0 else None,
     )
 
@@ -134,6 +141,7 @@ def _labels(seen: Observation, config: InversionConfig) -> Tensor | None:
 def _room(seen: Observation, device: str) -> int:
     """How many restarts fit into memory at once, at least 1."""
     entries = sum(w.numel() for w in seen.weights.values())
+    # Two limits, as the gradients that are held may be the smaller part: of large images activations need more memory.
     return max(1, min(MAX_GRADIENT_ENTRIES // entries, free_bytes(device) // candidate_bytes(seen)))
 
 
@@ -145,8 +153,11 @@ def _run(batch: Sequence[Piece], device: str) -> list[tuple[Piece, Found]]:
     except RuntimeError as error:
         restarts = sum(len(piece.restarts) for piece in batch)
         halves = _batches(batch, (restarts + 1) // 2)
+        # A batch that can't be cut would fail in the same way again, for ever.
         if not is_out_of_memory(error) or len(halves) == 1:
             raise
+    # Out of the `except` block, because the error's traceback keeps the tensors of the batch that failed alive. What
+    # they leave behind in torch's cache has their sizes, and would not fit the smaller ones.
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
     return [result for half in halves for result in _run(half, device)]
@@ -160,6 +171,7 @@ def _batches(pieces: Sequence[Piece], room: int) -> list[list[Piece]]:
     batches: list[list[Piece]] = [[]]
     for piece in pieces:
         n = len(piece.restarts)
+        # Cut, they would see another mean and another worse half, so that results would depend on the memory at hand.
         size = n if piece.config.group > 0 or piece.config.halving else room
         for part in [replace(piece, restarts=piece.restarts[i : i + size]) for i in range(0, n, size)]:
             if batches[-1] and sum(len(p.restarts) for p in [*batches[-1], part]) > room:

@@ -37,11 +37,13 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
     if method == "idlg":
         if batch != 1:
             raise ValueError(f"Expected batch_size={batch} to be 1 for label_recovery='idlg'.")
+        # Of one image only the true class has a negative factor, p - 1, and features behind a ReLU are never negative.
         return weight.sum(1).argmin()[None]
     probabilities, feature_sum = _on_noise(seen)
     slopes = _bias_gradient(weight, bias, feature_sum)
     if method == "bias_sign":
         order = slopes.argsort(stable=True)
+        # Compression may have dropped every negative entry: the least one is the best guess then.
         present = order[: max(1, int((slopes < 0).sum()))]
         return present.repeat(batch)[:batch].sort().values
     # As no probability is below 0, count_c >= -B b_c: what a class must have for sure.
@@ -93,9 +95,11 @@ def _on_noise(seen: Observation) -> tuple[Tensor, float]:
     model = seen.build_model()
     features: list[Tensor] = []
     _classifier(model, seen.classes)[1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    # A fixed seed, as equal messages must give equal labels, and the global generator is the user's.
     generator = torch.Generator().manual_seed(0)
     channels, *size = seen.image_shape
     white = torch.randn((NOISE_IMAGES // 2, *seen.image_shape), generator=generator)
     coarse = torch.randn((NOISE_IMAGES // 2, channels, 4, 4), generator=generator)
     logits = model(torch.cat([white, F.interpolate(coarse, size, mode="bilinear")]))
+    # The sum of features becomes a divisor, and a network may have no active feature on noise.
     return logits.softmax(1).mean(0), max(float(features[0].flatten(1).sum(1).mean()), torch.finfo(torch.float32).tiny)

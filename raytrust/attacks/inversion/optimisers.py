@@ -57,10 +57,12 @@ class LBFGS:
         z, gradient = z.clone(), gradient.clone()
         if self._last is None or self._scale is None:
             self._last, self._scale = (z, gradient), torch.ones_like(z[:, :1])
+            # Before any curvature is known, the gradient's size says nothing of how far to go.
             return -gradient / gradient.abs().sum(1, keepdim=True).clamp_min(1)
         s, y = z - self._last[0], gradient - self._last[1]
         self._last = z, gradient
         curvature = (s * y).sum(1, keepdim=True)
+        # The threshold of torch's L-BFGS. Without positive curvature the next direction might lead uphill.
         sound = curvature > 1e-10
         self._scale = torch.where(sound, curvature / y.square().sum(1, keepdim=True), self._scale)
         # A row whose pair is left out keeps it with weight 0: so all rows have as many pairs, and are one matrix.
@@ -88,6 +90,7 @@ def build_optimiser(config: InversionConfig, like: Tensor) -> Optimiser:
 def step_sizes(config: InversionConfig) -> Tensor:
     """The step size of each iteration, (iterations,)."""
     n = config.iterations
+    # The fractions of Geiping et al. 2020, which later programs took over.
     milestones = [n * k // 8 for k in (3, 5, 7)]
     factors = {
         "steps": [0.1 ** sum(i >= m for m in milestones) for i in range(n)],
@@ -105,6 +108,7 @@ def signs(gradient: Tensor, hard: Tensor, soft: Tensor, progress: float) -> Tens
     soft: tanh(s u) / s with s = 1 - progress, as in `breaching`, of u = gradient / mean |gradient|; there it is of the
     gradient itself, which for small gradients would leave it as it is.
     """
+    # A candidate whose slope is zero everywhere must stay where it is instead of turning into NaN.
     unit = gradient / gradient.abs().mean(1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
     s = 1 - progress
     return torch.where(hard, gradient.sign(), torch.where(soft, torch.tanh(s * unit) / s, gradient))

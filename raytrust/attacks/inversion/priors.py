@@ -58,6 +58,8 @@ def group_spread(x: Tensor, counts: Sequence[int]) -> Tensor:
     centres = []
     for group in x.detach().split(list(counts)):
         finite = group.flatten(1).isfinite().all(1).view(-1, *[1] * (x.ndim - 1))
+        # Left out by a choice and not by a weight of 0: 0 times NaN is NaN, and one broken restart would break its
+        # group.
         total = torch.where(finite, group, torch.zeros_like(group)).sum(0, keepdim=True)
         centres.append((total / finite.sum().clamp_min(1)).expand_as(group))
     return (x - torch.cat(centres)).flatten(1).square().mean(1)
@@ -72,6 +74,7 @@ class BatchNormPrior:
     """
 
     def __init__(self, model: nn.Module):
+        # A copy, as the hooks below would else record the passes of the attack itself, too.
         self._model = forget_batch_statistics(copy.deepcopy(model)).requires_grad_(False)
         self._found: list[tuple[Tensor, Tensor]] = []
         norms = [m for m in self._model.modules() if isinstance(m, _BatchNorm)]
@@ -137,10 +140,12 @@ def known_statistics(seen: Observation) -> Statistics:
     if any(m.running_mean is None or m.momentum is None for m in norms.values()):
         raise ValueError("Expected batch norms with running statistics and momentum for a prior on them (bn > 0).")
     if seen.buffers_after is None:
+        # Initial statistics (mean 0, variance 1) say nothing of any image, and would only mislead the search.
         if any(int(seen.buffers[f"{name}.num_batches_tracked"]) == 0 for name in norms):
             raise ValueError("Expected batch norms that have seen data for a prior on their statistics (bn > 0).")
         return [(seen.buffers[f"{name}.running_mean"], seen.buffers[f"{name}.running_var"]) for name in norms]
-    counts: dict[str, int] = {}  # values a channel that each variance is of
+    # How many values a channel each variance is of depends on the architecture: a pass shows it for any network.
+    counts: dict[str, int] = {}
     for name, norm in norms.items():
         norm.register_forward_pre_hook(lambda m, x, name=name: counts.update({name: x[0].numel() // x[0].shape[1]}))
     model(torch.zeros(seen.threat.batch_size, *seen.image_shape))
@@ -152,5 +157,6 @@ def known_statistics(seen: Observation) -> Statistics:
             for key in (f"{name}.running_mean", f"{name}.running_var")
         )
         n = counts[name]
-        found.append((mean, variance * (n - 1) / n))  # running variances have Bessel's correction
+        # Running variances have Bessel's correction, which those that the prior computes of a candidate don't have.
+        found.append((mean, variance * (n - 1) / n))
     return found

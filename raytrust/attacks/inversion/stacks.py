@@ -103,6 +103,8 @@ class LinearStack:
         if not self._tensorwise:
             inner, squared, known = inner.sum(1, keepdim=True), squared.sum(1, keepdim=True), known.sum(1, keepdim=True)
         tiny = torch.finfo(squared.dtype).tiny
+        # Clamped before the root, whose slope at 0 is infinite: a gradient of zeros would turn into NaN on the way
+        # back.
         apart = 1 - inner / (squared.clamp_min(tiny).sqrt() * known.sqrt().clamp_min(tiny**0.5))
         return (apart * self._weights[owner]).sum(1) if self._tensorwise else apart[:, 0]
 
@@ -202,6 +204,8 @@ class SparseStack(LinearStack):
             return rows(g).gather(1, self._at[i]).masked_fill(self._padded[i], 0)
         if i not in self._places:
             columns, kernel = g.product.shape[1:].numel(), g.product.shape[2:].numel()
+            # A ghost gradient's columns have the kernel's position outermost, where those of the weight have the
+            # channel.
             row, column = self._at[i] // columns, self._at[i] % columns
             self._places[i] = row, column % kernel * g.product.shape[1] + column // kernel
         return g.product.entries_each(*self._places[i]).masked_fill(self._padded[i], 0)

@@ -69,6 +69,7 @@ def train_inverter(
     images, labels = auxiliary.images[: config.auxiliary], auxiliary.labels[: config.auxiliary]
     encoder = Encoder([w.numel() for w in seen.weights.values()], config)
     # The order is drawn, so that what is held out is like what is trained on even if the images came by class.
+    # A config's seeds are below 2**31, so that no other config's draws are repeated by adding this much.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed + 2**31))
     images, labels = images[order], labels[order]
     encoded = torch.cat([encoder(m) for m in auxiliary_messages(seen, images, labels, config.seed + 2**32)])
@@ -77,6 +78,7 @@ def train_inverter(
 
 
 def _alike(a: Observation, b: Observation) -> bool:
+    # The public state, such as PowerSGD's factors, decides what a message means: with another it is another code.
     if not same_model(a, b) or a.defence != b.defence or a.compressor_state.keys() != b.compressor_state.keys():
         return False
     return all(torch.equal(state, b.compressor_state[name]) for name, state in a.compressor_state.items())
@@ -91,6 +93,7 @@ def _check(seen: Observation, auxiliary: Auxiliary, config: LearnedInverterConfi
     images, labels = auxiliary.images, auxiliary.labels
     if seen.threat.batch_size != 1:
         raise ValueError(f"Expected batch_size={seen.threat.batch_size} to be 1 for a learned inverter.")
+    # The attacker can't imitate such a mean, as the other workers' gradients are private, too.
     mean_alone = all(message.op == "all_mean" for message in seen.messages)
     if seen.threat.vantage == "peer" and seen.world_size > 1 and mean_alone:
         raise ValueError(

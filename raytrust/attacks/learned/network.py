@@ -30,7 +30,9 @@ class Inverter(nn.Module):
         widths = [inputs.shape[1], *[config.hidden] * config.layers]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.last = nn.Linear(config.hidden, mean_image.numel())
+        # The mean image is the best answer without a message: training starts there instead of having to find it first.
         nn.init.zeros_(self.last.weight)
+        # A pixel that is black in every image would need a logit of minus infinity.
         self.last.bias.data.copy_(mean_image.flatten().clamp(0.01, 0.99).logit())
 
     def forward(self, x: Tensor, dropout: Dropout | None = None) -> Tensor:
@@ -51,6 +53,7 @@ class Dropout:
     def __call__(self, x: Tensor) -> Tensor:
         if not self._share:
             return x
+        # Drawn on the CPU, so that a seed means the same on every device.
         kept = torch.rand(x.shape, generator=self._generator).to(x.device) >= self._share
         return x * kept / (1 - self._share)
 
@@ -71,6 +74,7 @@ def fit(inputs: Tensor, images: Tensor, config: LearnedInverterConfig, device: s
     """
     generator = torch.Generator().manual_seed(config.seed)
     n = len(inputs) - config.validation
+    # Layers draw their first weights from the global generator alone, which is the user's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = Inverter(inputs[:n], images[:n].mean(0), config).to(device)
@@ -78,6 +82,7 @@ def fit(inputs: Tensor, images: Tensor, config: LearnedInverterConfig, device: s
     optimiser = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [max(1, 3 * config.epochs // 4)])
     dropout = Dropout(config.dropout, generator)
+    # The mean image competes as well: a network that never beats it on held-out images is not what is kept.
     losses, best = [_held_out(network, inputs[n:], images[n:], config)], copy.deepcopy(network)
     for _ in range(config.epochs):
         for batch in torch.randperm(n, generator=generator).split(config.batch_size):
@@ -114,6 +119,7 @@ def structural_similarity(a: Tensor, b: Tensor) -> Tensor:
     """SSIM as `raytrust.metrics.images.ssim` defines it, differentiable: (n, channels, height, width) twice -> (n,)."""
 
     def mean(x: Tensor) -> Tensor:
+        # The metric's window is uniform, so that a mean over it is a pooling and needs no convolution.
         return F.avg_pool2d(x, WINDOW, stride=1)
 
     mean_a, mean_b = mean(a), mean(b)

@@ -81,6 +81,8 @@ def log_ratio(target: Array, shadows: Array, keep: Mask, rule: Rule) -> Array:
     mean_out, squares_out = _moments(shadows, out)
     if not rule.online:
         sigma = np.sqrt(_shrunk_variance(squares_out, out.sum(axis=0) - 1, rule.shrinkage))
+        # The log ratio of two normals that lie one standard deviation apart is z - 1/2. It rises with z throughout: a
+        # two-sided one would count points of unusually low confidence as members.
         return np.asarray((target - mean_out) / sigma - 0.5)
     _, squares_in = _moments(shadows, keep)
     mean_in = _shrunk_mean_in(shadows, keep, mean_out, rule.shrinkage)
@@ -100,6 +102,7 @@ def rank_in_population(ratio: Array, population: Array, gamma: float = 1.0) -> A
 
     ratio: (n,), population: (z,), under one model. It makes the scores of different models comparable.
     """
+    # A search in sorted values takes n log z comparisons, where a table of all pairs would take n z.
     ordered = np.sort(population)
     return np.asarray(np.searchsorted(ordered, ratio - math.log(gamma), side="right") / len(ordered))
 
@@ -124,6 +127,8 @@ def leave_one_out(signal: Array, keep: Mask, rule: Rule, population: Array | Non
         if rule.family == "empirical" and population is not None:
             never = np.zeros(population[others].shape, dtype=bool)
             # No shadow was trained on a population point. An online attacker estimates nothing: for it the slope is 1.
+            # Where probabilities are small, a reference that is built in another way than the points' own puts every
+            # point at the same rank, an AUC of 0.50 (docs/findings.md).
             slope = 1.0 if rule.online else rule.offline_slope
             out = Rule(rule.name, "empirical", online=False, offline_slope=slope)
             reference = log_ratio(population[i], population[others], never, out)
@@ -143,6 +148,7 @@ def vulnerability(signal: Array, keep: Mask, shrinkage: float = LIRA_ONLINE.shri
         s, k = signal[others], keep[others]
         mean_out, squares_out = _moments(s, ~k)
         mean_in, squares_in = _moments(s, k)
+        # Two means were fitted, with and without the point, which takes two degrees of freedom.
         variance = _shrunk_variance(squares_in + squares_out, np.full(s.shape[1], len(s) - 2), shrinkage)
         known = k.any(axis=0) & ~k.all(axis=0)
         found[i] = np.where(known, (mean_in - mean_out) / np.sqrt(variance), 0.0)
@@ -173,6 +179,7 @@ def _log_mean(log_p: Array, keep: Mask, rule: Rule) -> Array:
 
 def _moments(s: Array, part: Mask) -> tuple[Array, Array]:
     """Mean and sum of squared deviations over the part of the models, for each point: (n,), (n,)."""
+    # The callers leave out points that no such model saw, so that only the division by zero has to be avoided.
     mean = np.where(part, s, 0).sum(axis=0) / np.maximum(part.sum(axis=0), 1)
     return mean, np.where(part, (s - mean) ** 2, 0).sum(axis=0)
 
@@ -182,6 +189,7 @@ def _shrunk_variance(squares: Array, free: NDArray[np.int64], shrinkage: float) 
     pooled = float(squares.sum() / max(1, int(free.sum())))
     if math.isinf(shrinkage):
         return np.full(squares.shape, max(pooled, np.finfo(float).tiny))
+    # Of a handful of shadows a point's own variance is mostly chance, and where it comes out small the ratio explodes.
     variance = (shrinkage * pooled + squares) / np.maximum(shrinkage + free, np.finfo(float).tiny)
     return np.maximum(variance, max(1e-6 * pooled, np.finfo(float).tiny))
 

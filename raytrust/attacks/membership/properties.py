@@ -43,6 +43,7 @@ def property_scores(
         gradient = list(torch.autograd.grad(loss, list(model.parameters())))
         if compressed:
             tap = Tap(LocalChannel(), keep=True)
+            # A copy for each batch, as compressing changes the state: the worker's message was made in this one.
             copy.deepcopy(compressor).reduce(gradient, tap)
             (gradient,) = compressor.decode(tap.messages, "link")
         own.append(_vector(gradient))
@@ -80,6 +81,7 @@ def _classify(features: Array, holds: NDArray[np.bool_], observed: Array) -> Arr
     """
     centre = features.mean(axis=0)
     u, s, vt = np.linalg.svd(features - centre, full_matrices=False)
+    # Centred features of k batches span at most k - 1 directions: what is left is rounding, not evidence.
     keep = s > 1e-6 * s[0]
     scale = s[0] / np.sqrt(len(features))
     classifier = LogisticRegression(C=1.0, max_iter=1000).fit((u * s)[:, keep] / scale, holds)

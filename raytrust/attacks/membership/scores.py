@@ -36,4 +36,5 @@ class AttackModel:
     def _features(self, logits: ArrayLike) -> Array:
         log_p = log_probabilities(logits)
         highest = -np.sort(-log_p, axis=-1)[..., : self._top]
-        return np.clip(highest, -30, 0)  # of a saturated network, what float32 logits still resolve
+        # The float32 logits of a saturated network resolve nothing below this.
+        return np.clip(highest, -30, 0)

@@ -33,6 +33,8 @@ def signals(logits: ArrayLike, labels: ArrayLike) -> dict[str, Array]:
     rest_of_label = np.take_along_axis(log_rest, index, -1)[..., 0]
     others = p * log_rest
     np.put_along_axis(others, index, 0.0, -1)
+    # Each sign is chosen so that higher means member: a loss taken the wrong way round has an AUC of 0.27 instead of
+    # 0.73.
     return {
         "max confidence": p.max(axis=-1),
         "confidence": np.exp(of_label),
@@ -50,6 +52,7 @@ def log_probabilities(logits: ArrayLike) -> Array:
     others = z - np.take_along_axis(z, top, -1)
     np.put_along_axis(others, top, -np.inf, -1)
     log_p = others - np.log1p(np.exp(others).sum(axis=-1, keepdims=True))
+    # 1 plus something tiny rounds to 1: taken from the logits' sum, all confident points would tie at 0.
     np.put_along_axis(log_p, top, -np.log1p(np.exp(others).sum(axis=-1, keepdims=True)), -1)
     return np.asarray(log_p)
 
@@ -59,6 +62,7 @@ def _log_complement(log_p: Array) -> Array:
     top = log_p.argmax(axis=-1)[..., None]
     others = log_p.copy()
     np.put_along_axis(others, top, -np.inf, -1)
-    log_rest = np.log1p(-np.exp(others))  # at most 1/2 each
+    # None of the others exceeds 1/2, so that the subtraction from 1 loses no digits.
+    log_rest = np.log1p(-np.exp(others))
     np.put_along_axis(log_rest, top, logsumexp(others, axis=-1)[..., None], -1)
     return log_rest
