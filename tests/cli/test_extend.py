@@ -121,7 +121,8 @@ def test_it_runs_in_a_sweep_on_ray_by_the_command_of_the_page(folder: Path) -> N
     assert {a["matching"] for a in attacks if a["method"] == "optimise"} == {"huber"}
     assert "flat" in {a["method"] for a in attacks}
     assert "tanh" in (folder / "results" / "report.html").read_text()
-    assert "raytrust frontier --resume" in output  # what to do next, as it was called
+    # What to do next, as it was called: with the file, without which the method is unknown.
+    assert re.search(r"raytrust frontier --plugin \S*mine\.py --resume", output)
     # The directory brings in no code: the file is given again, or the method is unknown.
     resume = ("-m", "raytrust", "frontier", "--resume", "results", "--attack-trials", "-1")
     assert "Expected defence='grid:7:ef' to be METHOD" in run(folder, *resume, code=2)
