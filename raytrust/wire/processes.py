@@ -45,6 +45,11 @@ def _work(rank: int, function: Callable[[Channel], Any], workers: int, directory
         torch.save(function(GroupChannel()), f"{directory}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+    # All is done and saved. Threads that the function left in C++, as DistributedDataParallel does, may abort the
+    # interpreter's own end ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _reason(error: Exception) -> str:
