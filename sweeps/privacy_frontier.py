@@ -31,7 +31,7 @@ from raytrust.config import (
     TrainConfig,
     parse_defence,
 )
-from raytrust.config.attacks import NAMED
+from raytrust.config.attacks import NAMED, named_attack
 from raytrust.config.parsing import syntax
 
 # Audited always, in this order. Methods whose paper has error feedback are audited with it; Top-K sends the bytes of
@@ -180,8 +180,7 @@ def _portfolio(options: argparse.Namespace, steps: tuple[int, ...]) -> tuple[Inv
     if options.history and steps[-1] > 0 and not {"residual", "capture_step"} & {*options.chosen}:
         attacks.append(replace(strong, capture_step=steps[-1], residual="avoid"))  # step 0 has no residual
     own = {"iterations": options.iterations, "seed": options.seed}
-    named = [NAMED[name] if name in NAMED else InversionConfig("naive", method=name) for name in options.attack or ()]
-    return (*attacks, *(replace(attack, **own) for attack in named))
+    return (*attacks, *(replace(named_attack(name), **own) for name in options.attack or ()))
 
 
 def _attack_space(options: argparse.Namespace, steps: tuple[int, ...]) -> Space:

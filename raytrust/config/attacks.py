@@ -242,3 +242,14 @@ NAMED = {
     "analytic": ANALYTIC,
 }
 """The attacks of the field by the names that command lines know."""
+
+
+def named_attack(name: str) -> InversionConfig:
+    """An attack of the field, or one that is registered, with the default settings.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in NAMED and name not in ATTACKS:
+        known = ", ".join(map(repr, dict.fromkeys([*NAMED, *ATTACKS])))
+        raise ValueError(f"Expected attack={name!r} to be one of {known}.")
+    return NAMED.get(name) or InversionConfig("naive", method=name)

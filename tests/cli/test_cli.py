@@ -111,6 +111,7 @@ def begin(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         (["--steps", "-3"], "steps=-3"),
         (["--trials", "0"], "trials=0"),
         (["--attack-trials", "-1"], "attack_trials=-1"),
+        (["--attack", "unknown"], "Expected attack='unknown' to be one of 'geiping', 'modern', 'dlg'"),
         (["--images", "0"], "images=0"),
         (["--iterations", "0"], "iterations=0"),
         (["--workers", "0"], "workers=0"),
@@ -374,6 +375,21 @@ def test_a_resumed_sweep_may_be_attacked_again(
     _, last, _ = begin("--resume", str(root))
     assert last == again
     assert from_dict(SweepConfig, read_json(root / "sweep.json")["sweep"]) == again
+
+
+def test_a_resumed_sweep_takes_other_settings_of_its_attacks(
+    begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
+) -> None:
+    """What was given then still stands, above the preset; what is given now stands above both."""
+    first = ("--width", "4", "--learning-rate", "0.2", "--capture-steps", "0,7", "--tv", "0.25", "--signed", "hard")
+    options, sweep, root = begin("--output", str(tmp_path / "output"), *first)
+    assert (sweep.train.learning_rate, sweep.train.capture.steps) == (0.2, (0, 7))
+    assert {(a.tv, a.signed, a.step_size) for a in sweep.portfolio} == {(0.25, "hard", 2.0)}
+    options, again, _ = begin("--resume", str(root), "--matching", "l2", "--tv", "0.5")
+    assert {(a.tv, a.signed, a.matching) for a in again.portfolio} == {(0.5, "hard", "l2")}
+    assert again == replace(sweep, portfolio=again.portfolio)
+    assert {"tv", "signed", "matching", "learning_rate"} <= set(options.chosen)
+    assert begin("--resume", str(root))[1] == again
 
 
 def test_all_defences_that_are_given_are_audited(
