@@ -1,0 +1,103 @@
+"""What a network is asked for: how it takes its images, and the loss whose gradient is sent.
+
+The attacker's gradient has to be of the very loss that the victim's was of, or the true image is no minimum of any
+distance (binary cross-entropy taken for cross-entropy leaves the truth at a distance of 0.38).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+class Sample(NamedTuple):
+    """What belongs to images besides themselves, as the attacker knows it.
+
+    target: what the loss compares with: a tensor, or tensors in tuples and dicts. inputs: the network's other inputs,
+    by the names of its arguments. All tensors begin with the dimensions that the images begin with.
+    """
+
+    target: Any
+    inputs: Mapping[str, Tensor]
+
+
+# Labels, (..., batch), or probabilities of classes, (..., batch, classes), or all that a network and its loss take.
+Targets: TypeAlias = "Tensor | Sample"
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """How a network takes a batch, and its loss.
+
+    loss: (output, target) -> (), the mean over the batch; of whatever the network returns, such as a tuple or a dict.
+        None: mean cross-entropy of logits (batch, classes), for which alone labels can be recovered.
+    argument: the name of the network's argument that takes the images; None: the first one.
+    """
+
+    loss: LossFunction | None = None
+    argument: str | None = None
+
+    def output(self, network: Callable[..., Any], images: Tensor, targets: Targets) -> Any:
+        """What the network makes of a batch, images (batch, channels, height, width)."""
+        inputs = dict(targets.inputs) if isinstance(targets, Sample) else {}
+        if self.argument is None:
+            return network(images, **inputs)
+        return network(**{self.argument: images}, **inputs)
+
+    def batch_loss(self, network: Callable[..., Any], images: Tensor, targets: Targets) -> Tensor:
+        """The loss of one batch, () in float32 at least."""
+        output = pytree.tree_map(_precise, self.output(network, images, targets))
+        target = targets.target if isinstance(targets, Sample) else targets
+        return F.cross_entropy(output, target) if self.loss is None else self._checked(self.loss(output, target))
+
+    def losses(self, output: Any, targets: Targets) -> Tensor:
+        """Those of n batches whose outputs lie one after the other, (n,); targets: (n, batch, ...) each."""
+        output = pytree.tree_map(_precise, output)
+        target = targets.target if isinstance(targets, Sample) else targets
+        if self.loss is None:
+            each = F.cross_entropy(output, target.flatten(0, 1), reduction="none")
+            return each.unflatten(0, target.shape[:2]).mean(1)
+        # One by one: what a loss does with the dimension of the batch only it knows. The passes through the network,
+        # which cost the time, stay common to all.
+        first = next(t for t in pytree.tree_leaves(target) if isinstance(t, Tensor))
+        n, size = first.shape[:2]
+        parts = [self.loss(_part(output, i * size, size), row_of(target, i)) for i in range(n)]
+        return torch.stack([self._checked(part) for part in parts])
+
+    def _checked(self, loss: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"Expected the loss to be one number, the mean over the batch, got {got}.")
+        return loss.reshape(())
+
+
+def row_of(targets: Targets, i: int | slice) -> Targets:
+    """Those of one batch of several, or of some."""
+    return pytree.tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, targets)
+
+
+def moved(targets: Targets, device: str | torch.device) -> Targets:
+    return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, targets)
+
+
+def stacked(targets: list[Targets]) -> Targets:
+    """Of several batches, (n, batch, ...) each."""
+    return pytree.tree_map(lambda *ts: torch.stack(ts) if isinstance(ts[0], Tensor) else ts[0], *targets)
+
+
+def _part(output: Any, start: int, size: int) -> Any:
+    return pytree.tree_map(lambda t: t[start : start + size] if isinstance(t, Tensor) else t, output)
+
+
+def _precise(t: Any) -> Any:
+    # Losses of bfloat16 outputs would be rounded to three digits, and their slopes with them.
+    low = isinstance(t, Tensor) and t.is_floating_point() and t.dtype.itemsize < 4
+    return t.float() if low else t
