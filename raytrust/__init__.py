@@ -23,6 +23,8 @@ _HOMES = {
         "register",
     ),
     "raytrust.data": ("load",),
+    "raytrust.reports.audit": ("AuditResult", "audit"),
+    "raytrust.studies.audit.victim": ("Training",),
     "raytrust.wire.channel": ("GroupChannel", "LocalChannel", "Tap"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""The console program: `raytrust frontier | membership | paper`, or `python -m raytrust ...`.
+"""The console program: `raytrust frontier | audit | membership | paper`, or `python -m raytrust ...`.
 
 A sub-command is a program of sweeps/, with that file's tables. An installed package has these files as
 `raytrust.sweeps` (setup.py); in a checkout they lie beside the package.
@@ -16,6 +16,10 @@ from raytrust.cli import options as cli
 
 COMMANDS = {
     "frontier": ("privacy_frontier", "what compression costs in accuracy and buys in privacy"),
+    "audit": (
+        "privacy_frontier",
+        "what gradients of a network of yours tell, as it is: raytrust audit my.models:build",
+    ),
     "membership": ("membership", "who was in the training set, by the model and by what crossed the wire"),
     "paper": ("paper_tables", "every figure of the paper beside ours"),
 }
@@ -33,9 +37,21 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"raytrust: error: Expected command={name!r} to be one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    words = _of_audit(sys.argv[2:]) if name == "audit" else sys.argv[2:]
     # The program reads from it its options, and how it was called.
-    sys.argv = [f"{cli.CONSOLE}{name}", *sys.argv[2:]]
+    sys.argv = [f"{cli.CONSOLE}{name}", *words]
     return cli.start(_program(COMMANDS[name][0]).main)
+
+
+def _of_audit(words: list[str]) -> list[str]:
+    """The options of a sweep that trains nothing: `raytrust audit NETWORK [options]`; without Ray, unless it searches."""
+    if words and not words[0].startswith("-"):
+        words = ["--network", *words]
+    given = cli.given(words)
+    if given.keys() & {"--resume", "--help", "-h"}:
+        return words
+    alone = [] if given.keys() & {"--attack-trials", "--trials", "--address", "--local"} else ["--local"]
+    return ["--preset", "audit", "--workers", "1", *alone, *words]
 
 
 def _program(name: str) -> ModuleType:

@@ -38,6 +38,7 @@ from raytrust.config.parsing import syntax
 # the PowerSGD whose rank stands behind it.
 QUICK = ("none", "powersgd:16:ef", "powersgd:4:ef", "powersgd:2:ef", "powersgd:1:ef",
          "topk:rank16:ef", "topk:rank4:ef", "topk:rank1:ef", "qsgd:4", "ef-signsgd")  # fmt: skip
+AUDIT = ("none", "powersgd:4:ef", "powersgd:1:ef", "topk:0.01:ef")
 PAPER = ("none", *(f"{method}{rank}:ef" for method in ("powersgd:", "topk:rank") for rank in (50, 30, 4, 2, 1)))
 
 # The outer search goes on from there. Objectives: leakage down, accuracy up (--minimise-bytes: bytes down).
@@ -66,6 +67,9 @@ PRESETS: dict[str, dict[str, Any]] = {
                   capture_steps=(0, 20), tv=0.01, step_size=2.0),
     "paper": dict(list=PAPER, attack_trials=8, tuning=4, images=10, iterations=400, steps=400, batch_size=64, width=64,
                   capture_steps=(0, 200), tv=0.01, step_size=0.8),
+    # A model as it is, of any network and with any weights: nothing is trained.
+    "audit": dict(list=AUDIT, attack_trials=0, tuning=2, images=8, iterations=300, steps=0, batch_size=1, width=None,
+                  capture_steps=(0,), tv=0.01, step_size=1.0),
 }  # fmt: skip
 
 # Every field of these configurations is an option, too; here is which are called otherwise, and which are none.
@@ -100,7 +104,8 @@ def _parser() -> cli.Parser:
     add = parser.add_argument_group("sweep").add_argument
     add("--data", metavar="SOURCE", help="digits, faces, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
-    add("--preset", choices=list(PRESETS), help="quick: minutes on a laptop; paper: full ResNet-18, 10 images")
+    add("--preset", choices=list(PRESETS), help="quick: minutes on a laptop; paper: full ResNet-18, 10 images; "
+        "audit: a model as it is, without training")  # fmt: skip
     add("--trials", type=int, metavar="N", help="defences in all; those beyond the list are chosen by the search")
     add("--defence", action="append", metavar="NAME", help=f"audit this instead of the list; repeatable; {syntax()}")
     add("--minimise-bytes", action="store_true", help="bytes per step as a third objective of the search")
@@ -113,7 +118,7 @@ def _parser() -> cli.Parser:
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train and attack; auto: GPUs that torch can use")
     parser.add_places("sweep")
     shown = by_preset({**DEFAULTS, "objective": "both", "matching": "cosine and tensors"}, PRESETS)
-    TRAIN.add_to(parser, shown)
+    TRAIN.add_to(parser, shown, also={"network": "model"})
     ATTACK.add_to(parser, shown)
     return parser
 
@@ -135,7 +140,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     """The data and the configuration, both checked: what is wrong shows before Ray starts."""
     if missing := [name for name in (*DEFAULTS, *PRESETS["quick"]) if not hasattr(options, name)]:
         raise ValueError(f"Expected resume={str(options.resume)!r} to be of this version, but it lacks {missing[0]}.")
-    cli.check_least(options, 1, "trials", "steps")
+    cli.check_least(options, 1, "trials")
+    cli.check_least(options, 0, "steps")
     cli.check_hours(options)
     cli.check_local(options)
     cli.drop_width(options)
@@ -146,7 +152,11 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         defences = defences[: options.listed]
     steps = tuple(options.capture_steps)
     if "capture_steps" not in options.chosen:  # else one after the end is refused
-        steps = tuple(step for step in steps if step < options.steps)
+        steps = tuple(step for step in steps if step < max(1, options.steps))
+    if options.checkpoint and "#" not in options.checkpoint:  # of a resumed sweep it has its digest
+        from raytrust.networks.checkpoint import identified
+
+        options.checkpoint = identified(options.checkpoint)
     sweep = SweepConfig(
         name="privacy_frontier",
         train=TRAIN.make(vars(options), {"capture.steps": steps}),

@@ -46,8 +46,11 @@ class Fields:
         self.options = tuple(f for f in every if not any(_is_at(f.path, path) for path in without))
         self.names = tuple(field.name for field in self.options)
 
-    def add_to(self, parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-        """One group for each dataclass. defaults: of each option, or what the help says in its place."""
+    def add_to(
+        self, parser: argparse.ArgumentParser, defaults: Mapping[str, Any], also: Mapping[str, str] | None = None
+    ) -> None:
+        """One group for each dataclass. defaults: of each option, or what the help says in its place. also: a second
+        name for some of them."""
         groups: dict[str, Any] = {}
         for field in self.options:
             node = field.path.rpartition(".")[0]
@@ -55,7 +58,8 @@ class Fields:
                 groups[node] = parser.add_argument_group(node.rpartition(".")[2] or self._title)
             # argparse formats help with "%", of which there may be one in a docstring.
             text = f"{field.help} (default: {_shown(defaults[field.name])})".replace("%", "%%")
-            groups[node].add_argument(f"--{field.name.replace('_', '-')}", help=text, **_argument(field.hint))
+            flags = [f"--{name.replace('_', '-')}" for name in (field.name, (also or {}).get(field.name)) if name]
+            groups[node].add_argument(*flags, help=text, **_argument(field.hint))
 
     def values(self, config: Any) -> dict[str, Any]:
         """The options that make this configuration."""

@@ -27,12 +27,14 @@ class ModelConfig:
     width: channels of the first stage; by default that of the paper, and 64 for convnet. Other networks are given it
         where it is set.
     options: further options of a network that is not shipped, on a command line as depth=3,bias=False.
+    checkpoint: a file of weights to begin with, with its digest: see `raytrust.networks.checkpoint.identified`.
     """
 
     name: Annotated[str, NETWORKS] = "resnet18"
     stem: Literal["cifar", "imagenet"] = "cifar"
     width: int | None = None
     options: tuple[tuple[str, int | float | bool | str], ...] = field(default=(), metadata=ADDED)
+    checkpoint: str = field(default="", metadata=ADDED)
 
     def __post_init__(self) -> None:
         expect_choices(self)
@@ -62,7 +64,8 @@ class ModelConfig:
         """In words, such as "resnet18 of width 16"."""
         options = ", ".join(f"{name} {value}" for name, value in self.options)
         width = "" if self.width is None else f" of width {self.width}"
-        return f"{self.name}{width}" + (f" ({options})" if options else "")
+        weights = f", weights of {self.checkpoint.rpartition('/')[2].partition('#')[0]}" * bool(self.checkpoint)
+        return f"{self.name}{width}" + (f" ({options})" if options else "") + weights
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class TrainConfig:
 
     workers: how many train together.
     batch_size: images a worker and step.
-    steps: how long training is.
+    steps: how long training is; 0 attacks and tests the model as it is.
     learning_rate: the peak of a schedule that rises over the first tenth of the steps and then falls linearly to zero.
     momentum: of the optimiser, in [0, 1).
     weight_decay: of the optimiser, on all parameters.
@@ -148,14 +151,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         expect(self.workers >= 1, "workers", self.workers, "to be at least 1")
         expect(self.batch_size >= 1, "batch_size", self.batch_size, "to be at least 1")
-        expect(self.steps >= 1, "steps", self.steps, "to be at least 1")
+        expect(self.steps >= 0, "steps", self.steps, "to be at least 0")
         expect(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "to be positive and finite")
         expect(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         expect(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "to be at least 0 and finite")
         expect(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
         expect(
             # Steps are in increasing order, so that the last is the largest.
-            self.capture.steps[-1] < self.steps,
+            self.capture.steps[-1] < max(1, self.steps),
             "capture.steps",
             self.capture.steps,
             f"to lie below steps={self.steps}, the length of training",

@@ -5,6 +5,7 @@ A capture is one private batch at one step of training.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from raytrust.compress import Compressor, build
 from raytrust.config import Defence, ModelConfig, Threat
 from raytrust.leak.rules import EarlierStep, decoded_of
-from raytrust.networks.build import build_model
+from raytrust.networks.build import build_model, copy_of, with_state
+from raytrust.networks.task import CROSS_ENTROPY, Targets, Task
 from raytrust.wire.channel import Message
 
 
@@ -26,6 +28,9 @@ class Observation:
     threat's vantage shows them. labels: (batch_size,) if the threat grants them, else None. image_shape: (channels,
     height, width). mean, std: (channels,), the public normalisation: the model saw (image - mean) / std of an image in
     [0, 1]. compressor_state: the public state before this reduction. victim: the rank whose batch it is.
+    network, task: the model itself where no config describes it, as its owner handed it over (its modules' modes are
+    kept), and its loss. targets: what that loss and the network take besides images, where it is more than labels.
+    method: a compressor of its own, where `defence` does not say which.
     residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
     buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
     history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
@@ -37,7 +42,7 @@ class Observation:
     messages: tuple[Message, ...]
     compressor_state: dict[str, Tensor]
     defence: Defence
-    model: ModelConfig
+    model: ModelConfig | None
     threat: Threat
     labels: Tensor | None
     image_shape: tuple[int, int, int]
@@ -49,23 +54,34 @@ class Observation:
     residual: bool
     buffers_after: dict[str, Tensor] | None = None
     history: tuple[EarlierStep, ...] = ()
+    network: nn.Module | None = None
+    task: Task = CROSS_ENTROPY
+    targets: Targets | None = None
+    method: Compressor | None = None
 
     def build_model(self) -> nn.Module:
         """The model under attack, with its weights and buffers, in the mode that the threat says."""
+        if self.network is not None:
+            return with_state(copy_of(self.network), {**self.weights, **self.buffers})
+        assert self.model is not None
         model = build_model(self.model, self.image_shape[0], self.classes, seed=0)
         model.load_state_dict({**self.weights, **self.buffers})
         return model.train(self.threat.batch_norm == "train")
 
     def build_compressor(self) -> Compressor:
         """A fresh compressor with the public state, with which the messages are decoded and viewed."""
-        compressor = build(self.defence, [w.shape for w in self.weights.values()], names=list(self.weights))
+        if self.method is not None:
+            compressor = copy.deepcopy(self.method)
+        else:
+            compressor = build(self.defence, [w.shape for w in self.weights.values()], names=list(self.weights))
         compressor.load_public_state(self.compressor_state)
         return compressor
 
 
 @dataclass(frozen=True)
 class Truth:
-    """The private batch: images (batch, channels, height, width) in [0, 1], labels (batch,). For evaluation alone."""
+    """The private batch: images (batch, channels, height, width) in [0, 1], labels (batch,), empty where the loss is
+    not of classes. For evaluation alone."""
 
     images: Tensor
     labels: Tensor

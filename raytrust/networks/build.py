@@ -6,8 +6,9 @@ one that fit the images.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from raytrust.config import ModelConfig
 from raytrust.config.register import NETWORKS
+from raytrust.networks.checkpoint import load_checkpoint
 
 
 def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> nn.Module:
@@ -46,14 +48,17 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
 
 
 def check_network(config: ModelConfig, image_shape: Sequence[int], classes: int) -> None:
-    """Raises ValueError unless the network can be built and maps two such images, (channels, height, width), to logits.
+    """Raises ValueError unless the network can be built and maps two such images, (channels, height, width), to logits,
+    and its checkpoint fits.
 
-    Those that are shipped need no check.
+    Those that are shipped need no check without a checkpoint.
     """
-    if config.shipped:
+    if config.shipped and not config.checkpoint:
         return
     images = torch.zeros(2, *image_shape)
     model = build_model(config, image_shape[0], classes, seed=0).eval()
+    if config.checkpoint:
+        load_checkpoint(model, config.checkpoint)
     try:
         with torch.no_grad():
             logits = model(images)
@@ -63,6 +68,28 @@ def check_network(config: ModelConfig, image_shape: Sequence[int], classes: int)
         raise ValueError(f"Expected network={config.name!r} to take images {shape}, but {error}") from error
     if tuple(logits.shape) != (2, classes):
         raise ValueError(f"Expected network={config.name!r} to give logits (2, {classes}), got {tuple(logits.shape)}.")
+
+
+def copy_of(network: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the network."""
+    # What a layer computes before its forward, as `weight_norm` does its weight, is no leaf, which deepcopy refuses; it
+    # is computed anew in the copy.
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(network, memo)
+
+
+@torch.no_grad()
+def with_state(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """The network with these parameters and buffers, by name, in place."""
+    # Not by `load_state_dict`, which refuses buffers that are not persistent.
+    places = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, value in state.items():
+        places[name].copy_(value)
+    return network
 
 
 def _maker(name: str) -> Callable[..., nn.Module]:

@@ -6,7 +6,7 @@ distance (binary cross-entropy taken for cross-entropy leaves the truth at a dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -79,7 +79,10 @@ class Task:
         return loss.reshape(())
 
 
-def row_of(targets: Targets, i: int | slice) -> Targets:
+CROSS_ENTROPY = Task()
+
+
+def row_of(targets: Targets, i: int | slice | Tensor | None) -> Targets:
     """Those of one batch of several, or of some."""
     return pytree.tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, targets)
 
@@ -88,7 +91,7 @@ def moved(targets: Targets, device: str | torch.device) -> Targets:
     return pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, targets)
 
 
-def stacked(targets: list[Targets]) -> Targets:
+def stacked(targets: Sequence[Targets]) -> Targets:
     """Of several batches, (n, batch, ...) each."""
     return pytree.tree_map(lambda *ts: torch.stack(ts) if isinstance(ts[0], Tensor) else ts[0], *targets)
 

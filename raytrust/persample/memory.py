@@ -29,8 +29,10 @@ def candidate_bytes(seen: Observation) -> int:
 
 def _activations(seen: Observation) -> int:
     """Numbers that go into and come out of the layers for one image, by their shapes alone."""
-    # In evaluation mode, as a batch norm refuses to train on one value; on "meta", where nothing is computed.
-    model = seen.build_model().to("meta").eval()
+    # In evaluation mode, as a batch norm refuses to train on one value; on "meta", where nothing is computed, unless it
+    # is somebody else's network, which may make tensors on the device that it knows.
+    device = "meta" if seen.network is None else "cpu"
+    model = seen.build_model().to(device).eval()
     counted = [0]
 
     def count(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -40,7 +42,13 @@ def _activations(seen: Observation) -> int:
         if not list(module.children()):
             module.register_forward_hook(count)
     with torch.no_grad():
-        model(torch.zeros(1, *seen.image_shape, device="meta"))
+        if seen.network is None:
+            model(torch.zeros(1, *seen.image_shape, device=device))
+        else:
+            size = seen.threat.batch_size
+            targets = torch.empty(0) if seen.targets is None else seen.targets
+            seen.task.output(model, torch.zeros(size, *seen.image_shape), targets)
+            counted[0] //= size
     return counted[0]
 
 

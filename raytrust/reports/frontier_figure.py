@@ -37,7 +37,7 @@ STYLES = {  # verdict: colour, marker, name in the legend
 ALARM = "#a3002b"
 _NAIVE = "0.45"
 # Inches, that are 1400 pixels across and legible when shrunk to the 400 of a phone. Both panels: left end and width.
-_WIDTH, _DPI, _LEAKAGE, _ACCURACY, _LINE = 8.0, 175, (2.2, 2.9), (5.3, 1.0), 0.33
+_WIDTH, _DPI, _LEAKAGE, _ACCURACY, _ALONE, _LINE = 8.0, 175, (2.2, 2.9), (5.3, 1.0), (2.2, 4.7), 0.33
 
 
 def frontier_figure(
@@ -78,11 +78,14 @@ def draw_frontier(rows: Sequence[Row], title: str) -> Figure:
         y -= size / 50
     for i, line in enumerate(reversed(notes)):
         fig.text(0.15 / _WIDTH, (0.1 + 0.16 * i) / height, line, fontsize=8.5, color="0.3", parse_math=False)
+    # Where nothing was trained there is no accuracy, and the one panel takes the place of both.
+    trained = not finished or any("accuracy" in row for row in finished)
+    labels = ("leakage, mean SSIM (left is better)", "accuracy, %")
     panels = [
         fig.add_axes((left / _WIDTH, below / height, width / _WIDTH, plot / height))
-        for left, width in (_LEAKAGE, _ACCURACY)
+        for left, width in ((_LEAKAGE, _ACCURACY) if trained else (_ALONE,))
     ]
-    for ax, label in zip(panels, ("leakage, mean SSIM (left is better)", "accuracy, %"), strict=True):
+    for ax, label in zip(panels, labels, strict=False):
         _style_axes(ax, label, len(finished))
     if finished:
         _draw(panels, finished, starkest(rows) if works else None)
@@ -120,14 +123,17 @@ def _style_axes(ax: Axes, label: str, lines: int) -> None:
 
 def _draw(panels: Sequence[Axes], rows: Sequence[Row], stark: Row | None) -> None:
     """Each row's marks, its name before them, and what it costs behind them."""
-    leaks, accuracies = panels
-    accuracies.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}")
+    leaks, last = panels[0], panels[-1]
     before: dict[str, Any] = {"transform": leaks.get_yaxis_transform(), "va": "center", "ha": "right"}
-    behind = before | {"transform": accuracies.get_yaxis_transform()}
-    accuracies.text(2.58, -0.75, "bytes a step", fontsize=10, color="0.3", **behind)
+    behind = before | {"transform": last.get_yaxis_transform()}
+    edge = 2.58 if last is not leaks else 1.2
+    last.text(edge, -0.75, "bytes a step", fontsize=10, color="0.3", **behind)
     for y, row in enumerate(rows):
         _draw_marks(leaks, leakage(row), y, row)
-        _draw_marks(accuracies, accuracy(row), y, row)
+        if last is not leaks and "accuracy" in row:
+            last.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}")
+            _draw_marks(last, accuracy(row), y, row)
+            last.text(1.7, y, f"{100 * row['accuracy']:.1f} %", fontsize=11, **behind)
         if (ignorant := row.get("naive_ssim")) is not None and not is_plain(row):
             colour, width = (STYLES[row["verdict"] or UNDECIDED][0], 2.6) if row is stark else (_NAIVE, 1.0)
             leaks.plot([ignorant, row["leakage_ssim"]], [y, y], zorder=2, color=colour, linewidth=width)
@@ -136,8 +142,7 @@ def _draw(panels: Sequence[Axes], rows: Sequence[Row], stark: Row | None) -> Non
         name = textwrap.shorten(re.sub(r" \([^)]*\)", "", row["name"]), 25, placeholder="...")
         weight = "bold" if row is stark or is_plain(row) else "normal"
         leaks.text(-0.03, y, name, fontsize=11, weight=weight, parse_math=False, **before)
-        accuracies.text(1.7, y, f"{100 * row['accuracy']:.1f} %", fontsize=11, **behind)
-        accuracies.text(2.58, y, human_bytes(row.get("bytes_per_step")), fontsize=11, **behind)
+        last.text(edge, y, human_bytes(row.get("bytes_per_step")), fontsize=11, **behind)
     # The same images for all, so the same floor.
     if floors := [row["floor_ssim"] for row in rows if row.get("floor_ssim") is not None]:
         _draw_floor(leaks, float(np.mean(np.array(floors, dtype=float))))

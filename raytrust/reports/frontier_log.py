@@ -20,7 +20,7 @@ from raytrust.reports.mlflow import Tracker
 from raytrust.reports.outbox import Outbox, tracked
 from raytrust.reports.reconstructions import drawn_attacks, reconstructions_figure
 from raytrust.studies.frontier.row import Row
-from raytrust.studies.frontier.rows import audited_defences, compressor_columns, train_of, trained_defences
+from raytrust.studies.frontier.rows import audited_defences, naming, train_of, trained_defences
 from raytrust.studies.frontier.store import Store
 
 _METRICS = (
@@ -103,7 +103,7 @@ class SweepLog(Silent):
     def _trained(self, key: str, train: TrainConfig) -> None:
         training = self._store.training(train)
         assert training is not None
-        name = train.defence.name_with(compressor_columns(train.defence, training)["level"])
+        name = naming(train.defence, training)["name"]
         self._tracker.trained(key, name, self._parameters(train), training)
         for figures in self._store.attacks(train, "tuning"):
             self._attacked(key, figures)
@@ -119,7 +119,7 @@ class SweepLog(Silent):
         return self._trains[key]
 
     def _parameters(self, train: TrainConfig) -> dict[str, Any]:
-        columns = compressor_columns(train.defence, None)
+        columns = naming(train.defence, None)
         # Few names, and one rank for all methods: the comparison page starts with the first three that differ.
         defence = {
             "compressor": columns["compressor"],

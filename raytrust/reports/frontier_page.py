@@ -36,6 +36,7 @@ from raytrust.studies.frontier.verdicts import control_works, judge_rows, starke
 _MOST_PIXELS = 96
 _WORDS = {"": "strongest attack", "naive": "ignores the compressor", "aware": "knows the compressor"}
 _HEAD = "defence|verdict|accuracy %|leakage, SSIM|floor|excess|identified|naive attack|aware attack|n|bytes/step|ratio|"
+_ACCURACY = _HEAD.split("|").index("accuracy %")
 _HEAD += "strongest attack|attacks tried|why, and remarks"
 
 
@@ -76,10 +77,14 @@ def page(rows: Sequence[Row], context: FrontierContext) -> str:
     reasons = [(row["name"], reason_of(row)) for row in failed]
     lines: Lines = [_HEAD.split("|"), *(_line(row, rows, context.classes) for row in finished)]
     lines += [[name, "failed", *["-"] * (len(lines[0]) - 3), reason] for name, reason in reasons]
+    trained = any("accuracy" in row for row in finished)
+    if finished and not trained:
+        lines = [[cell for place, cell in enumerate(line) if place != _ACCURACY] for line in lines]
     return render(
         "frontier",
         context=context,
         works=works,
+        pareto=works and trained,
         answer=headline(rows),
         seeming=seeming(rows) if works else None,
         control=control_sentence(rows),
@@ -105,7 +110,10 @@ def _warnings(rows: Sequence[Row], classes: int | None) -> list[str]:
 
 def _card(rows: Sequence[Row], verdict: Verdict) -> list[str]:
     """A line for each defence of this verdict."""
-    return [f"{row['name']}: SSIM {leakage(row)}, accuracy {cost(row)}" for row in with_verdict(rows, verdict)]
+    return [
+        f"{row['name']}: SSIM {leakage(row)}, {'accuracy ' * ('accuracy' in row)}{cost(row)}"
+        for row in with_verdict(rows, verdict)
+    ]
 
 
 def _line(row: Row, rows: Sequence[Row], classes: int | None) -> list[str]:

@@ -95,6 +95,8 @@ def write_report(
 
 def _trained(sweep: SweepConfig) -> str:
     train = sweep.train
+    if train.steps == 0:
+        return f"{train.model.title}, not trained any further."
     return f"{train.model.title}, {train.steps} steps of {train.workers} workers with {train.batch_size} images each."
 
 

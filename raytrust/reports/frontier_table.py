@@ -28,11 +28,13 @@ def frontier_table(rows: Sequence[Row]) -> str:
     rows = judge_rows(rows)
     finished, failed = split(rows)
     works = control_works(rows)
-    head = ["  defence", "verdict", "accuracy %", "leakage\nSSIM", "iden-\ntified", "naive/\naware", "bytes/\nstep"]
-    lines: Lines = [[*head, "strongest attack"], *(_cells(row) for row in finished)]
+    trained = not finished or any("accuracy" in row for row in finished)
+    head = ["  defence", "verdict", *["accuracy %"] * trained, "leakage\nSSIM", "iden-\ntified"]
+    head += ["naive/\naware", "bytes/\nstep"]
+    lines: Lines = [[*head, "strongest attack"], *(_cells(row, trained) for row in finished)]
     caption = f"{provenance(finished)} naive/aware: the strongest attack that ignores/knows the compressor. "
     caption += "r: restarts, s: training step attacked. "
-    if works:
+    if works and trained:
         caption += "*: Pareto set, no other is better in leakage or accuracy by intervals apart, and worse in neither."
     notes = [caption, *(f"{row['name']}: {remark}." for row in finished for remark in remarks_of(row, rows))]
     parts = [
@@ -51,9 +53,9 @@ def _filled(text: str, indent: str = "") -> str:
     return textwrap.fill(text, _WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, trained: bool) -> list[str]:
     texts = row_texts(row)
-    names = ("verdict", "accuracy", "leakage", "identified", "naive", "bytes", "attack")
+    names = ("verdict", *("accuracy",) * trained, "leakage", "identified", "naive", "bytes", "attack")
     texts |= {"identified": texts["identified"].replace(" of ", "/"), "naive": f"{texts['naive']}/{texts['aware']}"}
     return [f"{'*' if row['pareto'] else ' '} {row['name']}", *(texts[name] for name in names)]
 
@@ -110,8 +112,9 @@ def provenance(finished: Sequence[Row]) -> str:
         floor = f" Floors, without any attack: the mean image {pair[0]:.2f}, a random other image {pair[1]:.2f}."
     steps = max((row.get("threat") or {}).get("history", 0) for row in finished)
     history = f" The attacker also had the messages of up to {steps} steps before (used to avoid or weigh residuals)."
+    accuracy = f"Accuracy: test images, n = {tests}; training seeds: {seeds}. " * any("accuracy" in r for r in finished)
     return (
-        f"Accuracy: test images, n = {tests}; training seeds: {seeds}. Leakage: mean SSIM (1 = exact copy) to the "
-        f"private images, n = {images}, under the strongest of {tried} attacks.{history * bool(steps)}{floor} 95 % "
-        f"intervals: Wilson, bootstrap over images{' (none where n = 1)' * missing}."
+        f"{accuracy}Leakage: mean SSIM (1 = exact copy) to the private images, n = {images}, under the strongest of "
+        f"{tried} attacks.{history * bool(steps)}{floor} 95 % intervals: {'Wilson, ' * bool(accuracy)}bootstrap over "
+        f"images{' (none where n = 1)' * missing}."
     )

@@ -73,9 +73,10 @@ def with_verdict(judged: Sequence[Row], verdict: Verdict) -> list[Row]:
 
 
 def cost(row: Row) -> str:
-    """What a finished row costs: 92.5 %, 12.3 kB a step."""
+    """What a finished row costs: 92.5 %, 12.3 kB a step; the bytes alone where no accuracy was measured."""
+    accurate = [f"{100 * row['accuracy']:.1f} %"] if "accuracy" in row else []
     size = row.get("bytes_per_step")
-    return f"{100 * row['accuracy']:.1f} %" + ("" if size is None else f", {human_bytes(size)} a step")
+    return ", ".join([*accurate, *([] if size is None else [f"{human_bytes(size)} a step"])])
 
 
 def seeming(judged: Sequence[Row]) -> str | None:

@@ -321,7 +321,7 @@ def _label_accuracy(captures: Sequence[Capture], candidates: Sequence[Candidates
     shares = []
     for capture, found in zip(captures, candidates, strict=True):
         # Labels that were granted were not recovered: their 100 % would be no merit of the attack.
-        if capture.seen.labels is not None or found.labels is None:
+        if capture.seen.labels is not None or capture.seen.targets is not None or found.labels is None:
             return None
         recovered, true = (Counter(x.tolist()) for x in (found.labels[found.pick()], capture.truth.labels))
         shares.append((recovered & true).total() / true.total())

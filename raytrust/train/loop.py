@@ -24,6 +24,7 @@ from raytrust.leak import EarlierStep
 from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.networks.build import build_model
+from raytrust.networks.checkpoint import load_checkpoint
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 
 
@@ -73,7 +74,10 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     if config.workers != channel.world_size:
         raise ValueError(f"Expected workers={config.workers} to equal the channel's world size, {channel.world_size}.")
     check_sizes(config, len(data.train_labels))
-    model = build_model(config.model, data.channels, data.classes, config.seed).to(device)
+    model = build_model(config.model, data.channels, data.classes, config.seed)
+    if config.model.checkpoint:
+        load_checkpoint(model, config.model.checkpoint)
+    model = model.to(device)
     parameters = list(model.parameters())
     compressor = build(config.defence, model, config.seed)
     optimiser = torch.optim.SGD(
@@ -83,15 +87,17 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: learning_rate_factor(t, config.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: learning_rate_factor(t, max(1, config.steps)))
     batches = _batches(config, len(data.train_labels), channel)
     history: deque[EarlierStep] = deque(maxlen=config.threat.history)
-    for step in range(config.steps):
+    for step in range(max(1, config.steps)):
         if step in config.capture.steps:
             # Workers have seen other images, so that their batch-norm statistics differ, but the attacker knows one.
             _average_buffers(model, channel)
             private = data.train_images, data.train_labels, private_batches(config, len(data.train_labels))
             yield from _captures(config, step, model, compressor, data, channel, device, private, tuple(history))
+        if step == config.steps:
+            break
         images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
         model.train()
         loss = F.cross_entropy(model(images), labels)

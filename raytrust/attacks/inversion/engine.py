@@ -19,6 +19,7 @@ from raytrust.attacks.inversion.stacks import stack_key
 from raytrust.config import InversionConfig
 from raytrust.config.register import ATTACKS
 from raytrust.leak.observation import Observation
+from raytrust.networks.task import Targets
 from raytrust.persample.memory import candidate_bytes, free_bytes, is_out_of_memory
 
 # Of per-candidate gradients that are held at once, 1 GiB, whatever memory is free; beyond it candidates take turns.
@@ -129,8 +130,10 @@ def _prepare(job: int, seen: Observation, config: InversionConfig, device: str) 
     )
 
 
-def _labels(seen: Observation, config: InversionConfig) -> Tensor | None:
-    """(batch,): granted, or recovered; None where they are to be found together with the images."""
+def _labels(seen: Observation, config: InversionConfig) -> Targets | None:
+    """(batch,), or what else the task takes: granted, or recovered; None where they are found with the images."""
+    if seen.targets is not None:
+        return seen.targets
     if seen.labels is not None:
         if not bool(((seen.labels >= 0) & (seen.labels < seen.classes)).all()):
             raise ValueError(f"Expected labels={seen.labels.tolist()} in [0, {seen.classes}).")
@@ -195,6 +198,9 @@ def _join(parts: Sequence[Candidates]) -> Candidates:
 def same_model(a: Observation, b: Observation) -> bool:
     """Whether both are of one model at one step under one threat: its weights, buffers and normalisation are equal."""
     if (a.model, a.classes, a.image_shape, a.threat) != (b.model, b.classes, b.image_shape, b.threat):
+        return False
+    # A module in memory has no description to compare by.
+    if a.network is not b.network or a.task is not b.task:
         return False
     # By identity first: captures of one step share their tensors, and to compare them costs a pass over the model each.
     first, second = ([*s.weights.values(), *s.buffers.values(), s.mean, s.std] for s in (a, b))

@@ -25,6 +25,7 @@ from raytrust.attacks.inversion.stacks import stack, stack_key
 from raytrust.config import InversionConfig
 from raytrust.leak import View
 from raytrust.leak.observation import Observation
+from raytrust.networks.task import Targets, moved, row_of, stacked
 from raytrust.persample.matcher import Distance, GradientMatcher
 
 PRIORS = ("tv", "colour", "l2", "group", "bn")
@@ -41,7 +42,7 @@ class Piece:
     config: InversionConfig
     restarts: range
     view: View
-    labels: Tensor | None
+    labels: Targets | None
     statistics: Statistics | None
 
     @property
@@ -80,7 +81,9 @@ class _Batch:
         self.rows = torch.arange(len(self.owner), device=device)
         self.counts = counts
         model = first.build_model().to(device)
-        self.gradients = GradientMatcher(model, getattr(torch, pieces[0].config.precision))
+        self.gradients = GradientMatcher(model, getattr(torch, pieces[0].config.precision), first.task)
+        # What is frozen was not sent, and no view knows of it.
+        self.sent = [i for i, (name, _) in enumerate(model.named_parameters()) if name in first.weights]
         self.settings = _Settings.of(pieces, self.owner.to(device), device)
         if "bn" in self.settings.weights:
             self.bn_prior = BatchNormPrior(model)
@@ -151,8 +154,10 @@ class _Batch:
         counts = [len(p.restarts) for p in self.pieces]
         if self.pieces[0].labels is None:
             labels = self._soft(self.best_z).argmax(-1)
+        elif isinstance(self.pieces[0].labels, Tensor):
+            labels = torch.stack([p.labels for p in self.pieces for _ in p.restarts if isinstance(p.labels, Tensor)])
         else:
-            labels = torch.stack([p.labels for p in self.pieces for _ in p.restarts if p.labels is not None])
+            labels = torch.empty(len(self.best), 0)
         results = (images, self.best, labels, self.broken, self.matching)
         return list(zip(*(r.cpu().split(counts) for r in results), strict=True))
 
@@ -173,6 +178,7 @@ class _Batch:
                 self._dealt.append((len(owner), comparison.of(owner.to(self.z.device))))
 
     def _distance(self, grads: Sequence[Tensor]) -> Tensor:
+        grads = [grads[i] for i in self.sent]
         counts = [n for n, _ in self._dealt]
         if len(counts) == 1:
             return self._dealt[0][1](grads)
@@ -240,7 +246,7 @@ class _Settings:
     hard: Tensor  # (n, 1)
     soft: Tensor  # (n, 1)
     rates: Tensor  # (iterations, n)
-    labels: Tensor  # (n, batch), empty if they are optimised
+    labels: Targets  # (n, batch, ...), empty if they are optimised
     statistics: Statistics  # each (n, channels), empty without a prior on them
 
     @staticmethod
@@ -255,13 +261,13 @@ class _Settings:
         layers = [  # a piece without this prior, whose weight is 0, takes any
             [(p.statistics or known[0])[i] for p in pieces] for i in range(len(known[0]) if known else 0)
         ]
-        labels = torch.stack([torch.empty(0) if p.labels is None else p.labels for p in pieces])
+        labels = stacked([torch.empty(0) if p.labels is None else p.labels for p in pieces])
         return _Settings(
             weights={name: each(values) for name, values in weights.items() if any(values)},
             hard=each([c.signed == "hard" for c in configs])[:, None],
             soft=each([c.signed == "soft" for c in configs])[:, None],
             rates=torch.stack([step_sizes(c) for c in configs], 1).to(device)[:, owner],
-            labels=labels.to(device)[owner],
+            labels=row_of(moved(labels, device), owner),
             statistics=[
                 (
                     torch.stack([m for m, _ in layer]).to(device)[owner],
@@ -277,7 +283,7 @@ class _Settings:
             hard=self.hard[rows],
             soft=self.soft[rows],
             rates=self.rates[:, rows],
-            labels=self.labels[rows],
+            labels=row_of(self.labels, rows),
             statistics=[(mean[rows], variance[rows]) for mean, variance in self.statistics],
         )
 

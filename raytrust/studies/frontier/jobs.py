@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, cast
+from typing import ClassVar, Literal, TypeAlias, cast
 
 import torch
 
@@ -102,7 +102,7 @@ class AttackRun(Job):
                 requests = [(captures, [j.attack for j in of_run]) for of_run, captures in batch]
                 outcomes = evaluate_together(requests, place.device, references(store))
                 for (of_run, _), of_requests in zip(batch, outcomes, strict=True):
-                    results |= {j: _result(j, o) for j, o in zip(of_run, of_requests, strict=True)}
+                    results |= {j: _result(j.split, o) for j, o in zip(of_run, of_requests, strict=True)}
         return [results[job] for job in jobs]
 
 
@@ -127,21 +127,25 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
     loop) and "cpu_seconds" (of all workers meanwhile).
     """
     steps: list[Step] = []
+    sent, dense = [], 0
     started, cpu = time.perf_counter(), time.process_time()
     for record in train(config, data, channel, device):
         match record:
             case Step():
                 steps.append(record)
-            case Capture():
+            case Capture(seen=seen):
                 save_capture(folder, record)
+                sent.append(sum(m.sent_bytes for m in seen.messages))
+                dense = sum(w.numel() * w.element_size() for w in seen.weights.values())
             case Evaluation(correct=correct, n=n, loss=loss):
                 evaluation = {"correct": correct, "n_test": n, "test_loss": loss}
     return {
         **evaluation,
         "losses": [s.loss for s in steps],
-        # A mean, as threshold dropping sends another number of entries at every step.
-        "bytes_per_step": sum(s.sent_bytes for s in steps) / len(steps),
-        "dense_bytes": steps[0].gradient_bytes,
+        # A mean, as threshold dropping sends another number of entries at every step. Without any step, that of the
+        # private batches is what there is.
+        "bytes_per_step": sum(s.sent_bytes for s in steps) / len(steps) if steps else sum(sent) / max(1, len(sent)),
+        "dense_bytes": steps[0].gradient_bytes if steps else dense,
         "seconds": time.perf_counter() - started,
         # The other workers run in processes of their own, but do the same: one is measured for all.
         "cpu_seconds": config.workers * (time.process_time() - cpu),
@@ -175,16 +179,20 @@ def _of_equal_models(jobs: Sequence[AttackRun], store: Results) -> list[_Batch]:
     return batches
 
 
-def _result(job: AttackRun, outcome: InversionResult | InversionFailure) -> Result | Exception:
+def _result(split: Split, outcome: InversionResult | InversionFailure) -> Result | Exception:
     if isinstance(outcome, InversionFailure):
         return outcome.error
+    arrays = {name: getattr(outcome, name).numpy() for name in ("reconstructions", "originals")}
+    return Result(figures_of(outcome, split), arrays)
+
+
+def figures_of(outcome: InversionResult, split: Split) -> Figures:
+    """The figures of an attack, which JSON can hold."""
     names = [f.name for f in fields(outcome) if f.name not in ("attack", "reconstructions", "originals")]
-    figures: dict[str, Any] = {
+    return {
         "attack": to_dict(outcome.attack),
-        "split": job.split,
+        "split": split,
         **{name: getattr(outcome, name) for name in names},
         # A perfect copy has an infinite PSNR (in dB), which JSON can't hold.
         "psnr": [min(p, 100.0) for p in outcome.psnr],
     }
-    arrays = {name: getattr(outcome, name).numpy() for name in ("reconstructions", "originals")}
-    return Result(figures, arrays)

@@ -19,8 +19,9 @@ Ends = list[float]  # of an interval, low and high
 class Row(TypedDict, total=False):
     """A defence, what it costs and what it leaks. A file may hold further keys, which are kept as they are.
 
-    A finished row has numbers for `accuracy` and `leakage_ssim`. A failed one has None for all that is MEASURED, so
-    that a failure can't pass for a zero; bytes it may have, as training may have finished when its attack failed.
+    A finished row has numbers for `leakage_ssim` and, where a model was trained, for `accuracy`. A failed one has None
+    for all that is MEASURED, so that a failure can't pass for a zero; bytes it may have, as training may have finished
+    when its attack failed.
     """
 
     name: str
@@ -38,8 +39,9 @@ class Row(TypedDict, total=False):
     remarks: list[str]  # what a reader must know, such as "sends more bytes than the gradient itself"
     bytes_per_step: float | None
     compression_ratio: float | None
-    # Of training. It stands beside leakage, since a defence that spoils the model is no bargain.
-    accuracy: float  # in [0, 1]
+    # Of training, in [0, 1]. It stands beside leakage, since a defence that spoils the model is no bargain. An audit of
+    # a model that is not trained has none of these three.
+    accuracy: float
     accuracy_interval: Ends | None
     n_test: int
     # Of the strongest attack, as a defence is only as private as that leaves it: means over the evaluation images.
@@ -133,7 +135,8 @@ def checked(rows: Any) -> list[Row]:
         for key in (*MEASURED, "verdict") if status == "failed" else ():
             if row.get(key) is not None:
                 raise ValueError(f"Expected {key}=None in the failed row {name!r}, got {row[key]!r}.")
-        for key in ("accuracy", "leakage_ssim") if status == "finished" else ():
+        needed = ["leakage_ssim", *(["accuracy"] if row.keys() & {"accuracy", "n_test"} else [])]
+        for key in needed if status == "finished" else ():
             value = row.get(key)
             # To Python True is a number, and would pass for an accuracy of 1.
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -147,7 +150,7 @@ def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
     """The finished rows, least leakage first and then the most accurate, and the failed rows in their order."""
     rows = list(rows)
     finished = [row for row in rows if row["status"] == "finished"]
-    finished.sort(key=lambda row: (row["leakage_ssim"], -row["accuracy"]))
+    finished.sort(key=lambda row: (row["leakage_ssim"], -row.get("accuracy", 0.0)))
     return finished, [row for row in rows if row["status"] == "failed"]
 
 
@@ -157,8 +160,8 @@ def is_plain(row: Row) -> bool:
 
 
 def accuracy(row: Row) -> Figure:
-    """Of a finished row, in [0, 1]."""
-    return Figure.of(row["accuracy"], row.get("accuracy_interval"), row.get("n_test"))
+    """Of a finished row, in [0, 1]; without a value where nothing was trained."""
+    return Figure.of(row.get("accuracy"), row.get("accuracy_interval"), row.get("n_test"))
 
 
 def leakage(row: Row) -> Figure:

@@ -14,6 +14,7 @@ from raytrust.config import (
     DenseConfig,
     InversionConfig,
     SweepConfig,
+    Threat,
     TopKConfig,
     TrainConfig,
     digest,
@@ -32,47 +33,57 @@ _MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim"
 def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
     """The frontier's row of a defence, from finished results alone. Verdicts need all rows: see `verdicts`."""
     train = replace(sweep.train, defence=defence)
-    training = store.training(train)
-    figures = store.attacks(train, "evaluation")
-    by_objective = {o: best(figures, o) for o in ("naive", "aware")}
-    # Without a compressor there is nothing to know: the two objectives are one.
-    if isinstance(defence.compressor, DenseConfig):
-        by_objective["aware"] = by_objective["naive"]
-    # By the evaluation images: on the tuning images an attack was chosen, and looks better than it is.
-    worst = best(figures)
+    training, figures = store.training(train), store.attacks(train, "evaluation")
     reason = store.failure_of_run(train)
-    if reason is None and (training is None or worst is None):
+    if reason is None and (training is None or not figures):
         failures = [*store.attack_failures(train, "evaluation"), *store.attack_failures(train, "tuning")]
         reason = f"no attack has a result: {failures[0]}" if failures else "not finished"
-    columns = compressor_columns(defence, training)
-    remark = training and expansion_remark(defence, training["bytes_per_step"], training["dense_bytes"])
-    base = {
-        "name": defence.name_with(columns["level"]),
-        **columns,
-        "error_feedback": defence.error_feedback,
-        "status": "finished" if reason is None else "failed",
-        "reason": reason,
-        "seeds": [sweep.train.seed],
-        "threat": to_dict(sweep.train.threat),
-        "run": store.run_id(train),
-        "remarks": [remark] if remark else [],
+    return assemble(
+        naming(defence, training) | {"reason": reason, "seeds": [sweep.train.seed], "run": store.run_id(train)},
+        sweep.train.threat,
+        training,
+        figures,
+        store.attacks(train, "tuning"),
+        sweep.train.capture.tuning * sweep.train.threat.batch_size,
+    )
+
+
+def assemble(
+    named: Row,
+    threat: Threat,
+    training: dict[str, Any] | None,
+    figures: Sequence[dict[str, Any]],
+    tuned: Sequence[dict[str, Any]],
+    n_tuning: int,
+) -> Row:
+    """The row of a defence from what was measured.
+
+    named: see `naming`, and `reason`, None unless it failed. training: bytes and, where it was measured, accuracy
+    (see `jobs.train_and_capture`). figures, tuned: of attacks on the evaluation images and on the n_tuning others.
+    """
+    by_objective = {o: best(figures, o) for o in ("naive", "aware")}
+    # Without a compressor there is nothing to know: the two objectives are one.
+    if named["compressor"] == DenseConfig.method:
+        by_objective["aware"] = by_objective["naive"]
+    # By the evaluation images: on the tuning images an attack was chosen, and looks better than it is.
+    worst, failed = best(figures), named["reason"] is not None
+    base = named | {
+        "status": "failed" if failed else "finished",
+        "threat": to_dict(threat),
         "bytes_per_step": training and _integer(training["bytes_per_step"]),
         "compression_ratio": training and training["dense_bytes"] / training["bytes_per_step"],
         # A finalist is run on the tuning images and on the evaluation images, and is one attack.
-        "attacks_tried": len({digest(f["attack"]) for f in [*store.attacks(train, "tuning"), *figures]}),
-        "n_tuning_images": sweep.train.capture.tuning * sweep.train.threat.batch_size,
+        "attacks_tried": len({digest(f["attack"]) for f in [*tuned, *figures]}),
+        "n_tuning_images": n_tuning,
     }
-    if reason is not None or training is None or worst is None:
+    if failed or training is None or worst is None:
         # None everywhere, never 0: a failure must not pass for a defence that leaks nothing.
         return cast(Row, base | dict.fromkeys(MEASURED))
     ssim = worst["ssim"]
     # The images are few and their SSIM skewed and bounded: the bootstrap stays within the values' range.
     interval = bootstrap_interval(ssim)
     measured = {
-        "accuracy": training["correct"] / training["n_test"],
-        # Wilson's interval keeps its width at 0 and at 100 %, where the plain one vanishes.
-        "accuracy_interval": list(proportion_interval(training["correct"], training["n_test"])),
-        "n_test": training["n_test"],
+        **_accuracy(training),
         "leakage_ssim": float(np.mean(ssim)),
         "leakage_interval": interval and list(interval),
         "ssim_std": float(np.std(ssim, ddof=1)) if len(ssim) > 1 else 0.0,
@@ -84,9 +95,17 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         "attack": worst["attack"],
         **{name: None if worst[name] is None else float(np.mean(worst[name])) for name in _MEANS},
         **_gain(by_objective["naive"], by_objective["aware"]),
-        **_evidence(worst, by_objective["naive"], sweep.train.threat.batch_size),
+        **_evidence(worst, by_objective["naive"], threat.batch_size),
     }
     return cast(Row, base | measured)
+
+
+def _accuracy(training: dict[str, Any]) -> Row:
+    if "correct" not in training:
+        return {}
+    correct, n = training["correct"], training["n_test"]
+    # Wilson's interval keeps its width at 0 and at 100 %, where the plain one vanishes.
+    return {"accuracy": correct / n, "accuracy_interval": list(proportion_interval(correct, n)), "n_test": n}
 
 
 def _evidence(worst: dict[str, Any], naive: dict[str, Any] | None, batch: int) -> Row:
@@ -125,22 +144,25 @@ def _gain(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:
 
 
 def finalists(store: Store, sweep: SweepConfig, defence: Defence) -> tuple[TrainConfig, list[InversionConfig]]:
-    """The attacks to run on the evaluation images: on the tuning images the best naive one and the best aware one.
-
-    An objective that was not tried takes the settings of the best attack. Empty if no attack has a result.
-    """
+    """The attacks to run on the evaluation images, see `best_attacks`. Empty if no attack has a result."""
     train = replace(sweep.train, defence=defence)
-    tried = store.attacks(train, "tuning")
+    attacks = best_attacks(store.attacks(train, "tuning"))
+    # Where the two objectives come to the same attack, as without a compressor, it is run once.
+    return train, list(dict.fromkeys(attack.against(defence) for attack in attacks))
+
+
+def best_attacks(tried: Sequence[dict[str, Any]]) -> list[InversionConfig]:
+    """On the tuning images, whose figures these are, the best naive attack and the best aware one.
+
+    An objective that was not tried takes the settings of the best attack.
+    """
     winner = best(tried)
     if winner is None:
-        return train, []
-    attacks = [
+        return []
+    return [
         from_dict(InversionConfig, {**(best(tried, objective) or winner)["attack"], "objective": objective})
         for objective in ("naive", "aware")
     ]
-    # Where the two objectives come to the same attack, as without a compressor, it is run once.
-    attacks = [attack.against(defence) for attack in attacks]
-    return train, list(dict.fromkeys(attacks))
 
 
 def best(figures: Sequence[dict[str, Any]], objective: str | None = None) -> dict[str, Any] | None:
@@ -153,7 +175,8 @@ def _mean_ssim(figures: dict[str, Any] | None) -> float | None:
     return None if figures is None else float(np.mean(figures["ssim"]))
 
 
-def compressor_columns(defence: Defence, training: dict[str, Any] | None) -> Row:
+def naming(defence: Defence, training: dict[str, Any] | None) -> Row:
+    """What a defence is called, its method and options, and what is to be said of them."""
     compressor = defence.compressor
     columns: Row = {
         "compressor": compressor.method,
@@ -161,13 +184,15 @@ def compressor_columns(defence: Defence, training: dict[str, Any] | None) -> Row
         "level": getattr(compressor, "level", None),
         "equal_to_rank": None,
         "equal_by": None,
+        "error_feedback": defence.error_feedback,
     }
     if isinstance(compressor, TopKConfig) and compressor.level is None:
         columns |= {"equal_to_rank": compressor.equal_to_rank, "equal_by": compressor.equal_by}
         if training is not None:
             # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
             columns["level"] = training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
-    return columns
+    remark = training and expansion_remark(defence, training["bytes_per_step"], training["dense_bytes"])
+    return columns | {"name": defence.name_with(columns["level"]), "remarks": [remark] if remark else []}
 
 
 def _integer(value: float) -> float:

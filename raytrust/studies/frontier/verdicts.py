@@ -88,9 +88,10 @@ def mark_pareto(rows: Sequence[Row]) -> list[Row]:
     finished = [row for row in rows if row["status"] == "finished"]
 
     def stays(row: Row) -> bool:
-        # Intervals decide, because points differ by chance: a defence that is out by luck would never be looked at
-        # again.
-        return row["status"] == "finished" and row["control"] and not any(_beats(other, row) for other in finished)
+        # Without accuracy there is nothing to weigh privacy against. And intervals decide, because points differ by
+        # chance: a defence that is out by luck would never be looked at again.
+        candidate = row["status"] == "finished" and row["control"] and "accuracy" in row
+        return candidate and not any(_beats(other, row) for other in finished)
 
     return [row | {"pareto": stays(row)} for row in rows]
 

@@ -1,0 +1,227 @@
+"""`audit`: what gradients of one's own model, compressed in one way or another, tell of one's own images."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytrust.compress import Compressor
+from raytrust.config import DenseConfig, InversionConfig, Threat, parse_defence
+from raytrust.jobs.files import write_file
+from raytrust.networks.task import LossFunction, Task
+from raytrust.reports.drawing import Array
+from raytrust.reports.frontier_figure import frontier_figure
+from raytrust.reports.frontier_page import FrontierContext, page
+from raytrust.reports.frontier_table import frontier_table
+from raytrust.reports.reconstructions import Drawn, reconstructions_figure
+from raytrust.reports.summary import answer, control_sentence
+from raytrust.studies.audit.study import Audit, Audited, drawn_attacks, strongest
+from raytrust.studies.audit.victim import Training, Victim, images_of, private
+from raytrust.studies.frontier.row import Row, write_rows
+
+# Other images than the private ones, of which identification has to tell them: no more are used.
+REFERENCES = 99
+FEW_REFERENCES = "few other images: floors and identification rest on {} (give references=)"
+
+
+def audit(
+    model: nn.Module,
+    images: Any,
+    labels: Any,
+    defences: Sequence[str | Compressor] = ("none", "powersgd:4:ef", "topk:0.01:ef"),
+    *,
+    loss: LossFunction | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    argument: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dropout: bool = False,
+    batch_size: int = 1,
+    labels_known: bool = True,
+    evaluation: int = 8,
+    tuning: int = 2,
+    references: Any = None,
+    attack: InversionConfig | None = None,
+    search: int = 0,
+    training: Training | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: bool | Callable[[str], None] = True,
+) -> AuditResult:
+    """Attack what a model's gradients of private images would send under each defence, and say what leaks.
+
+    model: any module, as it stands: its weights, the modes of its modules, what is frozen. It is copied and stays as it
+        is. Nothing is trained, unless `training` says so.
+    images: (n, channels, height, width) in [0, 1], or bytes; a tensor or an array. The first `evaluation` + `tuning`
+        batches are attacked, on the latter of which attacks are chosen; what is left serves as `references`: other
+        images of the kind, for the floors and for identification. Without any, the tuning images serve.
+    labels: (n,) classes; or what `loss` compares the output with, a tensor or tensors in a tuple or dict, (n, ...).
+    defences: as `parse_defence` takes them, or compressors. Without compression is always audited: it is the control.
+    loss: (output, target) -> the mean over the batch, one number; cross-entropy if it is not given.
+    inputs: further inputs of the model by name, (n, ...), which the attacker knows. argument: the name of the argument
+        that takes the images, where it is not the first.
+    mean, std: by channel, where the model takes (image - mean) / std.
+    dropout: whether the victim drops out, in layers that are in training mode; the attacker does not know the masks.
+        Without, dropout is switched off, which is the worst case.
+    batch_size: images of one private batch. labels_known: whether the attacker has the labels; else he recovers them.
+    attack: the settings from which the attacks are made: ignoring and knowing the compressor, by the cosine of the
+        whole gradient and tensor by tensor, and a closed form where the model has one. search: how many more are drawn.
+    training: captures at later steps of the owner's training, see `Training`.
+    progress: whether to print a line for each part that is done, or what to call with it.
+
+    Raises ValueError in one line for what can't be audited: see `raytrust.studies.audit.victim`.
+    """
+    started = time.perf_counter()
+    task = Task(loss, argument)
+    data = private(images, labels, inputs, task)
+    total = (evaluation + tuning) * batch_size
+    for name, value in (("evaluation", evaluation), ("tuning", tuning), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"Expected {name}={value} to be at least 1.")
+    if total > len(data.images):
+        raise ValueError(
+            f"Expected at least {total} images for evaluation={evaluation} and tuning={tuning} batches of "
+            f"batch_size={batch_size}, got {len(data.images)}."
+        )
+    if not labels_known and (loss is not None or inputs):
+        raise ValueError("Expected labels_known=True: labels are recovered from cross-entropy of images alone.")
+    channels = data.images.shape[1]
+    mean_, std_ = (_by_channel(v, channels, name) for v, name in ((mean, "mean"), (std, "std")))
+    victim = Victim(model, task, mean_, std_, dropout)
+    others = images_of(references) if references is not None else data.images[total:]
+    if not len(others):
+        others = data.images[: tuning * batch_size]
+    others = others[:REFERENCES]
+    threat = Threat(
+        batch_size=batch_size,
+        batch_norm="train" if victim.trains_norms else "eval",
+        labels="known" if labels_known else "unknown",
+    )
+    base = attack or InversionConfig(seed=seed)
+    listed = _audited(defences)
+    study = Audit(
+        threat=threat,
+        attacks=_portfolio(base),
+        further=drawn_attacks(search, base, seed),
+        tuning=tuning,
+        evaluation=evaluation,
+        seed=seed,
+        device=device,
+    )
+    say = progress if callable(progress) else (print if progress else lambda _: None)
+    # The tuning batches come first in every capture's order, as the sweep has it.
+    rows = study.run(victim, data.batch(0, total), others, listed, training, say)
+    seconds = time.perf_counter() - started
+    context = _context(model, data.images.shape, study, victim, seconds)
+    drawn, originals = _drawn(listed), _originals(listed)
+    return AuditResult(rows, drawn, originals, replace(context, drawn=drawn, originals=originals))
+
+
+@dataclass(frozen=True, eq=False)
+class AuditResult:
+    """The answer of an audit: `print` shows it as a table, a notebook as a page, and `save` writes both.
+
+    rows: one a defence, see `raytrust.studies.frontier.row.Row`. drawn, originals: the pictures.
+    """
+
+    rows: list[Row]
+    drawn: list[Drawn]
+    originals: Array | None
+    context: FrontierContext
+
+    def __str__(self) -> str:
+        return "\n".join([frontier_table(self.rows), "", answer(self.rows), control_sentence(self.rows)])
+
+    def _repr_html_(self) -> str:
+        # In a frame of its own: the page's style sheet would else restyle the notebook.
+        text = page(self.rows, self.context).replace("&", "&amp;").replace('"', "&quot;")
+        return f'<iframe srcdoc="{text}" style="width:100%;height:48rem;border:1px solid #ddd"></iframe>'
+
+    def save(self, directory: str | os.PathLike[str]) -> list[Path]:
+        """Write report.html, results.json, audit.txt, audit.png and reconstructions.png; returns their paths."""
+        root = Path(directory)
+        root.mkdir(parents=True, exist_ok=True)
+        paths = {name: root / name for name in ("report.html", "results.json", "audit.txt", "audit.png")}
+        write_rows(paths["results.json"], self.rows)
+        write_file(paths["audit.txt"], f"{self}\n".encode())
+        write_file(paths["report.html"], page(self.rows, self.context).encode())
+        frontier_figure(self.rows, paths["audit.png"], title="What each defence leaks")
+        if self.originals is not None:
+            paths["reconstructions.png"] = root / "reconstructions.png"
+            reconstructions_figure(self.originals, self.drawn, paths["reconstructions.png"])
+        return list(paths.values())
+
+
+def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:
+    """Each once, the control first."""
+    listed: dict[str, Audited] = {"none": Audited(parse_defence("none"), name="none")}
+    for one in defences:
+        if isinstance(one, str):
+            defence = parse_defence(one)
+            name = defence.name
+            if isinstance(defence.compressor, DenseConfig):
+                continue
+            listed.setdefault(name, Audited(defence, name=name))
+        else:
+            name = getattr(one, "name", type(one).__name__)
+            listed[name] = Audited(parse_defence("none"), one, name)
+    return list(listed.values())
+
+
+def _portfolio(base: InversionConfig) -> tuple[InversionConfig, ...]:
+    return tuple(replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors"))
+
+
+def _by_channel(values: Sequence[float] | None, channels: int, name: str) -> torch.Tensor:
+    default = 0.0 if name == "mean" else 1.0
+    t = torch.full((channels,), default) if values is None else torch.as_tensor(values, dtype=torch.float32)
+    if t.shape != (channels,) or not bool(t.isfinite().all()) or (name == "std" and not bool((t > 0).all())):
+        wanted = f"{channels} numbers, one a channel" + ", above 0" * (name == "std")
+        raise ValueError(f"Expected {name}={values} of {wanted}.")
+    return t
+
+
+def _drawn(listed: Sequence[Audited]) -> list[Drawn]:
+    """As the sweep draws them: the best attack that ignores the compressor, and the strongest if that is another."""
+    drawn = []
+    for audited in listed:
+        best = strongest(audited)
+        naive = strongest(audited, "naive")
+        plain = audited.method is None and isinstance(audited.defence.compressor, DenseConfig)
+        for result in [r for r in (naive if naive is not best else None, best) if r is not None]:
+            objective = "" if plain else result.attack.objective
+            drawn.append(
+                Drawn(audited.name, result.reconstructions.numpy(), result.ssim, result.identified_ssim, objective)
+            )
+    return [d for d in drawn if d.images.shape[1] in (1, 3)]
+
+
+def _originals(listed: Sequence[Audited]) -> Array | None:
+    results = [r for a in listed for r in a.reported]
+    if not results or results[0].originals.shape[1] not in (1, 3):
+        return None
+    return results[0].originals.numpy()
+
+
+def _context(model: nn.Module, shape: Sequence[int], study: Audit, victim: Victim, seconds: float) -> FrontierContext:
+    parameters = sum(p.numel() for p in victim.network.parameters() if p.requires_grad)
+    size = "x".join(map(str, shape[2:]))
+    summary = f"{type(model).__name__}, {parameters:,} trained parameters; {shape[0]} images of {shape[1]}x{size}."
+    attacks = {f"attack {i}": a.name for i, a in enumerate([*study.attacks, *study.further], start=1)}
+    threat = {f.name: getattr(study.threat, f.name) for f in fields(study.threat)}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": sys.platform}
+    return FrontierContext(
+        title=f"What gradients of {type(model).__name__} tell of its images",
+        data_summary=summary,
+        settings={"Threat": threat, "Attacks": attacks, "Versions": versions},
+        timing=f"{seconds:.0f} s on {study.device}, {torch.get_num_threads()} threads.",
+    )

@@ -1,0 +1,1 @@
+"""The audit of somebody's own model, in memory."""

@@ -1,0 +1,312 @@
+"""A model as its owner trains it: its gradient of private images, and what of it would cross the wire.
+
+All that would make an attack on it meaningless is refused here in a line, before anything is attacked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from raytrust.compress import Compressor, build
+from raytrust.config import Defence, Threat
+from raytrust.leak import identity_view
+from raytrust.leak.history import holds_residual
+from raytrust.leak.observation import Capture, Observation, Truth
+from raytrust.metrics.images import WINDOW
+from raytrust.networks.build import copy_of
+from raytrust.networks.task import Sample, Targets, Task, row_of
+from raytrust.persample.matcher import GradientMatcher
+from raytrust.wire.channel import LocalChannel, Tap
+
+# Of two gradients of the same batch, relative: more than kernels that add in another order make of it, in float32.
+TWICE = 1e-3
+# 1 - cosine at the true image, in float32 and in less: rounding leaves 1e-6, a wrong loss 0.05 and more.
+AT_TRUTH, AT_TRUTH_HALF = 1e-3, 2e-2
+
+
+@dataclass(frozen=True)
+class Private:
+    """Images (n, channels, height, width) in [0, 1] and what belongs to each, (n, ...) tensors."""
+
+    images: Tensor
+    targets: Targets
+
+    def batch(self, index: int, size: int) -> Private:
+        rows = slice(index * size, (index + 1) * size)
+        return Private(self.images[rows], row_of(self.targets, rows))
+
+
+def private(images: Any, labels: Any, inputs: Mapping[str, Any] | None, task: Task) -> Private:
+    """Checked: ValueError for images that are no images in [0, 1], and for labels or inputs of another number."""
+    target = labels if isinstance(labels, tuple | list | dict) and not _is_numbers(labels) else _tensor(labels)
+    # numpy's default integers and torch's class indices are both int64; others are taken for them.
+    if isinstance(target, Tensor) and task.loss is None:
+        if target.is_floating_point() or target.ndim != 1:
+            raise ValueError(
+                f"Expected labels of shape (n,) and integers, got {tuple(target.shape)} of {target.dtype}; give loss= "
+                "for anything but classes."
+            )
+        target = target.long()
+    x = images_of(images)
+    others = {name: _tensor(value) for name, value in (inputs or {}).items()}
+    named = {"labels": target, **others}
+    for name, value in named.items():
+        if isinstance(value, Tensor) and value.shape[:1] != x.shape[:1]:
+            raise ValueError(f"Expected {name} for {len(x)} images, got shape {tuple(value.shape)}.")
+    return Private(x, target if isinstance(target, Tensor) and not others else Sample(target, others))
+
+
+def images_of(images: Any) -> Tensor:
+    """(n, channels, height, width) in [0, 1], from a tensor or an array, of floats or of bytes.
+
+    Raises ValueError for anything else.
+    """
+    x = _tensor(images)
+    if x.ndim != 4 or 0 in x.shape or min(x.shape[2:]) < WINDOW:
+        raise ValueError(
+            f"Expected images of shape (n, channels, height, width), of {WINDOW} pixels or more a side, got "
+            f"{tuple(x.shape)}."
+        )
+    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    low, high = float(x.min()), float(x.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"Expected images in [0, 1], got [{low:.3g}, {high:.3g}]; where the model takes normalised ones, give mean "
+            "and std instead of normalising them."
+        )
+    return x
+
+
+def _is_numbers(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
+
+
+def _tensor(value: Any) -> Tensor:
+    try:
+        return value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Expected a tensor or an array of numbers, got {type(value).__name__}: {error}") from None
+
+
+class Victim:
+    """A private copy of the model on the CPU, and the gradient that its owner would compute.
+
+    Modules stay in the modes in which they are; dropout is switched off unless `dropout` says otherwise. mean, std:
+    (channels,), with which images are normalised for the model.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, mean: Tensor, std: Tensor, dropout: bool = False):
+        self.network, self.task, self.mean, self.std = copy_of(model).cpu(), task, mean, std
+        self.drops = dropout and any(isinstance(m, _DropoutNd) and m.training for m in self.network.modules())
+        if not dropout:
+            for module in self.network.modules():
+                # The mask is nothing that an attacker could know: without it he is as strong as he can be.
+                if isinstance(module, _DropoutNd):
+                    module.eval()
+        if not any(p.requires_grad for p in self.network.parameters()):
+            raise ValueError("Expected a model with parameters that are trained, got none that requires a gradient.")
+        self.dtype = next(p.dtype for p in self.network.parameters() if p.is_floating_point())
+
+    @property
+    def trains_norms(self) -> bool:
+        return any(isinstance(m, _BatchNorm) and m.training for m in self.network.modules())
+
+    def seen(self, images: Tensor) -> Tensor:
+        """Images as the model sees them."""
+        return (images - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+
+    def gradient(self, network: nn.Module, x: Tensor, targets: Targets) -> tuple[Tensor, list[Tensor]]:
+        """The loss of a batch x, as the model sees it, and the gradients of the trained parameters, float32.
+
+        Buffers are left as they were. Raises ValueError as `Task.batch_loss`.
+        """
+        before = [b.clone() for b in network.buffers()]
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        try:
+            loss = self.task.batch_loss(network, x.to(self.dtype), targets)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        # A model and a loss raise whatever they like for what they can't take.
+        except Exception as error:
+            taken = f"Expected the model and its loss to take images {tuple(x.shape)} and their labels"
+            raise ValueError(f"{taken}, but {_first_line(error)}") from error
+        with torch.no_grad():
+            for buffer, kept in zip(network.buffers(), before, strict=True):
+                buffer.copy_(kept)
+        return loss.detach(), [
+            torch.zeros_like(p, dtype=torch.float32) if g is None else g.float()
+            for g, p in zip(grads, parameters, strict=True)
+        ]
+
+    def check(self, data: Private) -> int:
+        """How many classes there are, 0 where the loss is the owner's. Raises ValueError for a model that can't be
+        audited: a gradient of zero or not finite, that differs from one time to the next, or that the attacker, who has
+        the model and its loss, would not get from the true images."""
+        x, targets = self.seen(data.images), data.targets
+        classes = self._classes(x, targets)
+        _, first = self.gradient(self.network, x, targets)
+        if not all(bool(g.isfinite().all()) for g in first):
+            raise ValueError("Expected a finite gradient of these images, got NaN or infinity in it.")
+        size = torch.stack([g.norm() for g in first]).norm()
+        if size == 0:
+            raise ValueError("Expected a gradient of these images, got zero: no parameter has a part in the loss.")
+        if self.drops:
+            return classes
+        _, again = self.gradient(self.network, x, targets)
+        apart = float(torch.stack([(a - b).norm() for a, b in zip(first, again, strict=True)]).norm() / size)
+        if apart > TWICE:
+            raise ValueError(
+                f"Expected a model that answers twice alike, got gradients of the same images that differ by "
+                f"{apart:.1%}: something in it, or in its loss, draws random numbers."
+            )
+        distance, _ = GradientMatcher(self.network, task=self.task)(
+            x[None], row_of(targets, None), lambda grads: identity_view(first).distance(self._sent(grads))
+        )
+        limit = AT_TRUTH if self.dtype.itemsize >= 4 else AT_TRUTH_HALF
+        if not float(distance) <= limit:
+            raise ValueError(
+                "Expected the gradient that an attacker computes from the true images to be the one that is sent, got "
+                f"a distance of {float(distance):.2g}."
+            )
+        return classes
+
+    def _sent(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        return [g for g, p in zip(grads, self.network.parameters(), strict=True) if p.requires_grad]
+
+    @torch.no_grad()
+    def _classes(self, x: Tensor, targets: Targets) -> int:
+        if self.task.loss is not None:
+            return 0
+        network = copy_of(self.network)
+        try:
+            output = self.task.output(network, x.to(self.dtype), targets)
+        except Exception as error:
+            raise ValueError(f"Expected the model to take images {tuple(x.shape)}, but {_first_line(error)}") from error
+        labels = targets.target if isinstance(targets, Sample) else targets
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"Expected logits (n, classes) from the model, got {got}; give loss= for other outputs.")
+        if not bool(((labels >= 0) & (labels < output.shape[1])).all()):
+            ends = f"[{labels.min()}, {labels.max()}]"
+            raise ValueError(f"Expected labels in [0, {output.shape[1]}), the classes of the model, got {ends}.")
+        return output.shape[1]
+
+    def captures(
+        self, network: nn.Module, compressor: Compressor, defence: Defence, own: bool, threat: Threat, data: Private,
+        classes: int, state: State, step: int,
+    ) -> list[Capture]:  # fmt: skip
+        """What each private batch would have sent at this step of the network's training, with this compressor.
+
+        own: whether the compressor is not what `defence` says. state: of the network, shared by all its captures.
+        """
+        captured = []
+        for index in range(len(data.images) // threat.batch_size):
+            batch = data.batch(index, threat.batch_size)
+            labels = batch.targets if self.task.loss is None and isinstance(batch.targets, Tensor) else None
+            _, gradient = self.gradient(network, self.seen(batch.images), batch.targets)
+            tap = Tap(LocalChannel(), keep=True)
+            # A copy, or error feedback would carry what a private batch left into the next.
+            copy.deepcopy(compressor).reduce(gradient, tap)
+            seen = Observation(
+                step=step,
+                weights=state.weights,
+                buffers=state.others,
+                messages=tuple(tap.messages),
+                compressor_state=compressor.public_state(),
+                defence=defence,
+                model=None,
+                threat=threat,
+                labels=labels if threat.labels == "known" else None,
+                image_shape=(batch.images.shape[1], batch.images.shape[2], batch.images.shape[3]),
+                classes=classes,
+                mean=self.mean,
+                std=self.std,
+                victim=0,
+                world_size=1,
+                residual=holds_residual(compressor) and step > 0,
+                network=self.network,
+                task=self.task,
+                targets=batch.targets if labels is None else None,
+                method=compressor if own else None,
+            )
+            captured.append(Capture(index, seen, Truth(batch.images, torch.empty(0) if labels is None else labels)))
+        return captured
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a network, by name. weights: what is trained, so what gradients are sent of. others: frozen, and buffers."""
+
+    weights: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, network: nn.Module) -> State:
+        named = {name: p.detach().clone() for name, p in network.named_parameters()}
+        trained = {name for name, p in network.named_parameters() if p.requires_grad}
+        buffers = {name: b.detach().clone() for name, b in network.named_buffers()}
+        frozen = {name: value for name, value in named.items() if name not in trained}
+        return cls({name: value for name, value in named.items() if name in trained}, {**frozen, **buffers})
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """The owner's own training, for captures at later steps than the first.
+
+    loader: batches (x, labels) or (x, labels, inputs by name) as the model sees them; it begins anew when it ends.
+    steps: before which of them is captured, in increasing order. optimiser: makes one of the parameters.
+    """
+
+    loader: Iterable[Any]
+    steps: tuple[int, ...]
+    optimiser: Any
+
+    def networks(self, victim: Victim, compressor: Compressor) -> Iterator[tuple[int, nn.Module]]:
+        """The network before each of the steps, trained with the compressor, which keeps what it remembers."""
+        network = copy_of(victim.network)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        optimiser = self.optimiser(parameters)
+        batches = self._batches()
+        for step in range(self.steps[-1] + 1):
+            if step in self.steps:
+                yield step, network
+            if step == self.steps[-1]:
+                return
+            x, labels, *inputs = next(batches)
+            targets = Sample(labels, inputs[0]) if inputs else labels
+            loss = victim.task.batch_loss(network, x.to(victim.dtype), targets)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
+            if not all(bool(t.isfinite().all()) for t in (loss, *whole)):
+                raise FloatingPointError(f"The training loss or gradient is not finite at step {step}.")
+            reduced = compressor.reduce([g.float() for g in whole], LocalChannel())
+            for p, mean in zip(parameters, reduced.mean, strict=True):
+                p.grad = mean.to(p.dtype)
+            optimiser.step()
+
+    def _batches(self) -> Iterator[Any]:
+        while True:
+            count = 0
+            for count, batch in enumerate(self.loader, start=1):  # noqa: B007
+                yield batch
+            # A generator is over after one pass, and would be asked for ever.
+            if not count:
+                raise ValueError(
+                    f"Expected a loader with batches up to step {self.steps[-1]}, but it has come to its end."
+                )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+
+
+def compressor_of(defence: Defence, state: State, seed: int) -> Compressor:
+    return build(defence, [w.shape for w in state.weights.values()], seed, list(state.weights))

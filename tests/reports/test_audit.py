@@ -1,0 +1,214 @@
+"""`raytrust.audit`: any module in memory, any loss, and what can't be audited in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import raytrust
+from raytrust.config import InversionConfig
+from raytrust.metrics.verdict import LEAKS, UNDECIDED
+from raytrust.studies.frontier.row import load_rows
+
+QUICK = InversionConfig(iterations=60, step_size=2.0)
+N = 24
+
+
+def smooth(n: int = N, channels: int = 1, size: int = 12, seed: int = 0) -> Tensor:
+    """Blobs that differ from each other, (n, channels, size, size) in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand((n, channels, 4, 4), generator=generator)
+    return F.interpolate(coarse, size, mode="bilinear").clamp(0, 1)
+
+
+def labels(n: int = N, classes: int = 4) -> Tensor:
+    return torch.arange(n) % classes
+
+
+def convnet(channels: int = 1, outputs: int = 4, seed: int = 0, last: nn.Module | None = None) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(channels, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 36, outputs), *([] if last is None else [last]))
+
+
+def audited(model: nn.Module, y: Any = None, **options: Any) -> raytrust.AuditResult:
+    settings = {"defences": ["powersgd:1"], "attack": QUICK, "evaluation": 4, "tuning": 1, "progress": False}
+    return raytrust.audit(model, smooth(), labels() if y is None else y, **{**settings, **options})
+
+
+def plain(result: raytrust.AuditResult) -> dict[str, Any]:
+    return dict(next(row for row in result.rows if row["name"] == "none"))
+
+
+def test_it_says_what_leaks_and_writes_it(tmp_path: Path) -> None:
+    model, said = convnet(), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = raytrust.audit(
+        model, smooth(), labels(), ["none", "powersgd:1"], attack=QUICK, evaluation=6, tuning=1, progress=said.append
+    )
+    assert [row["name"] for row in result.rows] == ["none", "PowerSGD rank 1"]
+    assert plain(result)["verdict"] == LEAKS
+    assert plain(result)["n_images"] == 6
+    # 4 bytes for each of the parameters, as the wire had them.
+    assert plain(result)["bytes_per_step"] == 4 * sum(p.numel() for p in model.parameters())
+    assert result.rows[1]["bytes_per_step"] < plain(result)["bytes_per_step"] / 3
+    text = str(result)
+    assert "PowerSGD rank 1" in text
+    assert "accuracy" not in text.lower()
+    assert "Control: the attack works" in text
+    assert {path.name for path in result.save(tmp_path)} == {
+        "report.html", "results.json", "audit.txt", "audit.png", "reconstructions.png"
+    }  # fmt: skip
+    assert load_rows(tmp_path / "results.json") == json.loads(json.dumps(result.rows))
+    page = (tmp_path / "report.html").read_text()
+    assert "Sequential" in page
+    assert "accuracy %" not in page
+    assert result._repr_html_().startswith("<iframe srcdoc=")
+    assert len(said) == 4  # two defences, tuned and evaluated
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_control_is_audited_unasked() -> None:
+    assert audited(convnet(), defences=["signsgd"]).rows[0]["name"] == "none"
+
+
+def test_without_a_working_attack_nothing_looks_private() -> None:
+    rows = audited(convnet(), attack=InversionConfig(iterations=1), evaluation=6).rows
+    assert {row["verdict"] for row in rows} <= {UNDECIDED, LEAKS}
+    assert not any(row["control"] for row in rows)
+
+
+class Two(nn.Module):
+    """Takes an image and a number, and gives a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = convnet(outputs=6), nn.Linear(7, 4)
+
+    def forward(self, age: Tensor, picture: Tensor) -> dict[str, Tensor]:
+        features = self.body(picture)
+        return {"logits": self.head(torch.cat([features, age[:, None]], 1)), "features": features}
+
+
+def per_pixel(outputs: Tensor, masks: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, masks)
+
+
+def frozen() -> nn.Module:
+    model = convnet()
+    model[0].requires_grad_(False)
+    return model
+
+
+TASKS: dict[str, tuple[nn.Module, Any, dict[str, Any]]] = {
+    "binary cross-entropy": (
+        convnet(outputs=1), torch.rand(N, 1, generator=torch.Generator().manual_seed(1)).round(),
+        {"loss": F.binary_cross_entropy_with_logits},
+    ),
+    "label smoothing": (convnet(), labels(), {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}),
+    "regression": (convnet(outputs=2), torch.linspace(-1, 1, 2 * N).view(N, 2), {"loss": F.mse_loss}),
+    "segmentation": (
+        nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 3, 3, padding=1)),
+        (smooth()[:, 0] * 2.99).long(), {"loss": per_pixel},
+    ),
+    "two inputs and a dict": (
+        Two(), labels(),
+        {"loss": lambda out, y: F.cross_entropy(out["logits"], y), "argument": "picture",
+         "inputs": {"age": torch.linspace(0, 1, N)}},
+    ),
+    "frozen first layer": (frozen(), labels(), {}),
+    "dropout": (nn.Sequential(convnet(outputs=16), nn.Dropout(0.5), nn.Linear(16, 4)), labels(), {}),
+    "batches of two": (convnet(), labels(), {"batch_size": 2, "evaluation": 3}),
+    "labels withheld": (convnet(), labels(), {"labels_known": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_attack_works_on_whatever_is_trained(task: str) -> None:
+    """The uncompressed gradient gives the image away, which it only does to an attacker with the victim's own loss."""
+    model, target, options = TASKS[task]
+    row = plain(audited(model, target, **options))
+    assert row["status"] == "finished", row["reason"]
+    assert row["excess"] > 0.05
+    assert row["verdict"] == LEAKS
+
+
+def test_captures_of_a_training_of_ones_own() -> None:
+    x, y = smooth(), labels()
+    loader = [(x[i : i + 4], y[i : i + 4]) for i in range(0, N, 4)]
+    training = raytrust.Training(loader, steps=(0, 8), optimiser=lambda p: torch.optim.SGD(p, 0.1))
+    result = audited(convnet(), defences=["topk:0.1:ef"], training=training)
+    assert all(row["status"] == "finished" for row in result.rows)
+    # The portfolio met both steps.
+    assert plain(result)["attacks_tried"] == 2 * 2
+    ended = raytrust.Training(iter(loader[:1]), steps=(0, 8), optimiser=training.optimiser)
+    with pytest.raises(ValueError, match="Expected a loader with batches up to step 8, but it is at its end"):
+        audited(convnet(), training=ended)
+    diverging = raytrust.Training(loader, steps=(0, 8), optimiser=lambda p: torch.optim.SGD(p, 1e30))
+    result = audited(convnet(), training=diverging)
+    assert [row["status"] for row in result.rows] == ["failed", "failed"]
+    assert "not finite at step" in str(plain(result)["reason"])
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x + 0.1 * torch.randn_like(x))
+
+
+class Dead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * self.body(x)
+
+
+REFUSED: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
+    "no gradient": (Dead(), {"loss": lambda out, y: out.sum()}, "Expected a gradient of these images, got zero"),
+    "two answers": (Noisy(), {}, "Expected a model that answers twice alike"),
+    "float labels": (convnet(), {"y": torch.rand(N)}, "Expected labels of shape \\(n,\\) and integers"),
+    "labels of other classes": (convnet(), {"y": labels(classes=9)}, "Expected labels in \\[0, 4\\), the classes"),
+    "too few labels": (convnet(), {"y": labels(5)}, "Expected labels for 24 images"),
+    "no logits": (nn.Sequential(nn.Conv2d(1, 2, 3)), {}, "Expected logits \\(n, classes\\) from the model, got shape"),
+    "other channels": (convnet(channels=3), {}, "Expected the model .*take images \\(1, 1, 12, 12\\)"),
+    "a loss for each": (convnet(), {"loss": lambda out, y: out.sum(1)}, "Expected the loss to be one number"),
+    "frozen throughout": (convnet().requires_grad_(False), {}, "Expected a model with parameters that are trained"),
+    "too many": (convnet(), {"evaluation": 30}, "Expected at least 31 images for evaluation=30"),
+    "no defence": (convnet(), {"defences": ["powersgd:0"]}, "Expected rank=0"),
+    "withheld": (convnet(), {"loss": F.cross_entropy, "labels_known": False}, "Expected labels_known=True"),
+    "mean": (convnet(), {"mean": [0.5, 0.5]}, "Expected mean=\\[0.5, 0.5\\] of 1 numbers, one a channel"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_audited_is_refused_in_a_line(what: str) -> None:
+    model, options, message = REFUSED[what]
+    with pytest.raises(ValueError, match=message) as error:
+        audited(model, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("images", [smooth() * 2, smooth() - 1, smooth()[0], torch.full((24, 1, 12, 12), torch.nan)])
+def test_images_out_of_range_are_refused(images: Tensor) -> None:
+    with pytest.raises(ValueError, match="Expected images") as error:
+        raytrust.audit(convnet(), images, labels(), progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_it_takes_arrays_and_bytes() -> None:
+    x = (255 * smooth()).round().to(torch.uint8).numpy()
+    result = raytrust.audit(
+        convnet(), x, labels().numpy().astype("int32"), ["none"], attack=QUICK, evaluation=3, tuning=1, progress=False
+    )
+    assert plain(result)["verdict"] == LEAKS
