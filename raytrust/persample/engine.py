@@ -10,6 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
+from raytrust.networks.task import CROSS_ENTROPY, Task
 from raytrust.persample.fast import FastPath, without_rule
 from raytrust.persample.ghost import GhostGradient
 from raytrust.persample.memory import is_out_of_memory
@@ -31,7 +32,8 @@ class PerSampleGradients:
     # Whether derivatives of the gradients are asked for, too, which the first call then checks.
     _twice = False
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, task: Task = CROSS_ENTROPY):
+        self.task = task
         self._precision = reduce(torch.promote_types, (p.dtype for p in model.parameters()), torch.float32)
         self._dtype, self._shapes = dtype or self._precision, [p.shape for p in model.parameters()]
         self._path: FastPath | PlainPath = PlainPath(model, self._precision)
