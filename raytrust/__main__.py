@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _of_audit(words: list[str]) -> list[str]:
-    """The options of a sweep that trains nothing: `raytrust audit NETWORK [options]`; without Ray, unless it searches."""
+    """The options of a sweep that trains nothing: `raytrust audit NETWORK ...`; without Ray, unless it searches."""
     if words and not words[0].startswith("-"):
         words = ["--network", *words]
     given = cli.given(words)
