@@ -6,7 +6,7 @@ distance (binary cross-entropy taken for cross-entropy leaves the truth at a dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
     """
 
     target: Any
-    inputs: Mapping[str, Tensor]
+    inputs: dict[str, Tensor]
 
 
 # Labels, (..., batch), or probabilities of classes, (..., batch, classes), or all that a network and its loss take.
@@ -47,29 +47,39 @@ class Task:
 
     def output(self, network: Callable[..., Any], images: Tensor, targets: Targets) -> Any:
         """What the network makes of a batch, images (batch, channels, height, width)."""
-        inputs = dict(targets.inputs) if isinstance(targets, Sample) else {}
+        inputs = targets.inputs if isinstance(targets, Sample) else {}
         if self.argument is None:
             return network(images, **inputs)
         return network(**{self.argument: images}, **inputs)
 
-    def batch_loss(self, network: Callable[..., Any], images: Tensor, targets: Targets) -> Tensor:
-        """The loss of one batch, () in float32 at least."""
-        output = pytree.tree_map(_precise, self.output(network, images, targets))
-        target = targets.target if isinstance(targets, Sample) else targets
-        return F.cross_entropy(output, target) if self.loss is None else self._checked(self.loss(output, target))
+    def batch_loss(
+        self, network: Callable[..., Any], images: Tensor, targets: Targets, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The loss of one batch, () in float32 at least.
 
-    def losses(self, output: Any, targets: Targets) -> Tensor:
-        """Those of n batches whose outputs lie one after the other, (n,); targets: (n, batch, ...) each."""
-        output = pytree.tree_map(_precise, output)
-        target = targets.target if isinstance(targets, Sample) else targets
+        dtype: in which an own loss gets the output, by default what it comes in, but at least float32.
+        """
+        output = self.output(network, images, targets)
         if self.loss is None:
-            each = F.cross_entropy(output, target.flatten(0, 1), reduction="none")
-            return each.unflatten(0, target.shape[:2]).mean(1)
+            return F.cross_entropy(_precise(output), _target(targets))
+        return self._checked(self.loss(_precise(output, dtype), _target(targets)))
+
+    def losses(self, output: Any, targets: Targets, shape: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
+        """Those of n batches whose outputs lie one after the other, (n,).
+
+        targets: (n, batch, ...) each. shape: (n, batch). dtype: as in `batch_loss`.
+        """
+        target = _target(targets)
+        if self.loss is None:
+            return F.cross_entropy(_precise(output), target.flatten(0, 1), reduction="none").unflatten(0, shape).mean(1)
+        n, size = shape
+        output = _precise(output, dtype)
+        for tensor in tensors_of(output):
+            if tensor.ndim == 0 or len(tensor) != n * size:
+                raise ValueError(f"Expected the output's tensors to begin with the batch, got {tuple(tensor.shape)}.")
         # One by one: what a loss does with the dimension of the batch only it knows. The passes through the network,
         # which cost the time, stay common to all.
-        first = next(t for t in pytree.tree_leaves(target) if isinstance(t, Tensor))
-        n, size = first.shape[:2]
-        parts = [self.loss(_part(output, i * size, size), row_of(target, i)) for i in range(n)]
+        parts = (self.loss(row_of(output, slice(i * size, (i + 1) * size)), row_of(target, i)) for i in range(n))
         return torch.stack([self._checked(part) for part in parts])
 
     def _checked(self, loss: Tensor) -> Tensor:
@@ -82,9 +92,14 @@ class Task:
 CROSS_ENTROPY = Task()
 
 
-def row_of(targets: Targets, i: int | slice | Tensor | None) -> Targets:
+def row_of(targets: Any, i: Any) -> Any:
     """Those of one batch of several, or of some."""
     return pytree.tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, targets)
+
+
+def flat(targets: Any) -> Any:
+    """Of several batches, (n, batch, ...) each, those of all their images, (n * batch, ...)."""
+    return pytree.tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, targets)
 
 
 def moved(targets: Targets, device: str | torch.device) -> Targets:
@@ -96,11 +111,25 @@ def stacked(targets: Sequence[Targets]) -> Targets:
     return pytree.tree_map(lambda *ts: torch.stack(ts) if isinstance(ts[0], Tensor) else ts[0], *targets)
 
 
-def _part(output: Any, start: int, size: int) -> Any:
-    return pytree.tree_map(lambda t: t[start : start + size] if isinstance(t, Tensor) else t, output)
+def tensors_of(targets: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(targets) if isinstance(t, Tensor)]
 
 
-def _precise(t: Any) -> Any:
+def in_dtype(tensors: Any, dtype: torch.dtype) -> Any:
+    """The same with those of floating point in this dtype."""
+    return pytree.tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tensors)
+
+
+def _target(targets: Targets) -> Any:
+    return targets.target if isinstance(targets, Sample) else targets
+
+
+def _precise(output: Any, dtype: torch.dtype | None = None) -> Any:
+    if dtype is not None:
+        return in_dtype(output, dtype)
     # Losses of bfloat16 outputs would be rounded to three digits, and their slopes with them.
-    low = isinstance(t, Tensor) and t.is_floating_point() and t.dtype.itemsize < 4
-    return t.float() if low else t
+    return pytree.tree_map(lambda t: t.float() if isinstance(t, Tensor) and _is_low(t) else t, output)
+
+
+def _is_low(t: Tensor) -> bool:
+    return t.is_floating_point() and t.dtype.itemsize < 4

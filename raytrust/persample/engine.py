@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import reduce
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from raytrust.networks.task import CROSS_ENTROPY, Task
+from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, row_of
 from raytrust.persample.fast import FastPath, without_rule
 from raytrust.persample.ghost import GhostGradient
 from raytrust.persample.memory import is_out_of_memory
-from raytrust.persample.plain import PlainPath
+from raytrust.persample.plain import PlainPath, precision_of
 
 
 class PerSampleGradients:
-    """The gradients of the mean cross-entropy over each of many candidate batches.
+    """The gradients of the loss of each of many candidate batches.
 
     Fast where a rule is known for each layer with parameters (`register_rule`) and the first call agrees with plain
     autograd; any other model takes the slow path, one candidate after another, with one warning. Both agree to
@@ -26,31 +25,32 @@ class PerSampleGradients:
     candidate batch by itself; of a frozen parameter the gradient is zero.
 
     dtype: in which the passes run, by default the model's own, but at least float32. bfloat16 is for CPUs with AMX or
-    AVX512-BF16 and for GPUs; not for the slow path, which ignores it.
+    AVX512-BF16 and for GPUs; not for the slow path, which ignores it. task: how the model takes images, and its
+    loss; by default mean cross-entropy. The modes of its modules are taken as they are.
     """
 
     # Whether derivatives of the gradients are asked for, too, which the first call then checks.
     _twice = False
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, task: Task = CROSS_ENTROPY):
-        self.task = task
-        self._precision = reduce(torch.promote_types, (p.dtype for p in model.parameters()), torch.float32)
+        self.task, self._precision = task, precision_of(model)
         self._dtype, self._shapes = dtype or self._precision, [p.shape for p in model.parameters()]
-        self._path: FastPath | PlainPath = PlainPath(model, self._precision)
+        self._path: FastPath | PlainPath = PlainPath(model, self._precision, task)
         missing = without_rule(model)
         if missing:
             warnings.warn(f"Slow path: no rule for {', '.join(missing)}.", stacklevel=2)
         self.fast = not missing
 
-    def dense(self, x: Tensor, labels: Tensor) -> list[Tensor]:
+    def dense(self, x: Tensor, labels: Targets) -> list[Tensor]:
         """The gradients themselves, one tensor a parameter, (n, *shape).
 
-        x: (n, batch, channels, height, width), as the model sees images. labels: (n, batch).
+        x: (n, batch, channels, height, width), as the model sees images. labels: (n, batch), or what else
+        the task takes, (n, batch, ...) each.
         """
         return self._formed(self._checked(x, labels).gradients(x, labels)[1], x)
 
     def products_and_norms(
-        self, x: Tensor, labels: Tensor, direction: Sequence[Tensor]
+        self, x: Tensor, labels: Targets, direction: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Each candidate's loss (nats), inner product of its gradient with `direction`, and squared gradient norm.
 
@@ -58,8 +58,10 @@ class PerSampleGradients:
         more than one layer's gradients are held, if they are formed at all.
         """
         path, parts = self._checked(x, labels), []
-        for images, targets in zip(*(t.split(len(x) if self.fast else 1) for t in (x, labels)), strict=True):
-            losses, gradients = path.gradients(images, targets)
+        size = max(1, len(x) if self.fast else 1)
+        for start in range(0, max(1, len(x)), size):
+            images = x[start : start + size]
+            losses, gradients = path.gradients(images, row_of(labels, slice(start, start + size)))
             inner, squared = torch.zeros_like(losses), torch.zeros_like(losses)
             for i, gradient in gradients:
                 rows = gradient.reshape(len(images), -1)
@@ -76,7 +78,7 @@ class PerSampleGradients:
             formed[i] = (gradient.dense() if isinstance(gradient, GhostGradient) else gradient).detach()
         return formed
 
-    def _checked(self, x: Tensor, labels: Tensor) -> FastPath | PlainPath:
+    def _checked(self, x: Tensor, labels: Targets) -> FastPath | PlainPath:
         """The path to take; the first call chooses it."""
         if self.fast and isinstance(self._path, PlainPath):
             path = self._choice(self._path.model, x, labels)
@@ -87,13 +89,15 @@ class PerSampleGradients:
                 self.fast = False
         return self._path
 
-    def _choice(self, model: nn.Module, x: Tensor, labels: Tensor) -> FastPath | str:
+    def _choice(self, model: nn.Module, x: Tensor, labels: Targets) -> FastPath | str:
         """The fast path, or why it is not to be trusted with this model.
 
         What can't be seen of a layer shows here: a weight that is used outside its layer, a module that mixes
         candidates, a rule that is wrong.
         """
-        problem, labels = "", labels.detach()[[0, -1]]
+        problem = ""
+        with torch.no_grad():
+            labels = row_of(labels, [0, -1])
         generator = torch.Generator().manual_seed(0)
         # Two candidates, as one alone mixes with nobody; noise, as the caller's images may be zero or not finite.
         noise = torch.randn(2, *x.shape[1:], generator=generator).to(x.device)
@@ -101,7 +105,7 @@ class PerSampleGradients:
         # A model may ask for planes, by `view`. And rounding may turn a ReLU: only double precision convicts.
         for rows, dtype in product((True, False), dict.fromkeys((self._precision, torch.float64))):
             try:
-                fast, plain = FastPath(model, dtype, rows), PlainPath(model, dtype)
+                fast, plain = FastPath(model, dtype, self.task, rows), PlainPath(model, dtype, self.task)
                 error = _error(*(self._probe(path, noise.to(dtype), labels, direction) for path in (fast, plain)))
             # In whatever way a model makes the fast path fail, the slow one is the definition.
             except Exception as failure:
@@ -111,12 +115,12 @@ class PerSampleGradients:
                 continue
             # 2 % in single precision, 0.01 % in double: more than rounding makes of smooth layers.
             if error <= torch.finfo(dtype).eps ** 0.25:
-                return fast if dtype == self._dtype else FastPath(model, self._dtype, rows)
+                return fast if dtype == self._dtype else FastPath(model, self._dtype, self.task, rows)
             problem = f"the fast one's gradients are off by {error:.1%}"
         return problem
 
     def _probe(
-        self, path: FastPath | PlainPath, x: Tensor, labels: Tensor, direction: Sequence[Tensor]
+        self, path: FastPath | PlainPath, x: Tensor, labels: Targets, direction: Sequence[Tensor]
     ) -> list[list[Tensor]]:
         """The gradients, and the derivative of their inner products with a direction by the images if it is needed."""
         if not self._twice:

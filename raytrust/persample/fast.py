@@ -7,14 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.persample.plain import Distance, are_trained, derivatives
+from raytrust.networks.task import Targets, Task, flat, in_dtype
+from raytrust.persample.plain import Distance, are_trained, derivatives, precision_of, with_inputs_in
 from raytrust.persample.rules import NORMS, RULES, Rule, rule_of
 
 
@@ -28,10 +27,42 @@ class Call:
     signals: Tensor | None = None  # like the output
 
 
+class Tape:
+    """The calls of a pass over the images of `candidates`."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.starts: list[Tensor] = []
+        self.candidates = self.images = 0
+
+    def begin(self, candidates: int, images: int) -> None:
+        self.calls, self.starts, self.candidates, self.images = [], [], candidates, images
+
+    def recorded(self, layer: Recorded, inputs: Tensor, output: Tensor) -> Tensor:
+        """The output of a call, which from now on has a part in the pass."""
+        if not output.requires_grad:
+            # No image had a part in it so far. To each it is a number that the loss depends on, a row an image.
+            inputs, output = (t if len(t) == self.images else _rows(t, self.images) for t in (inputs, output))
+            output = output.detach().requires_grad_()
+            self.starts.append(output)
+        call = Call(layer, inputs, inputs._version)
+        self.calls.append(call)
+        # A hook on the tensor sees the derivative at this point, also where a ReLU then overwrites the output; one on
+        # the module would see it after that.
+        output.register_hook(partial(setattr, call, "signals"))
+        # Of a leaf, which could not be overwritten.
+        return output.view_as(output) if output.is_leaf else output
+
+
+def _rows(t: Tensor, images: int) -> Tensor:
+    """One row an image of what all share: its first dimension is the images' if that is 1."""
+    return t.expand(images, *t.shape[1:]) if len(t) == 1 else t.expand(images, *t.shape)
+
+
 class Recorded(nn.Module):
     """Mixed into the type of a layer: its calls are recorded."""
 
-    _tape: SimpleNamespace  # of the whole model: the calls of a pass, and how many candidates it is for
+    _tape: Tape  # of the whole model
     _rule: Rule
     _places: dict[str, int]  # of its trained parameters in the model, by name
 
@@ -40,15 +71,8 @@ class Recorded(nn.Module):
             inputs, output = input, super().forward(input, *rest, **named)
         else:
             inputs, output = self._rule.forward(self, input, self._tape.candidates)
-        if self._places:
-            if not output.requires_grad:
-                raise ValueError(f"Expected what comes out of {self} to depend on the images.")
-            call = Call(self, inputs, inputs._version)
-            self._tape.calls.append(call)
-            # A hook on the tensor sees the derivative at this point, also where a ReLU then overwrites the output; one
-            # on the module would see it after that.
-            output.register_hook(partial(setattr, call, "signals"))
-        return output
+        # Under no_grad, nothing is learnt from what comes out.
+        return self._tape.recorded(self, inputs, output) if self._places and torch.is_grad_enabled() else output
 
 
 @cache
@@ -70,8 +94,9 @@ class FastPath:
     may be laid out as rows of channels, where that is faster.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, rows: bool):
-        self._model, self._tape = copy.deepcopy(model).requires_grad_(False), SimpleNamespace()
+    def __init__(self, model: nn.Module, dtype: torch.dtype, task: Task, rows: bool):
+        self._task, self._precision = task, precision_of(model)
+        self._model, self._tape = copy.deepcopy(model).requires_grad_(False), Tape()
         self._dtype, self._accumulator = dtype, torch.promote_types(dtype, torch.float32)
         self._shapes = [p.shape for p in model.parameters()]
         trained = enumerate(zip(self._model.parameters(), are_trained(model), strict=True))
@@ -91,7 +116,7 @@ class FastPath:
         self._format = torch.channels_last if rows else torch.contiguous_format
         self._model.to(memory_format=self._format)
 
-    def gradients(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
+    def gradients(self, x: Tensor, labels: Targets) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
         """The losses (n,), and the gradients (n, *shape) by their parameter's place in the model, if they are not
         zeros."""
         losses, calls = self._record(x.detach().requires_grad_(), labels, create_graph=False)
@@ -99,36 +124,39 @@ class FastPath:
         return losses, self._by_place(calls, ends, len(x))
 
     def match(
-        self, x: Tensor, labels: Tensor, distance: Distance, leaves: Sequence[Tensor]
+        self, x: Tensor, labels: Targets, distance: Distance, leaves: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The distances (n,), and the derivatives of their sum by the leaves that x and labels come from."""
         _, calls = self._record(x, labels, create_graph=True)
         # Cut at each layer's inputs and signals: the distance's derivative by these is had layer by layer, without a
         # graph through gradients; then both passes, transposed, bring it to the leaves.
         ends = [t for call in calls for t in (call.inputs, call.signals) if t is not None]
-        cut = [t.detach().requires_grad_() for t in ends]
+        cut = [t.detach().requires_grad_(t.requires_grad) for t in ends]
         zero = x.new_zeros((), dtype=self._accumulator)
         gradients = [zero.expand(len(x), *shape) for shape in self._shapes]
         for i, gradient in self._by_place(calls, cut, len(x)):
             gradients[i] = gradient
         values = distance(gradients)
-        slopes = torch.autograd.grad(values.sum(), cut, allow_unused=True)
-        reached = [(end, slope) for end, slope in zip(ends, slopes, strict=True) if slope is not None]
+        pairs = [(end, start) for end, start in zip(ends, cut, strict=True) if end.requires_grad]
+        slopes = torch.autograd.grad(values.sum(), [start for _, start in pairs], allow_unused=True)
+        reached = [(end, slope) for (end, _), slope in zip(pairs, slopes, strict=True) if slope is not None]
         return values.detach(), derivatives([e for e, _ in reached], leaves, [s for _, s in reached])
 
-    def _record(self, x: Tensor, labels: Tensor, create_graph: bool) -> tuple[Tensor, list[Call]]:
+    def _record(self, x: Tensor, labels: Targets, create_graph: bool) -> tuple[Tensor, list[Call]]:
         """One forward and one backward pass: the losses (n,), and the calls that have a part in them."""
-        vars(self._tape).update(calls=[], candidates=len(x))
-        images, targets = x.flatten(0, 1).to(self._dtype), labels.flatten(0, 1)
-        logits = self._model(images.contiguous(memory_format=self._format) if images.ndim == 4 else images)
-        logits = logits.to(self._accumulator)
-        loss = F.cross_entropy(logits, targets, reduction="sum") / labels.shape[1]
-        torch.autograd.grad(loss, x, create_graph=create_graph)
-        calls: list[Call] = vars(self._tape).pop("calls")
+        self._tape.begin(len(x), x.shape[0] * x.shape[1])
+        images = x.flatten(0, 1).to(self._dtype)
+        images = images.contiguous(memory_format=self._format) if images.ndim == 4 else images
+        output = self._task.output(self._model, images, flat(with_inputs_in(labels, self._dtype)))
+        losses = self._task.losses(
+            in_dtype(output, self._accumulator), labels, (x.shape[0], x.shape[1]), self._precision
+        )
+        torch.autograd.grad(losses.sum(), [x, *self._tape.starts], create_graph=create_graph, allow_unused=True)
+        calls = self._tape.calls
+        self._tape.begin(0, 0)
         if any(call.inputs._version != call.version for call in calls):
             raise ValueError("Expected the model to leave the inputs of its layers as they are.")
-        losses = F.cross_entropy(logits.detach(), targets.detach(), reduction="none").unflatten(0, labels.shape[:2])
-        return losses.mean(1), [call for call in calls if call.signals is not None]
+        return losses.detach(), [call for call in calls if call.signals is not None]
 
     def _by_place(self, calls: Sequence[Call], ends: Sequence[Tensor], n: int) -> Iterator[tuple[int, Tensor]]:
         """Each gradient as soon as it is complete, so that no more than a layer's need be held; ends: inputs and

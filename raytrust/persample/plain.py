@@ -3,44 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from raytrust.networks.task import CROSS_ENTROPY, Sample, Targets, Task, in_dtype, row_of
 
 Distance = Callable[[Sequence[Tensor]], Tensor]
 
 
-def per_candidate_gradients(model: nn.Module, x: Tensor, labels: Tensor) -> list[Tensor]:
-    """The gradient of the mean cross-entropy over each candidate batch, for each parameter.
+def per_candidate_gradients(model: nn.Module, x: Tensor, labels: Targets, task: Task = CROSS_ENTROPY) -> list[Tensor]:
+    """The gradient of the loss of each candidate batch, for each parameter.
 
     x: (candidates, batch, channels, height, width), as the model sees images; in the dtype to compute in. labels:
-    (candidates, batch), or the probabilities of the classes, (candidates, batch, classes). Returns one tensor a
-    parameter, in the model's order, of shape (candidates, *shape), differentiable in `x` and in probabilities; zeros
-    for a frozen parameter, as in training. Candidates do not mix, not even in a batch norm that is in training mode,
-    and the model is left as it was.
+    (candidates, batch), or the probabilities of the classes, (candidates, batch, classes), or what else the task takes.
+    Returns one tensor a parameter, in the model's order, of shape (candidates, *shape), differentiable in `x` and in
+    probabilities; zeros for a frozen parameter, as in training. Candidates do not mix, not even in a batch norm that is
+    in training mode, and the model is left as it was.
     """
-    rows = [gradient for _, gradient in _one_by_one(model, x, labels, x.dtype, create_graph=True)]
+    rows = [gradient for _, gradient in _one_by_one(model, x, labels, task, x.dtype, create_graph=True)]
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _one_by_one(
-    model: nn.Module, x: Tensor, labels: Tensor, dtype: torch.dtype, create_graph: bool = False
+    model: nn.Module, x: Tensor, labels: Targets, task: Task, dtype: torch.dtype, create_graph: bool = False
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Loss and gradient of each candidate batch."""
     names, trained = [name for name, _ in model.named_parameters()], are_trained(model)
+    precision = precision_of(model)
     # Not by vmap: under it, torch takes a norm layer's statistics for constants in second derivatives.
-    for images, targets in zip(x.to(dtype), labels, strict=True):
+    for i, images in enumerate(x.to(dtype)):
+        targets = with_inputs_in(row_of(labels, i), dtype)
         weights = [p.detach().to(dtype).requires_grad_() for p in model.parameters()]
         # Buffers are cloned, so that what a layer in training mode writes to them is gone with the candidate.
         buffers = model.named_buffers()
         state = {name: b.to(dtype, copy=True) if b.is_floating_point() else b.clone() for name, b in buffers}
         state.update(zip(names, weights, strict=True))
-        loss = F.cross_entropy(functional_call(model, state, (images,)), targets)
+        network = partial(_called, model, state)
+        loss = task.batch_loss(network, images, targets, precision)
         slopes = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
         triples = zip(slopes, weights, trained, strict=True)
         yield loss.detach(), [torch.zeros_like(w) if g is None or not t else g for g, w, t in triples]
+
+
+def _called(model: nn.Module, state: dict[str, Tensor], *args: Any, **named: Any) -> Any:
+    return functional_call(model, state, args, named)
+
+
+def precision_of(model: nn.Module) -> torch.dtype:
+    """That of the model's own weights, but at least float32."""
+    return reduce(torch.promote_types, (p.dtype for p in model.parameters()), torch.float32)
+
+
+def with_inputs_in(targets: Targets, dtype: torch.dtype) -> Targets:
+    return Sample(targets.target, in_dtype(targets.inputs, dtype)) if isinstance(targets, Sample) else targets
 
 
 def are_trained(model: nn.Module) -> list[bool]:
@@ -53,19 +72,19 @@ class PlainPath:
     """What the engine asks for, by plain autograd in `dtype`."""
 
     # The model itself and no copy, as what is closed over by its hooks would not be copied with it.
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
-        self.model, self._dtype = model, dtype
+    def __init__(self, model: nn.Module, dtype: torch.dtype, task: Task):
+        self.model, self._dtype, self._task = model, dtype, task
 
-    def gradients(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
+    def gradients(self, x: Tensor, labels: Targets) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
         """The losses (n,), and the gradients (n, *shape) by their parameter's place in the model."""
-        losses, rows = zip(*_one_by_one(self.model, x, labels, self._dtype), strict=True)
+        losses, rows = zip(*_one_by_one(self.model, x, labels, self._task, self._dtype), strict=True)
         return torch.stack(losses), enumerate(torch.stack(column) for column in zip(*rows, strict=True))
 
     def match(
-        self, x: Tensor, labels: Tensor, distance: Distance, leaves: Sequence[Tensor]
+        self, x: Tensor, labels: Targets, distance: Distance, leaves: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The distances (n,), and the derivatives of their sum by the leaves that x and labels come from."""
-        values = distance(per_candidate_gradients(self.model, x.to(self._dtype), labels))
+        values = distance(per_candidate_gradients(self.model, x.to(self._dtype), labels, self._task))
         return values.detach(), derivatives([values], leaves, [torch.ones_like(values)])
 
 
