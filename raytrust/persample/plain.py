@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import CROSS_ENTROPY, Sample, Targets, Task, in_dtype, row_of
 
 Distance = Callable[[Sequence[Tensor]], Tensor]
@@ -77,15 +78,17 @@ class PlainPath:
 
     def gradients(self, x: Tensor, labels: Targets) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
         """The losses (n,), and the gradients (n, *shape) by their parameter's place in the model."""
-        losses, rows = zip(*_one_by_one(self.model, x, labels, self._task, self._dtype), strict=True)
+        with sound_kernels(self.model):
+            losses, rows = zip(*_one_by_one(self.model, x, labels, self._task, self._dtype), strict=True)
         return torch.stack(losses), enumerate(torch.stack(column) for column in zip(*rows, strict=True))
 
     def match(
         self, x: Tensor, labels: Targets, distance: Distance, leaves: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The distances (n,), and the derivatives of their sum by the leaves that x and labels come from."""
-        values = distance(per_candidate_gradients(self.model, x.to(self._dtype), labels, self._task))
-        return values.detach(), derivatives([values], leaves, [torch.ones_like(values)])
+        with sound_kernels(self.model):
+            values = distance(per_candidate_gradients(self.model, x.to(self._dtype), labels, self._task))
+            return values.detach(), derivatives([values], leaves, [torch.ones_like(values)])
 
 
 def derivatives(outputs: Sequence[Tensor], leaves: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:

@@ -79,7 +79,7 @@ def test_the_control_is_audited_unasked() -> None:
 
 
 def test_without_a_working_attack_nothing_looks_private() -> None:
-    rows = audited(convnet(), attack=InversionConfig(iterations=1), evaluation=6).rows
+    rows = audited(convnet(), attack=InversionConfig(iterations=1, step_size=1e-6), evaluation=6).rows
     assert {row["verdict"] for row in rows} <= {UNDECIDED, LEAKS}
     assert not any(row["control"] for row in rows)
 
@@ -148,7 +148,7 @@ def test_captures_of_a_training_of_ones_own() -> None:
     # The portfolio met both steps.
     assert plain(result)["attacks_tried"] == 2 * 2
     ended = raytrust.Training(iter(loader[:1]), steps=(0, 8), optimiser=training.optimiser)
-    with pytest.raises(ValueError, match="Expected a loader with batches up to step 8, but it is at its end"):
+    with pytest.raises(ValueError, match="Expected a loader with batches up to step 8, but it has come to its end"):
         audited(convnet(), training=ended)
     diverging = raytrust.Training(loader, steps=(0, 8), optimiser=lambda p: torch.optim.SGD(p, 1e30))
     result = audited(convnet(), training=diverging)
@@ -182,7 +182,11 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
     "too few labels": (convnet(), {"y": labels(5)}, "Expected labels for 24 images"),
     "no logits": (nn.Sequential(nn.Conv2d(1, 2, 3)), {}, "Expected logits \\(n, classes\\) from the model, got shape"),
     "other channels": (convnet(channels=3), {}, "Expected the model .*take images \\(1, 1, 12, 12\\)"),
-    "a loss for each": (convnet(), {"loss": lambda out, y: out.sum(1)}, "Expected the loss to be one number"),
+    "a loss for each": (
+        convnet(),
+        {"loss": lambda out, y: out.sum(1), "batch_size": 2},
+        "Expected the loss to be one number",
+    ),
     "frozen throughout": (convnet().requires_grad_(False), {}, "Expected a model with parameters that are trained"),
     "too many": (convnet(), {"evaluation": 30}, "Expected at least 31 images for evaluation=30"),
     "no defence": (convnet(), {"defences": ["powersgd:0"]}, "Expected rank=0"),

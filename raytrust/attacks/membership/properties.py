@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from raytrust.leak.observation import Observation, decoded
+from raytrust.networks.kernels import sound_kernels
 from raytrust.wire.channel import LocalChannel, Tap
 
 Array = NDArray[np.float64]
@@ -39,8 +40,9 @@ def property_scores(
     compressor = first.build_compressor()
     own = []
     for x, y in zip(images, labels, strict=True):
-        loss = F.cross_entropy(model((x - mean) / std), y)
-        gradient = list(torch.autograd.grad(loss, list(model.parameters())))
+        with sound_kernels(model):
+            loss = F.cross_entropy(model((x - mean) / std), y)
+            gradient = list(torch.autograd.grad(loss, list(model.parameters())))
         if compressed:
             tap = Tap(LocalChannel(), keep=True)
             # A copy for each batch, as compressing changes the state: the worker's message was made in this one.

@@ -71,7 +71,7 @@ class Audit:
         say: Callable[[str], None],
     ) -> list[Row]:
         """The judged rows, a defence each; what was captured and reached is kept in `defences`."""
-        state, classes = State.of(victim.network), victim.check(data.batch(0, self.threat.batch_size))
+        state, classes = State.of(victim.network), victim.check(data, self.threat.batch_size)
         for audited in defences:
             self._capture(audited, victim, data, state, classes, training)
         for split in ("tuning", "evaluation"):

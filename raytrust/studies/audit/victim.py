@@ -23,6 +23,7 @@ from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth
 from raytrust.metrics.images import WINDOW
 from raytrust.networks.build import copy_of
+from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import Sample, Targets, Task, row_of
 from raytrust.persample.matcher import GradientMatcher
 from raytrust.wire.channel import LocalChannel, Tap
@@ -132,8 +133,9 @@ class Victim:
         before = [b.clone() for b in network.buffers()]
         parameters = [p for p in network.parameters() if p.requires_grad]
         try:
-            loss = self.task.batch_loss(network, x.to(self.dtype), targets)
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            with sound_kernels(network):
+                loss = self.task.batch_loss(network, x.to(self.dtype), targets)
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         # A model and a loss raise whatever they like for what they can't take.
         except Exception as error:
             taken = f"Expected the model and its loss to take images {tuple(x.shape)} and their labels"
@@ -146,22 +148,23 @@ class Victim:
             for g, p in zip(grads, parameters, strict=True)
         ]
 
-    def check(self, data: Private) -> int:
+    def check(self, data: Private, size: int) -> int:
         """How many classes there are, 0 where the loss is the owner's. Raises ValueError for a model that can't be
         audited: a gradient of zero or not finite, that differs from one time to the next, or that the attacker, who has
         the model and its loss, would not get from the true images."""
-        x, targets = self.seen(data.images), data.targets
-        classes = self._classes(x, targets)
+        batch = data.batch(0, size)
+        x, targets = self.seen(batch.images), batch.targets
+        classes = self._classes(x, targets, data.targets)
         _, first = self.gradient(self.network, x, targets)
         if not all(bool(g.isfinite().all()) for g in first):
             raise ValueError("Expected a finite gradient of these images, got NaN or infinity in it.")
-        size = torch.stack([g.norm() for g in first]).norm()
-        if size == 0:
+        length = torch.stack([g.norm() for g in first]).norm()
+        if length == 0:
             raise ValueError("Expected a gradient of these images, got zero: no parameter has a part in the loss.")
         if self.drops:
             return classes
         _, again = self.gradient(self.network, x, targets)
-        apart = float(torch.stack([(a - b).norm() for a, b in zip(first, again, strict=True)]).norm() / size)
+        apart = float(torch.stack([(a - b).norm() for a, b in zip(first, again, strict=True)]).norm() / length)
         if apart > TWICE:
             raise ValueError(
                 f"Expected a model that answers twice alike, got gradients of the same images that differ by "
@@ -182,7 +185,7 @@ class Victim:
         return [g for g, p in zip(grads, self.network.parameters(), strict=True) if p.requires_grad]
 
     @torch.no_grad()
-    def _classes(self, x: Tensor, targets: Targets) -> int:
+    def _classes(self, x: Tensor, targets: Targets, every: Targets) -> int:
         if self.task.loss is not None:
             return 0
         network = copy_of(self.network)
@@ -190,7 +193,7 @@ class Victim:
             output = self.task.output(network, x.to(self.dtype), targets)
         except Exception as error:
             raise ValueError(f"Expected the model to take images {tuple(x.shape)}, but {_first_line(error)}") from error
-        labels = targets.target if isinstance(targets, Sample) else targets
+        labels = every.target if isinstance(every, Sample) else every
         if not isinstance(output, Tensor) or output.ndim != 2:
             got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"Expected logits (n, classes) from the model, got {got}; give loss= for other outputs.")
@@ -282,8 +285,9 @@ class Training:
                 return
             x, labels, *inputs = next(batches)
             targets = Sample(labels, inputs[0]) if inputs else labels
-            loss = victim.task.batch_loss(network, x.to(victim.dtype), targets)
-            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            with sound_kernels(network):
+                loss = victim.task.batch_loss(network, x.to(victim.dtype), targets)
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
             if not all(bool(t.isfinite().all()) for t in (loss, *whole)):
                 raise FloatingPointError(f"The training loss or gradient is not finite at step {step}.")
