@@ -150,7 +150,7 @@ def test_captures_of_a_training_of_ones_own() -> None:
     ended = raytrust.Training(iter(loader[:1]), steps=(0, 8), optimiser=training.optimiser)
     with pytest.raises(ValueError, match="Expected a loader with batches up to step 8, but it has come to its end"):
         audited(convnet(), training=ended)
-    diverging = raytrust.Training(loader, steps=(0, 8), optimiser=lambda p: torch.optim.SGD(p, 1e30))
+    diverging = raytrust.Training(loader, steps=(0, 8), optimiser=lambda p: torch.optim.SGD(p, 1e38))
     result = audited(convnet(), training=diverging)
     assert [row["status"] for row in result.rows] == ["failed", "failed"]
     assert "not finite at step" in str(plain(result)["reason"])
