@@ -47,6 +47,7 @@ AUDIT = Fields(
     names={"train.model.name": "network", "train.model.options": "network_options",
            "train.threat.batch_size": "message_batch", "train.capture.steps": "capture_steps"},
     without={
+        "train.model.checkpoint": "each model is trained from its start on its own half",
         "name": "of the program",
         "defences": "--defence lists them",
         "dp_sgd": "--dp-sgd lists them",

@@ -97,6 +97,8 @@ def another(option: Field, value: Any) -> str:
         return {"stems": "cifar", "norms": "train"}.get(option.name, "1,7")
     if hint is float:
         return "0.0625"
+    if hint is str:
+        return "elsewhere"
     return str(value // 2 if option.name == "property_models" else value * 2 + 2)
 
 

@@ -276,7 +276,12 @@ NAN, INF = float("nan"), float("inf")
         (CaptureConfig, {"evaluation": 0}, "Expected evaluation=0 to be at least 1."),
         (TrainConfig, {"workers": 0}, "Expected workers=0 to be at least 1."),
         (TrainConfig, {"batch_size": 0}, "Expected batch_size=0 to be at least 1."),
-        (TrainConfig, {"steps": 0}, "Expected steps=0 to be at least 1."),
+        (TrainConfig, {"steps": -1}, "Expected steps=-1 to be at least 0."),
+        (
+            TrainConfig,
+            {"capture": CaptureConfig((0, 1)), "steps": 0},
+            "Expected capture.steps=(0, 1) to lie below steps=0, the length of training.",
+        ),
         (TrainConfig, {"learning_rate": 0.0}, "Expected learning_rate=0.0 to be positive and finite."),
         (TrainConfig, {"learning_rate": INF}, "Expected learning_rate=inf to be positive and finite."),
         (TrainConfig, {"learning_rate": NAN}, "Expected learning_rate=nan to be positive and finite."),
@@ -413,6 +418,7 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
     return {
         (ModelConfig, "name"): ("resnet18", "convnet", "resnet20", "lenet"),
         (ModelConfig, "stem"): ("cifar", "imagenet"),
+        (ModelConfig, "checkpoint"): ("", "/model.pt#0123456789abcdef"),
         (Threat, "vantage"): ("link", "peer"),
         (Threat, "batch_norm"): ("eval", "train"),
         (Threat, "labels"): ("known", "unknown"),
