@@ -29,8 +29,13 @@ AS_THEY_ARE = ("step", "labels", "classes", "mean", "std", "victim", "world_size
 
 
 def save_capture(directory: Path, capture: Capture) -> None:
-    """Write the capture under `directory`; the files of the model and of a worker's history are written once a step."""
+    """Write the capture under `directory`; the files of the model and of a worker's history are written once a step.
+
+    Raises ValueError for messages of a communication hook, which no file can name.
+    """
     seen = capture.seen
+    if seen.hook is not None:
+        raise ValueError(f"Expected messages of a defence, got those of {seen.hook.name}, which no file can name.")
     folder = directory / f"step-{seen.step:06d}"
     model = folder / "model.pt"
     if not model.exists():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raytrust.compress import Compressor, build
+from raytrust.compress import Compressor, HookCompressor, build
 from raytrust.config import Defence, ModelConfig, Threat
 from raytrust.leak.rules import EarlierStep, decoded_of
 from raytrust.networks.build import build_model
@@ -29,6 +29,7 @@ class Observation:
     residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
     buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
     history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
+    hook: of messages that a communication hook sent, instead of a defence's compressor: as everyone knows it.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Observation:
     residual: bool
     buffers_after: dict[str, Tensor] | None = None
     history: tuple[EarlierStep, ...] = ()
+    hook: HookCompressor | None = None
 
     def build_model(self) -> nn.Module:
         """The model under attack, with its weights and buffers, in the mode that the threat says."""
@@ -58,6 +60,8 @@ class Observation:
 
     def build_compressor(self) -> Compressor:
         """A fresh compressor with the public state, with which the messages are decoded and viewed."""
+        if self.hook is not None:
+            return self.hook.as_seen()
         compressor = build(self.defence, [w.shape for w in self.weights.values()], names=list(self.weights))
         compressor.load_public_state(self.compressor_state)
         return compressor
