@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "raytrust.attacks.inversion": ("Candidates", "GradientInversion", "invert"),
-    "raytrust.compress": ("build", "ddp_comm_hook", "redistribute"),
+    "raytrust.compress": ("HookCompressor", "build", "ddp_comm_hook", "redistribute"),
     "raytrust.config": (
         "Defence",
         "InversionConfig",
@@ -26,6 +26,7 @@ _HOMES = {
     "raytrust.reports.audit": ("AuditResult", "audit"),
     "raytrust.studies.audit.victim": ("Training",),
     "raytrust.wire.channel": ("GroupChannel", "LocalChannel", "Tap"),
+    "raytrust.wire.recording": ("record",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = ["__version__", *_HOME_OF]

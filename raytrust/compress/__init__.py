@@ -29,6 +29,7 @@ from raytrust.compress.base import Base
 from raytrust.compress.ddp import ddp_comm_hook
 from raytrust.compress.error_feedback import ErrorFeedback
 from raytrust.compress.expansion import expansion_remark
+from raytrust.compress.hook import HookCompressor
 from raytrust.compress.interface import Compressor, Layout, Reduced, Vantage, payloads_by_worker
 from raytrust.compress.state import redistribute
 from raytrust.config import Defence
@@ -38,6 +39,7 @@ __all__ = [
     "Base",
     "Compressor",
     "ErrorFeedback",
+    "HookCompressor",
     "Layout",
     "Reduced",
     "Vantage",

@@ -29,8 +29,14 @@ AS_THEY_ARE = ("step", "labels", "classes", "mean", "std", "victim", "world_size
 
 
 def save_capture(directory: Path, capture: Capture) -> None:
-    """Write the capture under `directory`; the files of the model and of a worker's history are written once a step."""
+    """Write the capture under `directory`; the files of the model and of a worker's history are written once a step.
+
+    Raises ValueError for a model in memory and for messages of a communication hook, which no file can name.
+    """
     seen = capture.seen
+    if seen.method is not None or seen.network is not None:
+        name = getattr(seen.method, "name", "a model in memory")
+        raise ValueError(f"Expected messages of a defence and a described model, got {name}, which no file can name.")
     folder = directory / f"step-{seen.step:06d}"
     model = folder / "model.pt"
     if not model.exists():

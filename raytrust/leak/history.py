@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.compress import Compressor, ErrorFeedback, Vantage
+from raytrust.compress import Compressor, ErrorFeedback, HookCompressor, Vantage
 from raytrust.compress.dense import Dense
 from raytrust.compress.dgc import DGC
 from raytrust.compress.randk import RandK
@@ -36,7 +36,9 @@ from raytrust.leak.views import LinearView, SparseView, View
 
 def holds_residual(compressor: Compressor) -> bool:
     """Whether, after its first step, its messages hold what earlier ones did not send."""
-    return isinstance(compressor, (ErrorFeedback, DGC))
+    return isinstance(compressor, (ErrorFeedback, DGC)) or (
+        isinstance(compressor, HookCompressor) and compressor.holds_residual
+    )
 
 
 def pure_view(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raytrust.compress import Compressor, build
+from raytrust.compress import Compressor, HookCompressor, build
 from raytrust.config import Defence, ModelConfig, Threat
 from raytrust.leak.rules import EarlierStep, decoded_of
 from raytrust.networks.build import build_model, copy_of, with_state
@@ -30,7 +30,8 @@ class Observation:
     [0, 1]. compressor_state: the public state before this reduction. victim: the rank whose batch it is.
     network, task: the model itself where no config describes it, as its owner handed it over (its modules' modes are
     kept), and its loss. targets: what that loss and the network take besides images, where it is more than labels.
-    method: a compressor of its own, where `defence` does not say which.
+    method: what sent the messages where that is no defence's compressor, such as a communication hook, as everyone
+    knows it.
     residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
     buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
     history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
@@ -70,6 +71,8 @@ class Observation:
 
     def build_compressor(self) -> Compressor:
         """A fresh compressor with the public state, with which the messages are decoded and viewed."""
+        if isinstance(self.method, HookCompressor):
+            return self.method.as_seen()
         if self.method is not None:
             compressor = copy.deepcopy(self.method)
         else:

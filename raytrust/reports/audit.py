@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytrust.compress import Compressor
+from raytrust.compress import Compressor, HookCompressor
+from raytrust.compress.hook import AnyHook
 from raytrust.config import DenseConfig, InversionConfig, Threat, parse_defence
 from raytrust.jobs.files import write_file
 from raytrust.networks.task import LossFunction, Task
@@ -53,6 +55,8 @@ def audit(
     attack: InversionConfig | None = None,
     search: int = 0,
     training: Training | None = None,
+    hook: AnyHook | None = None,
+    state: Any = None,
     device: str = "cpu",
     seed: int = 0,
     progress: bool | Callable[[str], None] = True,
@@ -75,6 +79,8 @@ def audit(
     batch_size: images of one private batch. labels_known: whether the attacker has the labels; else he recovers them.
     attack: the settings from which the attacks are made: ignoring and knowing the compressor, by the cosine of the
         whole gradient and tensor by tensor, and a closed form where the model has one. search: how many more are drawn.
+    hook: a communication hook, anybody's, as `DistributedDataParallel.register_comm_hook` takes it, with its state: one
+        more defence, attacked in its first step that compresses.
     training: captures at later steps of the owner's training, see `Training`.
     progress: whether to print a line for each part that is done, or what to call with it.
 
@@ -108,6 +114,8 @@ def audit(
     )
     base = attack or InversionConfig(seed=seed)
     listed = _audited(defences)
+    if hook is not None:
+        listed.append(_hooked(hook, state, victim.network))
     study = Audit(
         threat=threat,
         attacks=_portfolio(base),
@@ -173,8 +181,16 @@ def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:
             listed.setdefault(name, Audited(defence, name=name))
         else:
             name = getattr(one, "name", type(one).__name__)
-            listed[name] = Audited(parse_defence("none"), one, name)
+            listed[name] = Audited(parse_defence("none"), copy.deepcopy(one), name)
     return list(listed.values())
+
+
+def _hooked(hook: AnyHook, state: Any, network: nn.Module) -> Audited:
+    compressor = copy.deepcopy(HookCompressor(hook, state, network))
+    compressor.start_compressing()
+    rank = getattr(state, "matrix_approximation_rank", None)
+    name = compressor.name if rank is None else f"{compressor.name} rank {rank}"
+    return Audited(parse_defence("none"), compressor, name)
 
 
 def _portfolio(base: InversionConfig) -> tuple[InversionConfig, ...]:

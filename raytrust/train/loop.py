@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.compress import Compressor, build
+from raytrust.compress import Compressor, HookCompressor, build
 from raytrust.config import TrainConfig
 from raytrust.data import Dataset
 from raytrust.leak import EarlierStep
@@ -131,19 +131,20 @@ def capture_images(
     labels: Tensor,
     state: dict[str, Tensor] | None = None,
     step: int = 0,
+    hook: HookCompressor | None = None,
 ) -> list[Capture]:
     """Captures as `train` makes them, of chosen images instead of training images, without any training.
 
     images: uint8 (n, channels, height, width), each a private batch of its own, normalised as `data`. labels: (n,).
     state: weights and buffers of the model by name, by default of the untrained one; `step` says how long it was
-    trained. The compressor is in its first state. Raises ValueError where the model can't have a gradient: a batch norm
-    in training mode of one value a channel.
+    trained. The compressor is that of the defence in its first state, or `hook` in its present one, which stays as it
+    is. Raises ValueError where the model can't have a gradient: a batch norm in training mode of one value a channel.
     """
     model = build_model(config.model, data.channels, data.classes, config.seed)
     if state is not None:
         model.load_state_dict(state)
     private = images, labels, torch.arange(len(labels))[:, None]
-    compressor = build(config.defence, model, config.seed)
+    compressor = build(config.defence, model, config.seed) if hook is None else hook
     return list(_captures(config, step, model, compressor, data, LocalChannel(), "cpu", private))
 
 
@@ -263,6 +264,7 @@ def _captures(
             residual=holds_residual(compressor) and step > 0,
             buffers_after=after if granted else None,
             history=history,
+            method=compressor.as_seen() if isinstance(compressor, HookCompressor) else None,
         )
         yield Capture(index, seen, Truth(images[mine].float() / 255, labels[mine]))
 

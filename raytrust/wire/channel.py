@@ -1,4 +1,4 @@
-"""What workers say to each other. The only module that uses torch.distributed.
+"""What workers say to each other. No room but this one uses torch.distributed.
 
 A `Channel` averages or gathers tensors over all workers. `LocalChannel` is the case of one worker, `GroupChannel` a
 torch.distributed process group, and `Tap` wraps either of them and keeps what crossed the wire: the tensors that are
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -106,11 +106,13 @@ def unpack(packed: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
 class Message:
     """One collective, as one worker took part in it.
 
+    op: "all_mean" or "all_gather" of a `Channel`; of other code, that `record` listened to, torch.distributed's name,
+        where "all_reduce" is a sum and other reductions are named ("all_reduce max").
     sent: the payload that the worker handed to the collective, packed as it was handed over.
     received: what the collective returned; for an all-gather the tensors of rank 0, then those of rank 1, and so on.
     """
 
-    op: Literal["all_mean", "all_gather"]
+    op: str
     sent: tuple[Tensor, ...]
     received: tuple[Tensor, ...]
 
@@ -128,45 +130,60 @@ class Message:
         return self.received[rank * len(self.sent) : (rank + 1) * len(self.sent)]
 
 
-class Tap:
-    """A channel that counts the bytes this worker sends over another channel and, if asked, keeps the messages.
+class Record:
+    """Counts the bytes that this worker sent and, if asked, keeps the messages.
 
-    keep: whether to keep a copy of each message, sent and received, for as long as the tap lives: of a training that is
-    several times the gradient at every step. messages: those that crossed so far; ValueError without `keep`.
+    keep: whether to keep a copy of each message, sent and received, for as long as the record lives: of a training that
+    is several times the gradient at every step. messages: those that crossed so far; ValueError without `keep`.
     sent_bytes: payload bytes handed to collectives so far, a worker; headers and the collective's own algorithm
     (a ring moves each byte 2 (W-1)/W times) are not in it, so that the figure does not depend on the network.
     """
 
-    def __init__(self, channel: Channel, keep: bool = False):
-        self._channel = channel
+    def __init__(self, keep: bool = False):
         self._keep = keep
-        self.world_size = channel.world_size
-        self.rank = channel.rank
         self.sent_bytes = 0
         self._messages: list[Message] = []
 
     @property
     def messages(self) -> list[Message]:
         if not self._keep:
-            raise ValueError(f"Expected keep={self._keep} to be True for a tap whose messages are read.")
+            raise ValueError(
+                f"Expected keep={self._keep} to be True for a {type(self).__name__.lower()} whose messages are read."
+            )
         return self._messages
+
+    def note(self, message: Message) -> None:
+        """Count a message, and keep a copy of it if asked."""
+        self.sent_bytes += message.sent_bytes
+        # A compressor may use its buffers again in the next step; what crossed the wire must stay as it was.
+        if self._keep:
+            sent, received = (tuple(x.detach().clone() for x in xs) for xs in (message.sent, message.received))
+            self._messages.append(Message(message.op, sent, received))
+
+
+class Tap(Record):
+    """A channel that counts the bytes this worker sends over another channel and, if asked, keeps the messages."""
+
+    def __init__(self, channel: Channel, keep: bool = False):
+        super().__init__(keep)
+        self._channel = channel
+        self.world_size = channel.world_size
+        self.rank = channel.rank
 
     def all_mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         received = self._channel.all_mean(x, out)
-        self._record("all_mean", (x,), (received,))
+        self.note(Message("all_mean", (x,), (received,)))
         return received
 
     def all_gather(self, xs: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, ...]]:
         received = self._channel.all_gather(xs, counts)
-        self._record("all_gather", tuple(xs), tuple(x for worker in received for x in worker))
+        self.note(Message("all_gather", tuple(xs), tuple(x for worker in received for x in worker)))
         return received
 
-    def _record(
-        self, op: Literal["all_mean", "all_gather"], sent: tuple[Tensor, ...], received: tuple[Tensor, ...]
-    ) -> None:
-        message = Message(op, sent, received)
-        self.sent_bytes += message.sent_bytes
-        # A compressor may use its buffers again in the next step; what crossed the wire must stay as it was.
-        if self._keep:
-            copies = [tuple(x.detach().clone() for x in xs) for xs in (sent, received)]
-            self._messages.append(Message(op, copies[0], copies[1]))
+
+def overheard(channel: Channel, messages: Sequence[Message]) -> None:
+    """Tell every tap on this channel of messages that went past it, straight to torch.distributed."""
+    while isinstance(channel, Tap):
+        for message in messages:
+            channel.note(message)
+        channel = channel._channel

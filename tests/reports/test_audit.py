@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
 import raytrust
 from raytrust.config import InversionConfig
@@ -154,6 +156,29 @@ def test_captures_of_a_training_of_ones_own() -> None:
     result = audited(convnet(), training=diverging)
     assert [row["status"] for row in result.rows] == ["failed", "failed"]
     assert "not finite at step" in str(plain(result)["reason"])
+
+
+def test_a_hook_of_torch_is_one_more_defence() -> None:
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+    result = audited(convnet(), defences=["powersgd:1:ef"], hook=powerSGD_hook.powerSGD_hook, state=state)
+    ours, theirs = result.rows[1:]
+    assert theirs["name"] == "powerSGD_hook rank 1"
+    assert theirs["status"] == "finished", theirs["reason"]
+    assert 0 < theirs["bytes_per_step"] < plain(result)["bytes_per_step"] / 3
+    # Knowing what the hook sends is worth as much as knowing what our own method sends.
+    assert theirs["aware_ssim"] == pytest.approx(ours["aware_ssim"], abs=0.15)
+    assert state.iter == 0
+
+
+def test_a_hook_of_ones_own() -> None:
+    def halves(state: Any, bucket: Any) -> Any:
+        sent = bucket.buffer().half()
+        return dist.all_reduce(sent, async_op=True).get_future().then(lambda f: f.value()[0].float())
+
+    row = audited(convnet(), defences=[], hook=halves).rows[1]
+    assert (row["name"], row["status"]) == ("halves", "finished")
+    assert row["compression_ratio"] == 2
+    assert row["verdict"] == LEAKS
 
 
 class Noisy(nn.Module):
