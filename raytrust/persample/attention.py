@@ -11,8 +11,12 @@ from torch import Tensor
 from raytrust.persample.watch import Watch
 
 
-def attention(
-    watch: Watch,
+def attention(watch: Watch, *args: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
+    with watch:
+        return _attention(*args, **named)
+
+
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -44,14 +48,13 @@ def attention(
         raise ValueError("no rule for attention with these options")
     together = query is key is value and not use_separate_proj_weight
     query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-    with watch:
-        if together:
-            q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
-        else:
-            separate = (q_proj_weight, k_proj_weight, v_proj_weight)
-            weights = separate if use_separate_proj_weight else in_proj_weight.chunk(3)
-            biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-            q, k, v = map(F.linear, (query, key, value), weights, biases)
+    if together:
+        q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+        weights = separate if use_separate_proj_weight else in_proj_weight.chunk(3)
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        q, k, v = map(F.linear, (query, key, value), weights, biases)
     q, k, v = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     scores = q @ k.mT / q.shape[-1] ** 0.5
     for mask in (attn_mask, key_padding_mask):
@@ -63,8 +66,7 @@ def attention(
             mask = mask.unflatten(0, (-1, num_heads))
         scores = scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     shares = F.dropout(scores.softmax(-1), dropout_p, training)
-    with watch:
-        output = F.linear((shares @ v).transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
+    output = F.linear((shares @ v).transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
     if need_weights and average_attn_weights:
         shares = shares.mean(1)
     return output.transpose(0, 1), shares if need_weights else None

@@ -159,7 +159,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "norm and activation": lambda: planes(NormAndActivation(WIDTH)),
     "norm without weights, of a type of its own": lambda: planes(NormAndActivation(WIDTH, affine=False)),
     "Conv1d": lambda: line(nn.Conv1d(WIDTH, WIDTH, 3, 2, 1, 2, groups=2)),
-    "Conv1d, same": lambda: line(nn.Conv1d(WIDTH, WIDTH, 4, padding="same", bias=False)),
+    "Conv1d, same": lambda: line(nn.Conv1d(WIDTH, WIDTH, 4, padding="same", dilation=2, bias=False)),
     "Conv1d, circular": lambda: line(nn.Conv1d(WIDTH, WIDTH, 3, padding=1, padding_mode="circular")),
     "Conv3d": lambda: planes(nn.Unflatten(1, (1, WIDTH)), nn.Conv3d(1, 2, (1, 3, 1), 1, 0), nn.Flatten(1, 2), shrink()),
     "ConvTranspose1d": lambda: line(nn.ConvTranspose1d(WIDTH, WIDTH, 3, 2, 1, 1)),
