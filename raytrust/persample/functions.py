@@ -13,7 +13,7 @@ from torch import Tensor
 from raytrust.persample.attention import attention
 from raytrust.persample.ghost import GhostGradient
 from raytrust.persample.products import Product
-from raytrust.persample.rules import convolution, convolve_layer, linear, norm, normalise, scaled
+from raytrust.persample.rules import convolution, convolve_layer, linear, norm, normalise, normalise_groups, scaled
 from raytrust.persample.watch import Watch
 from raytrust.persample.windows import Geometry
 
@@ -91,7 +91,7 @@ def _sums(site: Any, inputs: Tensor, signals: Tensor, n: int) -> dict[str, Tenso
 def _group_norm(
     watch: Watch, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor:
-    return _by_channels(watch, F.group_norm(input, num_groups, eps=eps), weight, bias)
+    return _by_channels(watch, normalise_groups(input, num_groups, eps), weight, bias)
 
 
 @_function(F.instance_norm)

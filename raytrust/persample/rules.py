@@ -108,11 +108,7 @@ def normalise(layer: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         scale = statistics[1] if scale is None else scale * statistics[1]
         shift = -statistics[0] * scale if shift is None else shift - statistics[0] * scale
     elif isinstance(layer, nn.GroupNorm):
-        # Centred first, which changes nothing but rounding: where the mean is 30 times the deviation, torch's second
-        # derivatives lose three digits in float32.
-        each = x.unflatten(1, (layer.num_groups, -1))
-        centred = (each - each.mean(list(range(2, each.ndim)), keepdim=True)).flatten(1, 2)
-        x = F.group_norm(centred, layer.num_groups, eps=layer.eps)
+        x = normalise_groups(x, layer.num_groups, layer.eps)
     else:
         # By each candidate's own batch; no running statistics are updated.
         each = x.unflatten(0, (n, -1))
@@ -120,6 +116,14 @@ def normalise(layer: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
         centred = each - each.mean(over, keepdim=True)
         x = (centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + layer.eps)).flatten(0, 1)
     return x, x if scale is None else scaled(x, scale, shift)
+
+
+def normalise_groups(x: Tensor, groups: int, eps: float) -> Tensor:
+    # Centred first, which changes nothing but rounding: where the mean is 30 times the deviation, torch's second
+    # derivatives lose three digits in float32.
+    each = x.unflatten(1, (groups, -1))
+    centred = (each - each.mean(list(range(2, each.ndim)), keepdim=True)).flatten(1, 2)
+    return F.group_norm(centred, groups, eps=eps)
 
 
 def scaled(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
