@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, row_of
-from raytrust.persample.fast import FastPath, without_rule
+from raytrust.persample.fast import FastPath
 from raytrust.persample.ghost import GhostGradient
 from raytrust.persample.memory import is_out_of_memory
 from raytrust.persample.plain import PlainPath, precision_of
@@ -19,8 +19,8 @@ from raytrust.persample.plain import PlainPath, precision_of
 class PerSampleGradients:
     """The gradients of the loss of each of many candidate batches.
 
-    Fast where a rule is known for each layer with parameters (`register_rule`) and the first call agrees with plain
-    autograd; any other model takes the slow path, one candidate after another, with one warning. Both agree to
+    Fast where the first call agrees with plain autograd, as it does wherever rules are known of what a model does with
+    its parameters; any other model takes the slow path, one candidate after another, with one warning. Both agree to
     rounding. The model is left as it is, and must stay so meanwhile. A batch norm in training mode normalises each
     candidate batch by itself; of a frozen parameter the gradient is zero.
 
@@ -36,10 +36,7 @@ class PerSampleGradients:
         self.task, self._precision = task, precision_of(model)
         self._dtype, self._shapes = dtype or self._precision, [p.shape for p in model.parameters()]
         self._path: FastPath | PlainPath = PlainPath(model, self._precision, task)
-        missing = without_rule(model)
-        if missing:
-            warnings.warn(f"Slow path: no rule for {', '.join(missing)}.", stacklevel=2)
-        self.fast = not missing
+        self.fast = True
 
     def dense(self, x: Tensor, labels: Targets) -> list[Tensor]:
         """The gradients themselves, one tensor a parameter, (n, *shape).
@@ -115,7 +112,8 @@ class PerSampleGradients:
                 continue
             # 2 % in single precision, 0.01 % in double: more than rounding makes of smooth layers.
             if error <= torch.finfo(dtype).eps ** 0.25:
-                return fast if dtype == self._dtype else FastPath(model, self._dtype, self.task, rows)
+                fast.tape.learns = False
+                return fast if dtype == self._dtype else FastPath(model, self._dtype, self.task, rows, fast.tape)
             problem = f"the fast one's gradients are off by {error:.1%}"
         return problem
 

@@ -2,77 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from raytrust.networks.build import copy_of
 from raytrust.networks.task import Targets, Task, flat, in_dtype
-from raytrust.persample.plain import Distance, are_trained, derivatives, precision_of, with_inputs_in
-from raytrust.persample.rules import NORMS, RULES, Rule, rule_of
-
-
-@dataclass(eq=False)
-class Call:
-    """One layer's part in a pass over all candidates."""
-
-    layer: Recorded
-    inputs: Tensor  # (candidates * batch, ...)
-    version: int  # of the inputs, which nothing may overwrite
-    signals: Tensor | None = None  # like the output
-
-
-class Tape:
-    """The calls of a pass over the images of `candidates`."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.starts: list[Tensor] = []
-        self.candidates = self.images = 0
-
-    def begin(self, candidates: int, images: int) -> None:
-        self.calls, self.starts, self.candidates, self.images = [], [], candidates, images
-
-    def recorded(self, layer: Recorded, inputs: Tensor, output: Tensor) -> Tensor:
-        """The output of a call, which from now on has a part in the pass."""
-        if not output.requires_grad:
-            # No image had a part in it so far. To each it is a number that the loss depends on, a row an image.
-            inputs, output = (t if len(t) == self.images else _rows(t, self.images) for t in (inputs, output))
-            output = output.detach().requires_grad_()
-            self.starts.append(output)
-        call = Call(layer, inputs, inputs._version)
-        self.calls.append(call)
-        # A hook on the tensor sees the derivative at this point, also where a ReLU then overwrites the output; one on
-        # the module would see it after that.
-        output.register_hook(partial(setattr, call, "signals"))
-        # Of a leaf, which could not be overwritten.
-        return output.view_as(output) if output.is_leaf else output
-
-
-def _rows(t: Tensor, images: int) -> Tensor:
-    """One row an image of what all share: its first dimension is the images' if that is 1."""
-    return t.expand(images, *t.shape[1:]) if len(t) == 1 else t.expand(images, *t.shape)
+from raytrust.persample.functions import FUNCTIONS
+from raytrust.persample.plain import Distance, are_trained, attention, derivatives, precision_of, with_inputs_in
+from raytrust.persample.rules import NORMS, Rule, rule_of
+from raytrust.persample.tape import Call, Tape, by_place
+from raytrust.persample.watch import Watch
 
 
 class Recorded(nn.Module):
     """Mixed into the type of a layer: its calls are recorded."""
 
-    _tape: Tape  # of the whole model
+    _watch: Watch  # over the whole model
     _rule: Rule
     _places: dict[str, int]  # of its trained parameters in the model, by name
 
     def forward(self, input: Tensor, *rest: Any, **named: Any) -> Tensor:
-        if self._rule.forward is None:
-            inputs, output = input, super().forward(input, *rest, **named)
-        else:
-            inputs, output = self._rule.forward(self, input, self._tape.candidates)
+        if self._watch.weight(input) is not None:
+            return super().forward(input, *rest, **named)
+        # What happens inside is known.
+        with torch._C.DisableTorchFunction():
+            if self._rule.forward is None:
+                inputs, output = input, super().forward(input, *rest, **named)
+            else:
+                inputs, output = self._rule.forward(self, input, self._watch.tape.candidates)
         # Under no_grad, nothing is learnt from what comes out.
-        return self._tape.recorded(self, inputs, output) if self._places and torch.is_grad_enabled() else output
+        return self._watch.tape.recorded(self, inputs, output) if self._places and torch.is_grad_enabled() else output
 
 
 @cache
@@ -80,34 +43,29 @@ def _recorded(kind: Any) -> Any:
     return type(kind.__name__, (Recorded, kind), {})
 
 
-def without_rule(model: nn.Module) -> list[str]:
-    """The types of the layers with trained parameters that no rule is true of."""
-    trained = {id(p) for p, t in zip(model.parameters(), are_trained(model), strict=True) if t}
-    layers = [m for m in model.modules() if any(id(p) in trained for p in m._parameters.values()) and not rule_of(m)]
-    return sorted({type(m).__name__ + " as it is here" * (type(m) in RULES) for m in layers})
-
-
 class FastPath:
-    """What the engine asks for, of a copy of a model whose trained layers all have a rule.
+    """What the engine asks for, of a copy of a model by the rules of its layers and of the functions that it calls.
 
     dtype: in which the passes run; sums over positions and the distance are in float32 at least. rows: whether images
-    may be laid out as rows of channels, where that is faster.
+    may be laid out as rows of channels, where that is faster. tape: of a path of the same model that was found right.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, task: Task, rows: bool):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, task: Task, rows: bool, tape: Tape | None = None):
         self._task, self._precision = task, precision_of(model)
-        self._model, self._tape = copy.deepcopy(model).requires_grad_(False), Tape()
+        self._model = copy_of(model).requires_grad_(False)
         self._dtype, self._accumulator = dtype, torch.promote_types(dtype, torch.float32)
         self._shapes = [p.shape for p in model.parameters()]
         trained = enumerate(zip(self._model.parameters(), are_trained(model), strict=True))
         places = {id(p): i for i, (p, t) in trained if t}
+        ruled = []
         for layer in self._model.modules():
             # Norms stay precise: what is folded into their scales costs nothing beside a convolution.
             if not isinstance(layer, NORMS) or dtype == self._accumulator:
                 layer._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
             if (rule := rule_of(layer)) is not None:
                 names = {name: places[id(p)] for name, p in layer._parameters.items() if id(p) in places}
-                vars(layer).update(_tape=self._tape, _rule=rule, _places=names)
+                vars(layer).update(_rule=rule, _places=names)
+                ruled.append(layer)
                 # Another type for the same object: attributes that a model reads, and layers that it shares, stay.
                 kind: Any = type(layer)
                 layer.__class__ = _recorded(kind)
@@ -115,13 +73,20 @@ class FastPath:
         rows &= dtype != torch.float32 or next(model.parameters()).device.type == "cpu"
         self._format = torch.channels_last if rows else torch.contiguous_format
         self._model.to(memory_format=self._format)
+        weights = {i: p for i, p in enumerate(self._model.parameters()) if id(p) in places}
+        self.tape = tape or Tape()
+        self._watch = Watch(self.tape, weights, FUNCTIONS)
+        for layer in ruled:
+            vars(layer).update(_watch=self._watch)
+        # Spectral norm in training mode, for one, improves an estimate in every pass; the model is to be left as it is.
+        self._buffers = [(b, b.clone()) for b in self._model.buffers()]
 
     def gradients(self, x: Tensor, labels: Targets) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
         """The losses (n,), and the gradients (n, *shape) by their parameter's place in the model, if they are not
         zeros."""
         losses, calls = self._record(x.detach().requires_grad_(), labels, create_graph=False)
         ends = [t.detach() for call in calls for t in (call.inputs, call.signals) if t is not None]
-        return losses, self._by_place(calls, ends, len(x))
+        return losses, by_place(calls, ends, len(x))
 
     def match(
         self, x: Tensor, labels: Targets, distance: Distance, leaves: Sequence[Tensor]
@@ -134,7 +99,7 @@ class FastPath:
         cut = [t.detach().requires_grad_(t.requires_grad) for t in ends]
         zero = x.new_zeros((), dtype=self._accumulator)
         gradients = [zero.expand(len(x), *shape) for shape in self._shapes]
-        for i, gradient in self._by_place(calls, cut, len(x)):
+        for i, gradient in by_place(calls, cut, len(x)):
             gradients[i] = gradient
         values = distance(gradients)
         pairs = [(end, start) for end, start in zip(ends, cut, strict=True) if end.requires_grad]
@@ -144,29 +109,20 @@ class FastPath:
 
     def _record(self, x: Tensor, labels: Targets, create_graph: bool) -> tuple[Tensor, list[Call]]:
         """One forward and one backward pass: the losses (n,), and the calls that have a part in them."""
-        self._tape.begin(len(x), x.shape[0] * x.shape[1])
+        tape = self.tape
+        tape.begin(len(x), x.shape[0] * x.shape[1])
+        for buffer, kept in self._buffers:
+            buffer.copy_(kept)
         images = x.flatten(0, 1).to(self._dtype)
         images = images.contiguous(memory_format=self._format) if images.ndim == 4 else images
-        output = self._task.output(self._model, images, flat(with_inputs_in(labels, self._dtype)))
+        with self._watch, attention(create_graph):
+            output = self._task.output(self._model, images, flat(with_inputs_in(labels, self._dtype)))
         losses = self._task.losses(
             in_dtype(output, self._accumulator), labels, (x.shape[0], x.shape[1]), self._precision
         )
-        torch.autograd.grad(losses.sum(), [x, *self._tape.starts], create_graph=create_graph, allow_unused=True)
-        calls = self._tape.calls
-        self._tape.begin(0, 0)
+        torch.autograd.grad(losses.sum(), [x, *tape.starts], create_graph=create_graph, allow_unused=True)
+        calls = tape.calls
+        tape.begin(0, 0)
         if any(call.inputs._version != call.version for call in calls):
             raise ValueError("Expected the model to leave the inputs of its layers as they are.")
         return losses.detach(), [call for call in calls if call.signals is not None]
-
-    def _by_place(self, calls: Sequence[Call], ends: Sequence[Tensor], n: int) -> Iterator[tuple[int, Tensor]]:
-        """Each gradient as soon as it is complete, so that no more than a layer's need be held; ends: inputs and
-        signals of each call in turn."""
-        uses = Counter(i for call in calls for i in call.layer._places.values())
-        sums: dict[int, Tensor] = {}
-        for call, inputs, signals in zip(calls, ends[::2], ends[1::2], strict=True):
-            parts = call.layer._rule.gradients(call.layer, inputs, signals, n)
-            for name, i in call.layer._places.items():
-                sums[i] = sums[i] + parts[name] if i in sums else parts[name]
-                uses[i] -= 1
-                if not uses[i]:
-                    yield i, sums.pop(i)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import CROSS_ENTROPY, Sample, Targets, Task, in_dtype, row_of
@@ -44,10 +46,16 @@ def _one_by_one(
         state = {name: b.to(dtype, copy=True) if b.is_floating_point() else b.clone() for name, b in buffers}
         state.update(zip(names, weights, strict=True))
         network = partial(_called, model, state)
-        loss = task.batch_loss(network, images, targets, precision)
+        with attention(create_graph):
+            loss = task.batch_loss(network, images, targets, precision)
         slopes = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
         triples = zip(slopes, weights, trained, strict=True)
         yield loss.detach(), [torch.zeros_like(w) if g is None or not t else g for g, w, t in triples]
+
+
+def attention(differentiable_twice: bool) -> AbstractContextManager[None]:
+    """How it is computed within: torch's fused kernels have no second derivative, so by products where one is asked."""
+    return sdpa_kernel(SDPBackend.MATH) if differentiable_twice else nullcontext()
 
 
 def _called(model: nn.Module, state: dict[str, Tensor], *args: Any, **named: Any) -> Any:

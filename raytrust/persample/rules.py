@@ -62,21 +62,21 @@ def _weight_and_bias(layer: Any, product: Product) -> dict[str, Tensor]:
 
 
 @register_rule(nn.Linear)
-def linear(layer: nn.Linear, inputs: Tensor, signals: Tensor, n: int) -> dict[str, Tensor]:
+def linear(layer: Any, inputs: Tensor, signals: Tensor, n: int) -> dict[str, Tensor]:
     """On (..., features)."""
     return _weight_and_bias(layer, Product(inputs, signals, n, layer.weight.shape, None))
 
 
-def _geometry(layer: nn.Conv2d) -> Geometry:
+def _geometry(layer: Any) -> Geometry:
     padding = (0, 0) if _is_padded_before(layer) else layer.padding
-    return Geometry(layer.stride, padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
+    return Geometry(layer.stride, padding, layer.dilation, layer.groups)
 
 
-def _is_padded_before(layer: nn.Conv2d) -> bool:
+def _is_padded_before(layer: Any) -> bool:
     return isinstance(layer.padding, str) or layer.padding_mode != "zeros"
 
 
-def _convolve(layer: nn.Conv2d, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def convolve_layer(layer: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     if _is_padded_before(layer):
         mode = layer.padding_mode.replace("zeros", "constant")
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
@@ -85,8 +85,8 @@ def _convolve(layer: nn.Conv2d, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return x, y if layer.bias is None else y + layer.bias.view(-1, 1, 1)
 
 
-@register_rule(nn.Conv2d, forward=_convolve)
-def convolution(layer: nn.Conv2d, inputs: Tensor, signals: Tensor, n: int) -> dict[str, Tensor]:
+@register_rule(nn.Conv2d, forward=convolve_layer)
+def convolution(layer: Any, inputs: Tensor, signals: Tensor, n: int) -> dict[str, Tensor]:
     """With any padding, in groups or not."""
     return _weight_and_bias(layer, Product(inputs, signals, n, layer.weight.shape, _geometry(layer)))
 
@@ -94,41 +94,49 @@ def convolution(layer: nn.Conv2d, inputs: Tensor, signals: Tensor, n: int) -> di
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm)
 
 
-def _running(layer: Any) -> tuple[Tensor, Tensor] | None:
+def running(layer: Any) -> tuple[Tensor, Tensor] | None:
     """Mean and 1 / standard deviation of a batch norm that normalises by running statistics, which are constants."""
     if isinstance(layer, nn.GroupNorm) or layer.training or layer.running_mean is None:
         return None
     return layer.running_mean, torch.rsqrt(layer.running_var + layer.eps)
 
 
-def _normalise(layer: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def normalise(layer: Any, x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     # torch's batch norm makes a dozen passes over memory under double backward, and would mix candidates.
-    scale, shift, running = layer.weight, layer.bias, _running(layer)
-    if running is not None:
-        scale = running[1] if scale is None else scale * running[1]
-        shift = -running[0] * scale if shift is None else shift - running[0] * scale
+    scale, shift, statistics = layer.weight, layer.bias, running(layer)
+    if statistics is not None:
+        scale = statistics[1] if scale is None else scale * statistics[1]
+        shift = -statistics[0] * scale if shift is None else shift - statistics[0] * scale
     elif isinstance(layer, nn.GroupNorm):
-        # Centred first, which changes nothing but rounding: where the mean is 30 times the deviation, torch's second
-        # derivatives lose three digits in float32.
-        each = x.unflatten(1, (layer.num_groups, -1))
-        centred = (each - each.mean(list(range(2, each.ndim)), keepdim=True)).flatten(1, 2)
-        x = F.group_norm(centred, layer.num_groups, eps=layer.eps)
+        x = normalise_groups(x, layer.num_groups, layer.eps)
     else:
         # By each candidate's own batch; no running statistics are updated.
         each = x.unflatten(0, (n, -1))
         over = [1, *range(3, each.ndim)]
         centred = each - each.mean(over, keepdim=True)
         x = (centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + layer.eps)).flatten(0, 1)
-    if scale is None:
-        return x, x
+    return x, x if scale is None else scaled(x, scale, shift)
+
+
+def normalise_groups(x: Tensor, groups: int, eps: float) -> Tensor:
+    # Centred first, which changes nothing but rounding: where the mean is 30 times the deviation, torch's second
+    # derivatives lose three digits in float32.
+    each = x.unflatten(1, (groups, -1))
+    centred = (each - each.mean(list(range(2, each.ndim)), keepdim=True)).flatten(1, 2)
+    return F.group_norm(centred, groups, eps=eps)
+
+
+def scaled(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """By channels."""
     shape = (-1, *[1] * (x.ndim - 2))
-    return x, torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+    scale = scale.to(x.dtype).view(shape)
+    return x * scale if shift is None else torch.addcmul(shift.to(x.dtype).view(shape), x, scale)
 
 
-@register_rule(*NORMS, forward=_normalise)
+@register_rule(*NORMS, forward=normalise)
 def norm(layer: Any, inputs: Tensor, signals: Tensor, n: int) -> dict[str, Tensor]:
     """Of weight * normal + bias, by any statistics; running ones are still to be applied to the inputs."""
     total, product = ChannelSums.apply(inputs, signals, n)
-    if (running := _running(layer)) is not None:
-        product = (product - total * running[0]) * running[1]
+    if (statistics := running(layer)) is not None:
+        product = (product - total * statistics[0]) * statistics[1]
     return {"weight": product, "bias": total}

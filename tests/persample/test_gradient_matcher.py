@@ -26,6 +26,7 @@ from raytrust.config import (
     TopKConfig,
 )
 from raytrust.leak import LinearView, identity_view, view_of
+from raytrust.persample import PerSampleGradients
 from raytrust.persample.matcher import Distance
 from raytrust.wire.channel import LocalChannel, Tap
 
@@ -56,7 +57,6 @@ def test_a_matcher_agrees_with_a_plain_loop(name: str, training: bool, batch: in
     x, labels = candidates(batch, size=16 if name != "mixed" else 8)
     before = copy.deepcopy(model.state_dict())
     matcher = matcher_of(model)
-    assert matcher.fast == (name != "mixed")
     target = [g[0] for g in one_at_a_time(model, x[:1] + 1, labels[:1])]
     for distance_to_target in views_of(target).values():
         leaf = x.clone().requires_grad_()
@@ -68,6 +68,7 @@ def test_a_matcher_agrees_with_a_plain_loop(name: str, training: bool, batch: in
         torch.testing.assert_close(values, expected.detach(), rtol=1e-4, atol=1e-5)
         for i in range(4):  # each candidate, as their slopes differ in size
             assert distance([dx[i]], [slope[i]]) < 1e-3
+    assert matcher.fast
     assert not x.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -121,13 +122,25 @@ def test_a_matcher_may_be_used_again() -> None:
 
 
 def test_the_slow_path_is_announced() -> None:
-    with pytest.warns(UserWarning, match=r"^Slow path: no rule for LayerNorm, Mixed\.$"):
-        GradientMatcher(nn.Sequential(network("mixed", False), nn.LayerNorm(4)))
+    x, labels = candidates(2, size=2)
+    with pytest.warns(UserWarning, match=r"^Slow path: the fast one's gradients are off by [\d.]+%\.$"):
+        PerSampleGradients(Centred()).dense(x, labels)
     for training in (False, True):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for name in ("resnet18", "resnet20", "lenet", "convnet"):
                 GradientMatcher(network(name, training))
+
+
+class Centred(nn.Sequential):
+    """Its images mix."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(12, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h - h.mean(0) / 2
 
 
 class Normalised(nn.Module):
@@ -146,14 +159,16 @@ class Normalised(nn.Module):
         return self.out(torch.tanh(x).flatten(1))
 
 
-def test_the_slow_path_is_exact_for_norms() -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_both_paths_are_exact_for_norms(fast: bool) -> None:
     torch.manual_seed(0)
     model = Normalised().double()
     matcher = matcher_of(model)
-    assert not matcher.fast
+    matcher.fast = fast
     x, labels = candidates(2, size=8, dtype=torch.float64)
     target = [g[0] for g in one_at_a_time(model, x[:1] + 1, labels[:1])]
     check(matcher, model, x, labels, identity_view(target).distance, 1e-9)
+    assert matcher.fast == fast
 
 
 class Twice(nn.Module):
