@@ -22,7 +22,15 @@ from raytrust.jobs.store import JobStore
 from raytrust.metrics.membership import AuditReport, pooled_audit
 from raytrust.metrics.roc import Roc, auc, roc
 from raytrust.metrics.statistics import mean_figure
-from raytrust.metrics.thresholds import ORIGINS, Origin, balanced_accuracy, best_thresholds, decide, yeom_thresholds
+from raytrust.metrics.thresholds import (
+    ORIGINS,
+    Origin,
+    balanced_accuracy,
+    best_thresholds,
+    decide,
+    null_floor,
+    yeom_thresholds,
+)
 from raytrust.studies.membership.jobs import (
     arm_key,
     load_properties,
@@ -123,7 +131,7 @@ def grid(scores: dict[str, Array], pool: Pool) -> list[Rule]:
 
 
 def _cell(s: Array, keep: Mask, groups: NDArray[np.int64], model: int, origin: Origin) -> tuple[float, float]:
-    """(balanced accuracy, floor) of one model."""
+    """(balanced accuracy, what a useless score reaches) of one model; above one half where it is chosen in-sample."""
     others = np.arange(len(s)) != model
     match origin:
         case "yeom":
@@ -135,10 +143,10 @@ def _cell(s: Array, keep: Mask, groups: NDArray[np.int64], model: int, origin: O
         # No attacker has this threshold, but the paper does not say that its own are not of this kind.
         case "in-sample":
             thresholds = best_thresholds(s[model], keep[model], groups)
-    decisions = decide(s[model], thresholds, groups)
-    accuracy = balanced_accuracy(decisions, keep[model], origin, len(np.unique(groups)))
-    assert accuracy.value is not None
-    return accuracy.value, accuracy.floor
+    accuracy = balanced_accuracy(decide(s[model], thresholds, groups), keep[model])
+    members = int(keep[model].sum())
+    chosen = len(np.unique(groups))
+    return accuracy, null_floor(members, len(groups) - members, chosen) if origin == "in-sample" else 0.5
 
 
 def _report(config: MembershipConfig, scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> AuditReport:
