@@ -25,7 +25,10 @@ def page(report: Report, root: Path) -> str:
         claims=report.claims,
         reproduced=sum(claim.verdict == REPRODUCED for claim in report.claims),
         frontier=_picture(root / "frontier.png"),
-        table_1=[tables.table_1(report, d) | _figure_1(root, d) for d in report.datasets] if report.table_1 else [],
+        table_1=[
+            tables.table_1(report, dataset) | {"figure": _picture(root / f"figure1_{dataset}.png")}
+            for dataset in (report.datasets if report.table_1 else ())
+        ],
         theory=tables.theory(report) if report.theory else [],
         theory_figure=_picture(root / "theory.png"),
         table_2=[tables.table_2(report, dataset) for dataset in report.datasets] if report.audits else [],
@@ -34,10 +37,6 @@ def page(report: Report, root: Path) -> str:
         budget=report.budget,
         common=report.common if len(report.search) > 1 else None,
     )
-
-
-def _figure_1(root: Path, dataset: str) -> dict[str, Picture | None]:
-    return {"figure": _picture(root / f"figure1_{dataset}.png")}
 
 
 def _picture(path: Path) -> Picture | None:
