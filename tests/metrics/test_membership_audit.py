@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from raytrust.metrics.epsilon import one_run_epsilon
-from raytrust.metrics.membership import pooled_audit
+from raytrust.metrics.membership import one_run_epsilon, pooled_audit
 from raytrust.metrics.roc import auc, roc
 from raytrust.metrics.statistics import Figure
 from raytrust.metrics.thresholds import balanced_accuracy, best_thresholds, decide, null_floor, yeom_thresholds
