@@ -134,7 +134,7 @@ def test_attacks_know_nothing_of_training_and_data() -> None:
             assert not words & {
                 "truth",
                 "Truth",
-                "load_capture",
+                "load_captures",
                 "raytrust.leak.observation.Truth",
                 "raytrust.leak.observation.Capture",
             }

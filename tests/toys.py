@@ -7,8 +7,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from raytrust.compress import build, contract
@@ -229,3 +231,8 @@ def synthetic(
     images = smooth if vivid else (labels.view(-1, 1, 1, 1) + smooth) / classes
     images = (images * 255).round().to(torch.uint8)
     return Dataset("synthetic", images[:train], labels[:train], images[train:], labels[train:], classes)
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """scikit-image's, of two images (channels, height, width) in [0, 1]."""
+    return float(structural_similarity(np.float64(a), np.float64(b), data_range=1.0, channel_axis=0))

@@ -49,8 +49,9 @@ def late(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """What went wrong, without the way there: `raytrust.jobs.errors.one_line` of the innermost error."""
-    *_, innermost = _first_causes(error)
-    return errors.one_line(innermost)
+    while causes := _below(error):
+        error = causes[0]
+    return errors.one_line(error)
 
 
 def report(work: Callable[[], dict[str, Any]], metrics: Sequence[str]) -> None:
@@ -92,10 +93,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     yield error
     for cause in _below(error):
         yield from _chain(cause)
-
-
-def _first_causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, its first cause, the first cause of that, and so on."""
-    yield error
-    if causes := _below(error):
-        yield from _first_causes(causes[0])

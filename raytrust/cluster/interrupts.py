@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -61,7 +61,7 @@ def raising(once: bool = False) -> Iterator[Callable[[], None]]:
 class _Handler:
     def __init__(self, once: bool):
         self._once = once
-        self._terminals = [descriptor for descriptor in (1, 2) if _is_terminal(descriptor)]
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         self.taken: tuple[int, ...] = ()
         self.raised: int | None = None
 
@@ -86,9 +86,3 @@ class _Handler:
 
 def _is_free(handler: object) -> bool:
     return handler in (signal.SIG_DFL, signal.default_int_handler) or isinstance(handler, _Handler)
-
-
-def _is_terminal(descriptor: int) -> bool:
-    with suppress(OSError):
-        return os.isatty(descriptor)
-    return False

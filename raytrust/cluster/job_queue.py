@@ -124,7 +124,9 @@ class JobQueue:
             # A group that can't start shows that the cluster does not grow any further.
             self._most = max(1, len(self._groups))
         if not self._groups and not self._closed and (late or self._bad_starts >= BAD_STARTS):
-            self._break(reason)
+            self._broken = reason
+            while self._waiting:
+                self._waiting.popleft().outcome.set_result({"failure": reason})
         self._notify()
         return self._broken
 
@@ -208,11 +210,6 @@ class JobQueue:
         if not job.outcome.done():
             job.outcome.set_result(outcome | {"waited": job.waited})
         self._notify()
-
-    def _break(self, reason: str) -> None:
-        self._broken = reason
-        while self._waiting:
-            self._waiting.popleft().outcome.set_result({"failure": reason})
 
     async def _until(self, ready: Callable[[], Any], seconds: float | None = None) -> bool:
         """Wait until `ready()`, or for so long at most; returns whether it is."""

@@ -60,7 +60,9 @@ def place(
             room = sum(int(min(n.get("CPU", 0), int(n["GPU"]) * sharing)) for n in gpu_nodes)
             # A cluster that can start further nodes gets further GPUs with them.
             if room >= workers or growing:
-                return Placement("cuda", room // workers, _share((1 - ATTACK_GPU) / sharing), ATTACK_GPU)
+                # Rounded down to what Ray can count, so that all shares still fit on one GPU.
+                share = int((1 - ATTACK_GPU) / sharing * PRECISION) / PRECISION
+                return Placement("cuda", room // workers, share, ATTACK_GPU)
         if device == "cuda":
             cpus = int(sum(n.get("CPU", 0) for n in gpu_nodes))
             raise ValueError(f"Expected workers={workers} to be at most the number of CPUs beside GPUs, {cpus}.")
@@ -108,14 +110,6 @@ def _refusal() -> str | None:
         torch.zeros(1, device="cuda")
     except (RuntimeError, AssertionError) as error:
         # An old driver, no driver or a card that torch was not built for: each raises its own type.
-        return f"Ray counts a GPU, but torch can't use it: {_first_sentence(str(error))}"
+        sentence = next(iter(str(error).strip().splitlines()), "").partition(". ")[0]
+        return f"Ray counts a GPU, but torch can't use it: {sentence}"
     return None
-
-
-def _first_sentence(text: str) -> str:
-    return next(iter(text.strip().splitlines()), "").partition(". ")[0]
-
-
-def _share(share: float) -> float:
-    """Rounded down to what Ray can count, so that all shares still fit on one GPU."""
-    return int(share * PRECISION) / PRECISION

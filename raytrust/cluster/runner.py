@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from raytrust.cluster.failures import LOST, RETRIES, one_line
 from raytrust.data import Dataset
 from raytrust.jobs.job import Job, Place
 from raytrust.jobs.listener import Listener
-from raytrust.jobs.runner import Bundle, Outcome, tell, work
+from raytrust.jobs.runner import Bundle, Outcome, tell, too_late, work
 from raytrust.jobs.store import JobStore
 from raytrust.persample.memory import keep_freed_memory
 
@@ -36,9 +35,11 @@ class OnRay:
         pending = [(store, tuple(store.missing(jobs))) for store, jobs in bundles]
         waiting: dict[ray.ObjectRef, Bundle] = {}
         while pending or waiting:
-            ready = [bundle for bundle in pending if _can_begin(*bundle)]
+            ready = [
+                (store, jobs) for store, jobs in pending if all(map(store.knows, (b for j in jobs for b in j.after())))
+            ]
             if not ready and not waiting:
-                if until is not None and time.time() >= until:
+                if too_late(until):
                     return
                 # What these jobs wait for is no part of this run; they say so when they fail.
                 ready = pending
@@ -91,13 +92,9 @@ def do(
 
     data: a reference to the data set, or nothing. In a list it stays a reference until it is needed.
     """
-    if until is not None and time.time() >= until:
+    if too_late(until):
         return []
     torch.set_num_threads(1)
     # The process is a Ray worker's, so that tuning its allocator surprises nobody.
     keep_freed_memory()
     return work(store, jobs, Place(ray.get(data[0]) if data else None, device))
-
-
-def _can_begin(store: JobStore, jobs: Sequence[Job]) -> bool:
-    return all(store.knows(before) for job in jobs for before in job.after())

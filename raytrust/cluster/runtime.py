@@ -9,7 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
     _most.clear()
     with raising(once=True) as take_signals:
         try:
-            with _no_exit_on_sigterm():
+            # While Ray starts it would take SIGTERM, to exit on the spot without a word.
+            with _replaced(ray._private.utils, "set_sigterm_handler", lambda handler: None):
                 if address is None:
                     _start(cpus, slots)
                 else:
@@ -82,7 +83,11 @@ def capacity(resource: str) -> int:
 def _start(cpus: int, slots: int) -> None:
     # Without one Ray makes a token and writes it to a file in the home directory.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with _loopback():
+    # Ray then takes the loopback address for that of this machine, as where clusters are not supported: it replaces a
+    # 127.0.0.1 that it is given, and with any other address its servers listen on all interfaces. Only for now, as this
+    # process may connect to a cluster later; and whoever set the variable has decided.
+    decided = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR in os.environ
+    with nullcontext() if decided else _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
         ray.init(
             # Ray's default would join a cluster that happens to run on this machine.
             address="local",
@@ -90,38 +95,22 @@ def _start(cpus: int, slots: int) -> None:
             resources={SLOT: slots},
             include_dashboard=False,
             object_store_memory=512 * 2**20,
-            _temp_dir=_short_temporary_directory(),
+            # Ray's default, unless it is so long that the names of sockets in it exceed 107 bytes.
+            _temp_dir=None if len(tempfile.gettempdir()) < 40 else "/tmp/ray",  # noqa: S108  # Ray's own
             runtime_env=_with_plugins({}) or None,
             **QUIET,
         )
 
 
 @contextmanager
-def _loopback() -> Iterator[None]:
-    """Ray takes the loopback address for that of this machine, as it does by default where clusters are not supported.
-
-    It replaces a 127.0.0.1 that it is given, and with any other address its servers listen on all interfaces.
-    """
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    # Whoever set the variable has decided.
-    if ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR not in os.environ:
-        ray_constants.ENABLE_RAY_CLUSTER = False
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block an attribute has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        # This process may connect to a cluster later, for which the value matters again.
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-@contextmanager
-def _no_exit_on_sigterm() -> Iterator[None]:
-    """While Ray starts it would take SIGTERM, to exit on the spot without a word."""
-    before = ray._private.utils.set_sigterm_handler
-    ray._private.utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        ray._private.utils.set_sigterm_handler = before
+        setattr(owner, name, before)
 
 
 def _with_plugins(runtime_env: dict[str, Any], elsewhere: bool = False) -> dict[str, Any]:
@@ -189,8 +178,3 @@ def _expect_listener(address: str) -> None:
             raise
         # Ray takes localhost for this machine's own address.
         socket.create_connection((ray.util.get_node_ip_address(), int(port)), timeout=10).close()
-
-
-def _short_temporary_directory() -> str | None:
-    """Ray's default, unless the temporary directory is so long that the names of sockets in it exceed 107 bytes."""
-    return None if len(tempfile.gettempdir()) < 40 else "/tmp/ray"  # noqa: S108  # Ray's own

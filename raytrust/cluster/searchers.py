@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -17,6 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raytrust.config import Choice, Defence, LogInteger, LogUniform, TopKConfig, to_dict
 from raytrust.config.register import COMPRESSORS
+from raytrust.jobs.runner import too_late
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 WINDOW = 256  # runs that take turns; the driver holds the studies of these alone
@@ -68,7 +68,7 @@ class DefenceSearch(OptunaSearch):
             self._learn(defence, results)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        if _too_late(self._until):
+        if too_late(self._until):
             return self.FINISHED
         if self._pending:
             self._given[trial_id] = self._pending.pop(0)
@@ -146,7 +146,7 @@ class AttackSearch(Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         while self._waiting and len(self._turns) < WINDOW:
             self._turns.append(self._waiting.popleft())
-        if not self._turns or _too_late(self._until):
+        if not self._turns or too_late(self._until):
             return self.FINISHED
         run = self._turns.popleft()
         count = min(self._together, self._left[run])
@@ -214,10 +214,6 @@ def _inside(parameters: dict[str, Any], domains: dict[str, Any]) -> bool:
     except ValueError:
         # A choice that the space doesn't offer has no internal representation.
         return False
-
-
-def _too_late(until: float | None) -> bool:
-    return until is not None and time.time() >= until
 
 
 def _finite(result: dict[str, Any] | None, names: Sequence[str]) -> Results | None:

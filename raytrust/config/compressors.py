@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from raytrust.config.method import CompressorConfig
 from raytrust.config.register import COMPRESSORS
@@ -291,7 +291,10 @@ class Defence:
     error_feedback: bool = False
 
     def __post_init__(self) -> None:
-        _expect_compressor(self.compressor)
+        # The exact type: a subclass with options of its own would be built, hashed and saved as if it had none.
+        types = compressor_types()
+        names = ", ".join(sorted(kind.__name__ for kind in types))
+        expect(type(self.compressor) in types, "compressor", self.compressor, f"to be one of {names}")
         expect(isinstance(self.error_feedback, bool), "error_feedback", self.error_feedback, "to be True or False")
         refused = self.error_feedback and not self.compressor.takes_error_feedback
         expect(not refused, "error_feedback", self.error_feedback, f"to be False with {self.compressor}")
@@ -307,10 +310,3 @@ class Defence:
         if isinstance(self.compressor, ScaledSignConfig) and self.error_feedback:
             return "EF-signSGD"
         return self.compressor.name_with(fraction) + (" + EF" if self.error_feedback else "")
-
-
-def _expect_compressor(compressor: Any) -> None:
-    # The exact type: a subclass with options of its own would be built, hashed and saved as if it had none.
-    types = compressor_types()
-    names = ", ".join(sorted(kind.__name__ for kind in types))
-    expect(type(compressor) in types, "compressor", compressor, f"to be one of {names}")

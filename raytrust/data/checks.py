@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from raytrust.data.arrays import Source
-from raytrust.data.conversions import image_conversion, label_conversion
 from raytrust.data.dataset import Dataset
-from raytrust.data.refusals import describe
+from raytrust.data.refusals import describe, image_conversion, label_conversion
 
 MIN_IMAGE_SIZE = 8  # the least height and width, in pixels, that the networks accept
 

@@ -38,19 +38,15 @@ class _Tree:
 def read_folder(folder: Path, size: int, seed: int) -> Source:
     """The images in `folder`, `size` pixels wide and high. Raises ValueError if it can't be told what is what."""
     try:
-        return _read(folder, size, seed)
+        splits = find_splits(folder)
+        if splits is None:
+            return _read_one(folder, size, seed, ())
+        left_out = (f"Left out: {', '.join(splits.left_out)}.",) if splits.left_out else ()
+        if splits.test is None:
+            return _read_one(splits.train, size, seed, (f"Read from {splits.train.name}/.", *left_out))
+        return _read_two(splits, splits.test, size, left_out)
     except OSError as error:
         raise ValueError(f"Expected {folder} to be readable ({reason(error)}).") from error
-
-
-def _read(folder: Path, size: int, seed: int) -> Source:
-    splits = find_splits(folder)
-    if splits is None:
-        return _read_one(folder, size, seed, ())
-    left_out = (f"Left out: {', '.join(splits.left_out)}.",) if splits.left_out else ()
-    if splits.test is None:
-        return _read_one(splits.train, size, seed, (f"Read from {splits.train.name}/.", *left_out))
-    return _read_two(splits, splits.test, size, left_out)
 
 
 def _read_one(folder: Path, size: int, seed: int, notes: tuple[str, ...]) -> Source:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from raytrust.data.arrays import digits, faces, read_npz
 from raytrust.data.checks import MIN_IMAGE_SIZE, checked_dataset
 from raytrust.data.dataset import Dataset
 from raytrust.data.downloads import DEFAULT_ROOT, TORCHVISION, read_torchvision
 from raytrust.data.folders import read_folder
-from raytrust.data.npz import read_npz
-from raytrust.data.shipped import digits, faces
 
 # Digits: 8x8 pixels are too few for a stage of a network or two, and 32x32 cost four times as much as 16x16 and show
 # nothing more. Folders: files have all sizes.

@@ -61,14 +61,9 @@ def save_capture(directory: Path, capture: Capture) -> None:
     _save(folder / f"seen-{capture.index:03d}.pt", body)
 
 
-def load_capture(directory: Path, step: int, index: int) -> Capture:
-    """Read one capture. Raises ValueError if it is missing, damaged or of another format."""
-    (capture,) = load_captures(directory, step, [index])
-    return capture
-
-
 def load_captures(directory: Path, step: int, indices: Sequence[int]) -> list[Capture]:
-    """Read captures of one step, which share one copy of the model; errors as of `load_capture`."""
+    """Read captures of one step, which share one copy of the model. Raises ValueError if one is missing, damaged or of
+    another format."""
     folder = directory / f"step-{step:06d}"
     model = _load(folder / "model.pt")
     histories: dict[int, tuple[EarlierStep, ...]] = {}

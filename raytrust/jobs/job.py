@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from raytrust.data import Dataset
+
+if TYPE_CHECKING:
+    from raytrust.jobs.store import JobStore
 
 Figures: TypeAlias = dict[str, Any]
 
@@ -38,20 +40,8 @@ class Place:
         return self.data
 
 
-class Results(Protocol):
-    """What a job reads: a `raytrust.jobs.store.JobStore`, of which it needs no more than this."""
-
-    @property
-    def root(self) -> Path: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def folder(self, job: Job) -> Path: ...
-
-    def result(self, job: Job) -> Figures | None: ...
-
-    def arrays(self, job: Job, prefix: str = "") -> dict[str, np.ndarray]: ...
+Results: TypeAlias = "JobStore"
+"""What a job reads."""
 
 
 class Job(ABC):

@@ -22,17 +22,10 @@ class Listener(Protocol):
 class Silent:
     """A listener that does nothing; a base for those that care for a part."""
 
-    def started(self, phase: str, key: str, name: str) -> None:
+    def tick(self, *_: Any, **__: Any) -> None:
         pass
 
-    def finished(self, phase: str, key: str, result: dict[str, Any]) -> None:
-        pass
-
-    def failed(self, phase: str, key: str, reason: str) -> None:
-        pass
-
-    def tick(self) -> None:
-        pass
+    started = finished = failed = tick
 
 
 class ListenerGroup:

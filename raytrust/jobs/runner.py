@@ -58,7 +58,7 @@ class Local:
         for store, jobs in bundles:
             if not (missing := store.missing(jobs)):
                 continue
-            if until is not None and time.time() >= until:
+            if too_late(until):
                 return
             place = Place(self._data.get(store.fingerprint), self._device)
             for job in missing:
@@ -66,6 +66,10 @@ class Local:
             for outcome in work(store, missing, place):
                 tell(listener, store, outcome)
             listener.tick()
+
+
+def too_late(until: float | None) -> bool:
+    return until is not None and time.time() >= until
 
 
 def each(store: JobStore, jobs: Sequence[Job]) -> list[Bundle]:

@@ -11,7 +11,7 @@ Every file is written whole or not at all, so whatever is there is finished. Fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,12 +96,11 @@ class JobStore:
 
     def results(self, shelf: str, parent: Job | None = None) -> list[Figures]:
         """The figures of all finished jobs of a shelf, or of those with this parent, in the order of their keys."""
-        return [content for path in self._listed(shelf, parent) if (content := read_json(path)) is not None]
+        return self._read(shelf, parent, failed=False)
 
     def failures(self, shelf: str, parent: Job | None = None) -> list[Figures]:
         """The jobs of a shelf that failed, as "job" and "reason", in the order of their keys."""
-        contents = map(read_json, self._listed(shelf, parent, failed=True))
-        return [content for content in contents if content is not None]
+        return self._read(shelf, parent, failed=True)
 
     def clear_failures(self) -> None:
         """Forget failures, so that what failed is tried again."""
@@ -109,11 +108,10 @@ class JobStore:
         for path in list(self.root.rglob("*.failed.json")):
             path.unlink()
 
-    def _listed(self, shelf: str, parent: Job | None, failed: bool = False) -> Iterator[Path]:
-        folder = (self.root if parent is None else self.folder(parent)) / shelf
-        for path in sorted(folder.glob("*.json")):
-            if path.name.endswith(".failed.json") == failed:
-                yield path
+    def _read(self, shelf: str, parent: Job | None, failed: bool) -> list[Figures]:
+        paths = sorted(((self.root if parent is None else self.folder(parent)) / shelf).glob("*.json"))
+        contents = (read_json(path) for path in paths if path.name.endswith(".failed.json") == failed)
+        return [content for content in contents if content is not None]
 
     def _path(self, job: Job, suffix: str) -> Path:
         folder = self.folder(job)

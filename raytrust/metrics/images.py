@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
-from skimage.metrics import structural_similarity as skimage_ssim
 
 # An array or a tensor: this room must not wait seconds for torch.
 T = TypeVar("T", bound=Any)
@@ -19,38 +18,20 @@ WINDOW = 7  # side of the uniform SSIM window, in pixels
 BESSEL = WINDOW**2 / (WINDOW**2 - 1)
 
 
-def ssim(a: ArrayLike, b: ArrayLike) -> float:
-    """Structural similarity of two images, averaged over channels and window positions.
-
-    Pinned to ``skimage.metrics.structural_similarity(a, b, data_range=1.0, channel_axis=0)`` in float64, that is a
-    uniform 7x7 window and sample covariances (Wang et al., 2004, eq. 13, with K1 = 0.01 and K2 = 0.03).
-
-    Args:
-        a, b: (channels, height, width), values in [0, 1].
-
-    Returns:
-        A number in [-1, 1]; symmetric in ``a`` and ``b``; 1 for identical images.
-
-    Raises:
-        ValueError: shapes differ, are not 3-dimensional or smaller than the window; a value is NaN or outside [0, 1].
-    """
-    a, b = _image_pair(a, b)
-    if min(a.shape[1:]) < WINDOW:
-        raise ValueError(f"Expected images of at least {WINDOW}x{WINDOW} pixels, got shape={a.shape}.")
-    return float(skimage_ssim(a, b, win_size=WINDOW, data_range=1.0, channel_axis=0))
-
-
 def ssim_table(a: ArrayLike, b: ArrayLike) -> NDArray[np.float64]:
-    """:func:`ssim` of every image of ``a`` with every image of ``b``, to rounding, without a call for each pair.
+    """Structural similarity of every image of ``a`` with every image of ``b``, over channels and window positions.
+
+    To rounding it is ``skimage.metrics.structural_similarity(a, b, data_range=1.0, channel_axis=0)`` in float64, that
+    is with a uniform 7x7 window and sample covariances (Wang et al., 2004, eq. 13, with K1 = 0.01 and K2 = 0.03).
 
     Args:
         a: (n, channels, height, width), values in [0, 1]. b: (m, channels, height, width).
 
     Returns:
-        (n, m), in [-1, 1].
+        (n, m), in [-1, 1]; 1 for identical images.
 
     Raises:
-        ValueError: as in :func:`ssim`.
+        ValueError: shapes differ, or are smaller than the window; a value is NaN or outside [0, 1].
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     for images in (a, b):
@@ -84,10 +65,16 @@ def mse(a: ArrayLike, b: ArrayLike) -> float:
     """Mean squared error of two (channels, height, width) images in [0, 1]; a number in [0, 1].
 
     Raises:
-        ValueError: as in :func:`ssim`, except that any size of at least one pixel will do.
+        ValueError: shapes differ, are not 3-dimensional or without a pixel; a value is NaN or outside [0, 1].
     """
-    a, b = _image_pair(a, b)
-    return float(np.mean((a - b) ** 2))
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 3 or x.size == 0:
+        raise ValueError(
+            f"Expected two non-empty (channels, height, width) images of one shape, got {x.shape}, {y.shape}."
+        )
+    _check_range(x)
+    _check_range(y)
+    return float(np.mean((x - y) ** 2))
 
 
 def psnr(a: ArrayLike, b: ArrayLike) -> float:
@@ -100,18 +87,6 @@ def psnr(a: ArrayLike, b: ArrayLike) -> float:
     """
     error = mse(a, b)
     return math.inf if error == 0.0 else -10.0 * math.log10(error)
-
-
-def _image_pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both images as float64, or ValueError."""
-    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if x.shape != y.shape or x.ndim != 3 or x.size == 0:
-        raise ValueError(
-            f"Expected two non-empty (channels, height, width) images of one shape, got {x.shape}, {y.shape}."
-        )
-    for image in (x, y):
-        _check_range(image)
-    return x, y
 
 
 def _check_range(image: NDArray[np.float64]) -> None:

@@ -1,71 +1,31 @@
-"""Everything that the audit says of one attack, on one model or on several."""
+"""Everything that the audit says of one attack on several models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import beta
 
-from raytrust.metrics.epsilon import EpsilonBound, one_run_epsilon
-from raytrust.metrics.roc import (
-    RESAMPLES,
-    Array,
-    Mask,
-    auc,
-    auc_interval,
-    checked,
-    percentiles,
-    resolvable,
-    tied_groups,
-    tpr_at_fpr,
-    tpr_of_groups,
-)
-from raytrust.metrics.statistics import Figure, mean_figure, mean_interval
+from raytrust.metrics.roc import Array, Mask, auc, checked
+from raytrust.metrics.statistics import Figure, mean_figure
 
 LOW_FPR = (0.01, 0.001)
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """An attack's figures. tpr: by false positive rate. slices: AUC by the name of a part of the points.
-
-    epsilon: one run's bound, or for several models the mean of their bounds with its interval.
-    unit: what the intervals take for independent and the figures' n counts, "point" or "model".
-    """
+    """An attack's figures. tpr: by false positive rate. slices: AUC by the name of a part of the points. epsilon: the
+    mean of the models' bounds."""
 
     auc: Figure
     tpr: dict[float, Figure]
     slices: dict[str, Figure]
-    epsilon: EpsilonBound | Figure | None
-    unit: str
-
-
-def audit(
-    scores: ArrayLike,
-    member: ArrayLike,
-    slices: Mapping[str, ArrayLike] | None = None,
-    guesses: int | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> AuditReport:
-    """Report on one model. scores, member: (n,). slices: masks (n,) by name. guesses: of the epsilon bound, fixed
-    beforehand; none is given without it. Intervals are bootstraps over points."""
-    s, m = checked(scores, member)
-
-    def area(part: Mask) -> Figure:
-        if not m[part].any() or m[part].all():
-            return Figure(None, n=int(part.sum()))
-        return Figure(auc(s[part], m[part]), *auc_interval(s[part], m[part], confidence, seed=seed), int(part.sum()))
-
-    return AuditReport(
-        auc=area(np.ones(s.shape, dtype=bool)),
-        tpr={fpr: tpr_at_fpr(s, m, fpr, confidence, seed=seed) for fpr in LOW_FPR},
-        slices={name: area(np.asarray(part, dtype=bool)) for name, part in (slices or {}).items()},
-        epsilon=None if guesses is None else one_run_epsilon(s, m, guesses, confidence=confidence),
-        unit="point",
-    )
+    epsilon: Figure | None
 
 
 def pooled_audit(
@@ -73,10 +33,9 @@ def pooled_audit(
     member: ArrayLike,
     slices: Mapping[str, ArrayLike] | None = None,
     guesses: int | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
 ) -> AuditReport:
-    """Report on k models with the model as the unit. scores, member: (k, n); slices: masks (n,) or (k, n).
+    """Report on k models with the model as the unit. scores, member: (k, n); slices: masks (n,) or (k, n), by name.
+    guesses: of the epsilon bound, fixed beforehand; none is given without it.
 
     AUCs and epsilons are means over models with Student-t intervals: points of one model share its training, so that
     pooled points would make the interval too narrow. TPR at a low FPR pools the scores, which one model's non-members
@@ -88,42 +47,70 @@ def pooled_audit(
         raise ValueError(f"Expected scores and member of one shape (models, points), got {s.shape} and {m.shape}.")
     checked(s.ravel(), m.ravel())
 
-    def mean(values: Sequence[float]) -> Figure:
-        return mean_figure(values, lambda x: mean_interval(x, confidence))
-
     def area(part: ArrayLike) -> Figure:
         mask = np.broadcast_to(np.asarray(part, dtype=bool), s.shape)
         rows = [(x[w], y[w]) for x, y, w in zip(s, m, mask, strict=True)]
-        return mean([auc(x, y) for x, y in rows if y.any() and not y.all()])
+        return mean_figure([auc(x, y) for x, y in rows if y.any() and not y.all()])
 
-    bounds = [] if guesses is None else [one_run_epsilon(x, y, guesses).epsilon for x, y in zip(s, m, strict=True)]
+    bounds = [] if guesses is None else [one_run_epsilon(x, y, guesses) for x, y in zip(s, m, strict=True)]
     return AuditReport(
         auc=area(True),
-        tpr={fpr: _pooled_tpr(s, m, fpr, confidence, seed) for fpr in LOW_FPR},
+        tpr={fpr: _pooled_tpr(s, m, fpr) for fpr in LOW_FPR},
         slices={name: area(part) for name, part in (slices or {}).items()},
-        epsilon=mean(bounds) if bounds else None,
-        unit="model",
+        epsilon=mean_figure(bounds) if bounds else None,
     )
 
 
-def _pooled_tpr(s: Array, m: Mask, fpr: float, confidence: float, seed: int) -> Figure:
-    if not resolvable(int((~m).sum()), fpr):
+def _pooled_tpr(s: Array, m: Mask, fpr: float) -> Figure:
+    """The greatest TPR at an FPR of at most `fpr`, without interpolation; none of fewer than 10 / fpr non-members, of
+    whom fewer than ten would decide it. The threshold is drawn anew in each resample, being chosen on the sample."""
+    # With a slack for rounding: 10 / 0.001 is 10,000.
+    if (~m).sum() * fpr < 10 * (1 - 1e-12):
         return Figure(None, n=len(s))
     # How often each distinct score of the pool occurs in each model, so that resampling models is one product.
-    values, _, _ = tied_groups(s.ravel(), m.ravel())
-    place = np.searchsorted(-values, -s)
-    counts = [
-        np.stack([np.bincount(p[w], minlength=len(values)) for p, w in zip(place, who, strict=True)]).astype(np.float64)
-        for who in (m, ~m)
-    ]
+    values, place = np.unique(-s, return_inverse=True)
+    rows = [zip(place.reshape(s.shape), who, strict=True) for who in (m, ~m)]
+    counts = [np.stack([np.bincount(p[w], minlength=len(values)) for p, w in of]).astype(np.float64) for of in rows]
     ones = np.ones((1, len(s)))
-    value = float(tpr_of_groups(ones @ counts[0], ones @ counts[1], fpr)[0])
+    value = float(_tpr(ones @ counts[0], ones @ counts[1], fpr)[0])
     if len(s) == 1:
         return Figure(value, n=1)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     rates = []
     # Fifty at a time: a table of all resamples by all distinct scores would be gigabytes.
-    for _ in range(RESAMPLES // 50):
+    for _ in range(_RESAMPLES // 50):
         weights = generator.multinomial(len(s), np.full(len(s), 1 / len(s)), size=50).astype(np.float64)
-        rates.append(tpr_of_groups(weights @ counts[0], weights @ counts[1], fpr))
-    return Figure(value, *percentiles(rates, confidence), len(s))
+        rates.append(_tpr(weights @ counts[0], weights @ counts[1], fpr))
+    low, high = np.quantile(np.concatenate(rates), [0.025, 0.975])
+    return Figure(value, float(low), float(high), len(s))
+
+
+def _tpr(positive: Array, negative: Array, fpr: float) -> Array:
+    """The greatest TPR at an FPR of at most `fpr`. positive, negative: (r, k) weights, highest score first; (r,)."""
+    # The same slack: 0.01 of 1,000 others are ten of them.
+    allowed = negative.cumsum(axis=1) <= fpr * negative.sum(axis=1, keepdims=True) * (1 + 1e-12)
+    reached = np.where(allowed, positive.cumsum(axis=1), 0).max(axis=1)
+    return np.asarray(reached / positive.sum(axis=1))
+
+
+def one_run_epsilon(scores: ArrayLike, member: ArrayLike, guesses: int) -> float:
+    """A lower bound on epsilon from one model, each point a member by its own fair coin (Steinke et al. 2023).
+
+    The guesses // 2 highest scores are guessed to be members and as many lowest to be none; on the rest the attacker
+    abstains. `guesses` has to be fixed beforehand: the best of several is above 0 on pure noise far too often. Scores
+    must not depend on the coins except through the model. Equal scores are guessed in the order of their points.
+
+    With a confidence of 95 %, the training isn't epsilon-differentially private for any epsilon below the bound; it is
+    0 where the guesses don't refute epsilon = 0. Raises ValueError unless 2 <= guesses <= n.
+    """
+    s, m = checked(scores, member)
+    if not 2 <= guesses <= s.size:
+        raise ValueError(f"Expected guesses={guesses} in [2, {s.size}], the number of points.")
+    half = guesses // 2
+    # A stable order, as the guesses must not depend on the coins, not even through ties.
+    order = np.argsort(-s, kind="stable")
+    correct = int(m[order[:half]].sum() + (~m[order[len(order) - half :]]).sum())
+    # Under epsilon-DP at least so many guesses are right with a probability of at most P[Binomial(guesses, e^epsilon /
+    # (1 + e^epsilon)) >= correct] (their Theorem 5.2): the share at which that is 5 % is a quantile of a beta.
+    share = float(beta.ppf(0.05, correct, 2 * half - correct + 1)) if correct else 0.0
+    return math.log(share / (1 - share)) if share > 0.5 else 0.0

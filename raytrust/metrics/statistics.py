@@ -75,7 +75,8 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval | Non
     is outside (0, 1).
     """
     x = _finite_values(values)
-    _check_confidence(confidence)
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"Expected confidence={confidence} in (0, 1).")
     n = x.size
     if n == 1:
         return None
@@ -86,21 +87,20 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval | Non
     return mean - half, mean + half
 
 
-def bootstrap_interval(values: ArrayLike, confidence: float = 0.95) -> Interval | None:
-    """Two-sided bootstrap interval for the mean of (n,) values: the expanded percentile interval (Hesterberg, 2015,
+def bootstrap_interval(values: ArrayLike) -> Interval | None:
+    """95 % bootstrap interval for the mean of (n,) values: the expanded percentile interval (Hesterberg, 2015,
     "What Teachers Should Know About the Bootstrap", sec. 3.3), from 10,000 resamples by a fixed seed; None if n == 1.
 
     It lies within the range of the values, so with very few of them (up to 4) it is about this range; of width 0 if all
     are equal. Raises ValueError as `mean_interval`.
     """
     x = _finite_values(values)
-    _check_confidence(confidence)
     if x.size == 1:
         return None
     # No library has the expansion. SciPy's percentile and BCa intervals are too short for the few images that we have:
     # of eight skewed values the plain one covers the mean in 88 % of samples (see the tests). The expansion takes the
     # quantiles that would give a normal sample its Student-t interval.
-    alpha = float(ndtr(-math.sqrt(x.size / (x.size - 1)) * stdtrit(x.size - 1, 0.5 + confidence / 2)))
+    alpha = float(ndtr(-math.sqrt(x.size / (x.size - 1)) * stdtrit(x.size - 1, 0.975)))
     means = x[np.random.default_rng(0).integers(0, x.size, (_RESAMPLES, x.size))].mean(axis=1)
     low, high = np.quantile(means, [alpha, 1 - alpha])
     return float(low), float(high)
@@ -124,7 +124,7 @@ class Paired:
     p_value: float
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Paired:
+def paired_difference(a: ArrayLike, b: ArrayLike) -> Paired:
     """The mean of ``a - b`` over pairs (n,), in the same order, with its interval and its p-value.
 
     The p-value is the share of sign patterns whose mean is at least as far from 0 as what was measured (Fisher's
@@ -146,19 +146,18 @@ def paired_difference(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> P
         means = np.abs(np.concatenate([flips @ d, [d.sum()]]))
     # A pattern that ties with the measured one must count in spite of rounding.
     extreme = means >= abs(d.sum()) * (1 - 1e-9)
-    return Paired(float(d.mean()), bootstrap_interval(d, confidence), float(extreme.mean()))
+    return Paired(float(d.mean()), bootstrap_interval(d), float(extreme.mean()))
 
 
-def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson score interval (Wilson, 1927, without continuity correction) for a proportion.
+def proportion_interval(successes: int, n: int) -> Interval:
+    """95 % Wilson score interval (Wilson, 1927, without continuity correction) for a proportion.
 
     0 <= low <= successes / n <= high <= 1, and of positive width, even at 0 and n successes. Raises ValueError unless
-    0 <= successes <= n, n >= 1 and the confidence is in (0, 1).
+    0 <= successes <= n and n >= 1.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"Expected successes={successes} in [0, n={n}] and n >= 1.")
-    _check_confidence(confidence)
-    low, high = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    low, high = binomtest(successes, n).proportion_ci(method="wilson")
     return float(low), float(high)
 
 
@@ -167,8 +166,3 @@ def _finite_values(values: ArrayLike) -> NDArray[np.float64]:
     if x.ndim != 1 or x.size == 0 or not np.isfinite(x).all():
         raise ValueError(f"Expected at least one finite value in one dimension, got values={x}.")
     return x
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"Expected confidence={confidence} in (0, 1).")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from raytrust.reports import membership_table as tables
 from raytrust.reports.html import file_uri, render
-from raytrust.studies.membership.paper_cells import ATTACKS, floors, nearest_cells
+from raytrust.studies.membership.paper_cells import floors, nearest_cells
 from raytrust.studies.membership.row import Row
-from raytrust.studies.published import TABLE_2
+from raytrust.studies.published import MEMBERSHIP_ATTACKS, TABLE_2
 
 
 def membership_page(
@@ -30,7 +30,7 @@ def membership_page(
         classes=tables.class_table(rows),
         messages=tables.message_table(rows),
         property=tables.property_table(rows),
-        paper_attacks=ATTACKS,
+        paper_attacks=MEMBERSHIP_ATTACKS,
         grid=tables.grid_table(rows),
         paper=tables.paper_table(rows),
         published=(min(paper), max(paper)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from raytrust.metrics.statistics import Figure
-from raytrust.metrics.verdict import Control, Evidence, control_of
+from raytrust.metrics.verdict import Evidence, control_of
 from raytrust.reports.text import Lines, capital, human_bytes, text_table
 from raytrust.studies.membership.paper_cells import nearest_cells
 from raytrust.studies.membership.row import Row, finished, messages_of
@@ -32,33 +32,24 @@ def control_lines(rows: Sequence[Row]) -> list[str]:
 
     Where it doesn't, with its 95 % interval over models, nothing that it says of a defence may be called protective.
     """
-    plain = next((row for row in finished(rows) if _is_plain(row)), None)
+    compressors = ((row, row["arm"].get("compressor") or {}) for row in finished(rows) if "privacy" not in row)
+    plain = next((row for row, compressor in compressors if compressor.get("method") == "none"), None)
     if plain is None:
         return ["No control: uncompressed training was not audited. Nothing here may be called protective."]
     lines = [_control_line(f"final models ({LIRA})", plain["final"][LIRA].auc)]
     return lines + [_control_line(f"messages ({m.score}, step {m.step})", m) for m in messages_of(plain)[-1:]]
 
 
-def _is_plain(row: Row) -> bool:
-    return "privacy" not in row and (row["arm"].get("compressor") or {}).get("method") == "none"
-
-
 def _control_line(where: str, auc: Figure) -> str:
-    control = _control(auc)
+    # Of the excess over chance, as for images over their floor: one rule judges both.
+    interval = None if auc.low is None or auc.high is None else (auc.low - 0.5, auc.high - 0.5)
+    control = control_of(None if auc.value is None else Evidence(auc.value, 0.5, interval, auc.n or 0, measure="AUC"))
     if control.works:
         return f"Control, {where}: the attack works {control.reason}."
     return (
         f"The attack on {where} fails here: nothing that it says of a defence may be called protective; give it more "
         f"models or longer training. {capital(control.reason)}."
     )
-
-
-def _control(auc: Figure) -> Control:
-    if auc.value is None:
-        return control_of(None)
-    # Of the excess over chance, as for images over their floor: one rule judges both.
-    interval = None if auc.low is None or auc.high is None else (auc.low - 0.5, auc.high - 0.5)
-    return control_of(Evidence(auc.value, 0.5, interval, auc.n or 0, measure="AUC"))
 
 
 def side_by_side(row: Row) -> dict[str, Figure]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from raytrust.data import Dataset
 from raytrust.jobs.job import Job
 from raytrust.jobs.progress import Progress, clock
-from raytrust.jobs.runner import Bundle, Runner
+from raytrust.jobs.runner import Bundle, Runner, too_late
 from raytrust.jobs.store import JobStore
 
 Phase: TypeAlias = tuple[str, Sequence[Bundle]]
@@ -52,7 +51,3 @@ def answer(study: Study, runner: Runner, progress: Progress, until: float | None
         # Later phases are chosen by the results of this one, which may have been cut short.
         if too_late(until):
             return
-
-
-def too_late(until: float | None) -> bool:
-    return until is not None and time.time() >= until

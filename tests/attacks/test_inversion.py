@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from toys import synthetic
+from toys import ssim, synthetic
 
 from raytrust.attacks.inversion import (
     Candidates,
@@ -40,7 +40,6 @@ from raytrust.config.attacks import GEIPING
 from raytrust.data import Dataset, load
 from raytrust.leak import identity_view, view_of
 from raytrust.leak.observation import Capture, Observation
-from raytrust.metrics.images import ssim
 from raytrust.networks.build import build_model
 from raytrust.persample.matcher import Distance
 from raytrust.persample.products import Product

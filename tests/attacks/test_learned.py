@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import distance, synthetic
+from toys import distance, ssim, synthetic
 
 from raytrust.attacks.learned import Auxiliary, CountSketch, auxiliary_messages, train_inverter
 from raytrust.attacks.learned.encoding import Encoder
@@ -31,7 +31,6 @@ from raytrust.config import (
 )
 from raytrust.data import Dataset, load
 from raytrust.leak.observation import Capture, Observation, decoded
-from raytrust.metrics.images import ssim
 from raytrust.metrics.statistics import paired_difference
 from raytrust.networks.build import build_model
 from raytrust.persample.engine import PerSampleGradients

@@ -286,8 +286,10 @@ def test_one_data_set_after_another_and_table_1_first(tmp_path: Path) -> None:
 def test_rows_as_csv() -> None:
     setting = Setting(Victim(width=4), InversionConfig("naive"))
     rows = [
-        similarity_row("cifar10", ("none", None), NAIVE, setting, Found([0.4, 0.6], bytes=8, gradient_bytes=8)),
-        similarity_row("cifar10", ("topk", 1), NAIVE, setting, Found([0.1, 0.1], bytes=1, gradient_bytes=8)),
+        similarity_row(
+            "cifar10", ("none", None), NAIVE, setting, Found([0.4, 0.6], bytes_per_step=8, gradient_bytes=8)
+        ),
+        similarity_row("cifar10", ("topk", 1), NAIVE, setting, Found([0.1, 0.1], bytes_per_step=1, gradient_bytes=8)),
         similarity_row("cifar10", ("topk", 2), NAIVE, setting, Found(None, "it broke")),
     ]
     lines = to_csv(with_percent(rows), TABLE_1_COLUMNS).splitlines()

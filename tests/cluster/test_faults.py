@@ -27,7 +27,7 @@ from toys import synthetic
 
 from raytrust.cli.frontier import Spaces, run_sweep
 from raytrust.config import CaptureConfig, Defence, InversionConfig, ModelConfig, SweepConfig, TrainConfig, from_dict
-from raytrust.jobs.captures import load_capture
+from raytrust.jobs.captures import load_captures
 from raytrust.jobs.files import read_json
 from raytrust.reports.mlflow import default_uri
 from raytrust.studies.frontier.row import load_rows
@@ -267,8 +267,8 @@ SAVE = """
 import sys
 from pathlib import Path
 import torch
-from raytrust.jobs.captures import load_capture, save_capture
-capture = load_capture(Path(sys.argv[1]), 0, 0)
+from raytrust.jobs.captures import load_captures, save_capture
+capture = load_captures(Path(sys.argv[1]), 0, [0])[0]
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 import signal
@@ -295,7 +295,7 @@ def test_a_capture_that_does_not_fit_is_not_there(limit: int, tmp_path: Path) ->
     assert run.stdout.strip() in ("OSError", "RuntimeError"), run.stderr
     assert [path for path in (tmp_path / "cut").rglob("*") if path.is_file()] == []
     with pytest.raises(ValueError, match="but there is no such file"):
-        load_capture(tmp_path / "cut", 0, 0)
+        load_captures(tmp_path / "cut", 0, [0])
 
 
 def trained(directory: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import warm_group
 
 from raytrust.config import TrainConfig
-from raytrust.jobs.captures import load_capture, save_capture
+from raytrust.jobs.captures import load_captures, save_capture
 from raytrust.leak.observation import Capture
 from raytrust.studies.frontier.store import Store
 from raytrust.train.loop import Evaluation, Step, train
@@ -65,7 +65,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def captures(store: Store, config: TrainConfig) -> list[Capture]:
-    return [load_capture(store.run_directory(config), step, i) for step in config.capture.steps for i in range(2)]
+    return [c for step in config.capture.steps for c in load_captures(store.run_directory(config), step, range(2))]
 
 
 def test_a_defence_is_trained_as_if_it_were_the_only_one(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from raytrust.config import (
     TrainConfig,
 )
 from raytrust.data import Dataset
-from raytrust.jobs.captures import FORMAT, load_capture, save_capture
+from raytrust.jobs.captures import FORMAT, load_captures, save_capture
 from raytrust.jobs.files import atomic_write
 from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.train.loop import train
@@ -93,7 +93,7 @@ def test_what_is_loaded_is_what_was_saved(
     threat = Threat(vantage, batch_size=2, labels="known" if vantage == "link" else "unknown")
     for capture in captured(data, compressor, threat, "resnet18", steps=(0, 1)):
         save_capture(tmp_path, capture)
-        assert_equal(load_capture(tmp_path, capture.seen.step, capture.index), capture)
+        assert_equal(load_captures(tmp_path, capture.seen.step, [capture.index])[0], capture)
 
 
 @pytest.mark.parametrize("vantage", VANTAGES)
@@ -111,10 +111,10 @@ def test_a_history_survives_and_is_written_once_a_step(
     assert path.stat().st_mtime_ns == written
     assert not (tmp_path / "step-000000" / "history-0.pt").exists()
     for capture in found:
-        assert_equal(load_capture(tmp_path, capture.seen.step, capture.index), capture)
+        assert_equal(load_captures(tmp_path, capture.seen.step, [capture.index])[0], capture)
     path.unlink()
     with pytest.raises(ValueError, match=r"history-0\.pt, but there is no such file\.$"):
-        load_capture(tmp_path, 1, 0)
+        load_captures(tmp_path, 1, [0])
 
 
 def test_the_history_of_each_worker_is_a_file_of_its_own(data: Dataset, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_history_of_each_worker_is_a_file_of_its_own(data: Dataset, tmp_path
     for capture in (first, second):
         save_capture(tmp_path, capture)
     for capture in (first, second):
-        assert_equal(load_capture(tmp_path, 1, capture.index), capture)
+        assert_equal(load_captures(tmp_path, 1, [capture.index])[0], capture)
 
 
 def test_the_files(data: Dataset, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ class TestWhatCannotBeLoaded:
 
     def refuse(self, path: Path, message: str) -> None:
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            load_capture(path.parent.parent, 0, 0)
+            load_captures(path.parent.parent, 0, [0])
         assert str(error.value) == message
 
     def test_a_missing_file(self, path: Path) -> None:
@@ -231,7 +231,7 @@ class TestWhatCannotBeLoaded:
         content = path.read_bytes()
         path.write_bytes(content[: int(share * len(content))])
         with pytest.raises(ValueError, match=r"to be a capture, but it can't be read: \w+\.$"):
-            load_capture(path.parent.parent, 0, 0)
+            load_captures(path.parent.parent, 0, [0])
 
     def test_a_flipped_bit(self, path: Path) -> None:
         content = bytearray(path.read_bytes())
@@ -242,14 +242,14 @@ class TestWhatCannotBeLoaded:
         content[start] ^= 1
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"to be a capture, but it can't be read: \w+\.$"):
-            load_capture(path.parent.parent, 0, 0)
+            load_captures(path.parent.parent, 0, [0])
 
     def test_code(self, path: Path, tmp_path: Path) -> None:
         torch.save({"format": FORMAT, "step": Malice(str(tmp_path / "ran"))}, path)
         self.refuse(path, f"Expected {path} to be a capture, but it can't be read: UnpicklingError.")
         path.write_bytes(pickle.dumps(Malice(str(tmp_path / "ran")), protocol=2))
         with pytest.raises(ValueError, match=r"to be a capture, but it can't be read: \w+\.$"):
-            load_capture(path.parent.parent, 0, 0)
+            load_captures(path.parent.parent, 0, [0])
         assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize("content", [{"format": FORMAT - 1}, {"format": FORMAT + 1}, {"step": 0}, [1], "capture"])
@@ -355,7 +355,7 @@ def test_files_hold_no_more_than_they_show(tmp_path: Path) -> None:
     )
     save_capture(tmp_path, Capture(0, observation, Truth(torch.zeros(1, 1, 8, 8), torch.zeros(1).long())))
     assert (tmp_path / "step-000000" / "seen-000.pt").stat().st_size < 40_000
-    again = load_capture(tmp_path, 0, 0).seen
+    again = load_captures(tmp_path, 0, [0])[0].seen
     assert again.messages[0].sent_bytes == 16
 
 
@@ -365,7 +365,7 @@ def test_the_buffers_that_the_batch_left_behind_survive(data: Dataset, tmp_path:
     assert capture.seen.buffers_after is not None
     assert not torch.equal(capture.seen.buffers_after["bn1.running_mean"], capture.seen.buffers["bn1.running_mean"])
     save_capture(tmp_path, capture)
-    assert_equal(load_capture(tmp_path, 0, capture.index).seen, capture.seen)
+    assert_equal(load_captures(tmp_path, 0, [capture.index])[0].seen, capture.seen)
 
 
 def test_a_hidden_payload_of_any_type_survives(capture: Capture, tmp_path: Path) -> None:
@@ -375,4 +375,4 @@ def test_a_hidden_payload_of_any_type_survives(capture: Capture, tmp_path: Path)
         (torch.ones(3, 2), torch.ones(0, dtype=torch.int32)),
     )
     save_capture(tmp_path, replace(capture, seen=replace(capture.seen, messages=(hidden,))))
-    assert_equal(load_capture(tmp_path, 0, 0).seen.messages, (hidden,))
+    assert_equal(load_captures(tmp_path, 0, [0])[0].seen.messages, (hidden,))

@@ -18,13 +18,17 @@ def images(shape, seed=0):
     return rng.random(shape), rng.random(shape)
 
 
+def ssim(a, b):
+    return metrics.ssim_table(a[None], b[None])[0, 0]
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 7, 11)])
 def test_ssim_is_the_pinned_call(shape):
     a, b = images(shape)
     b = 0.7 * a + 0.3 * b
-    assert metrics.ssim(a, b) == structural_similarity(a, b, data_range=1.0, channel_axis=0)
-    assert metrics.ssim(a, b) == pytest.approx(metrics.ssim(b, a), abs=1e-12)
-    assert metrics.ssim(a, a) == 1.0
+    assert ssim(a, b) == pytest.approx(structural_similarity(a, b, data_range=1.0, channel_axis=0), abs=1e-9)
+    assert ssim(a, b) == pytest.approx(ssim(b, a), abs=1e-12)
+    assert ssim(a, a) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_ssim_of_one_window_is_the_papers_formula():
@@ -36,19 +40,19 @@ def test_ssim_of_one_window_is_the_papers_formula():
         cov = np.cov(x.ravel(), y.ravel())
         top = (2 * x.mean() * y.mean() + c1) * (2 * cov[0, 1] + c2)
         values.append(top / ((x.mean() ** 2 + y.mean() ** 2 + c1) * (cov[0, 0] + cov[1, 1] + c2)))
-    assert metrics.ssim(a, b) == pytest.approx(np.mean(values), abs=1e-10)
+    assert ssim(a, b) == pytest.approx(np.mean(values), abs=1e-10)
 
 
 def test_ssim_falls_with_noise():
     a, noise = images((3, 16, 16), seed=2)
-    mixed = [metrics.ssim(a, (1 - t) * a + t * noise) for t in (0.0, 0.1, 0.3, 1.0)]
+    mixed = [ssim(a, (1 - t) * a + t * noise) for t in (0.0, 0.1, 0.3, 1.0)]
     assert mixed == sorted(mixed, reverse=True)
     assert abs(mixed[-1]) < 0.2
 
 
 def test_float32_images_are_scored_in_float64():
     a, b = (x.astype(np.float32) for x in images((3, 16, 16)))
-    assert metrics.ssim(a, b) == metrics.ssim(a.astype(np.float64), b.astype(np.float64))
+    assert ssim(a, b) == ssim(a.astype(np.float64), b.astype(np.float64))
 
 
 @pytest.mark.parametrize("offset", [0.5, 0.1, 0.01])
@@ -66,7 +70,7 @@ def test_mse_and_psnr_limits():
     assert metrics.psnr(zeros, ones) == 0.0
 
 
-@pytest.mark.parametrize("metric", [metrics.ssim, metrics.mse, metrics.psnr])
+@pytest.mark.parametrize("metric", [metrics.mse, metrics.psnr])
 def test_bad_images_are_refused(metric):
     good = np.full((1, 8, 8), 0.5)
     for bad in (np.full((1, 8, 9), 0.5), np.full((1, 1, 8, 8), 0.5), good + 0.6, good - 0.6, good * np.nan):
@@ -93,7 +97,7 @@ def test_range_has_a_tolerance():
 def test_ssim_needs_a_window():
     small = np.zeros((1, 6, 8))
     with pytest.raises(ValueError, match="7x7"):
-        metrics.ssim(small, small)
+        ssim(small, small)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +174,11 @@ def test_proportion_interval_against_a_textbook():
         assert statistics.proportion_interval(successes, n) == pytest.approx(expected, abs=5e-5)
 
 
-@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
 @pytest.mark.parametrize("n", [1, 7, 360])
-def test_proportion_interval_against_scipy_and_bounds(n, confidence):
+def test_proportion_interval_against_scipy_and_bounds(n):
     for successes in range(n + 1):
-        low, high = statistics.proportion_interval(successes, n, confidence)
-        twin = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+        low, high = statistics.proportion_interval(successes, n)
+        twin = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
         assert (low, high) == pytest.approx((twin.low, twin.high), abs=1e-12)
         assert 0.0 <= low <= successes / n <= high <= 1.0
         assert low < high
@@ -185,8 +188,6 @@ def test_proportion_interval_refuses():
     for successes, n in [(0, 0), (-1, 5), (6, 5)]:
         with pytest.raises(ValueError, match="Expected"):
             statistics.proportion_interval(successes, n)
-    with pytest.raises(ValueError, match="confidence"):
-        statistics.proportion_interval(1, 2, 1.0)
 
 
 @pytest.mark.parametrize("shape", [(1, 7, 7), (3, 8, 11), (3, 32, 32)])
@@ -197,7 +198,8 @@ def test_the_ssim_table_is_the_pinned_call_for_each_pair(shape):
     b[2] = 0.5  # constant
     b[3] = a[0]
     table = metrics.ssim_table(a, b)
-    np.testing.assert_allclose(table, [[metrics.ssim(x, y) for y in b] for x in a], atol=1e-9)
+    twin = [[structural_similarity(x, y, data_range=1.0, channel_axis=0) for y in b.astype(float)] for x in a]
+    np.testing.assert_allclose(table, twin, atol=1e-9)
 
 
 def test_the_ssim_table_refuses_bad_images():
@@ -226,8 +228,6 @@ def test_the_bootstrap_interval_is_wider_than_the_plain_one():
     t = statistics.mean_interval(values)
     assert high - low == pytest.approx(t[1] - t[0], rel=0.15)
     assert statistics.bootstrap_interval(values) == (low, high)  # by a fixed seed
-    narrow = statistics.bootstrap_interval(values, confidence=0.5)
-    assert low < narrow[0] < narrow[1] < high
 
 
 def test_bootstrap_limits_and_refusals():
@@ -236,8 +236,6 @@ def test_bootstrap_limits_and_refusals():
     for bad in ([], [math.nan, 1.0], [[1.0, 2.0]]):
         with pytest.raises(ValueError, match="Expected at least one finite value"):
             statistics.bootstrap_interval(bad)
-    with pytest.raises(ValueError, match="Expected confidence=1"):
-        statistics.bootstrap_interval([1.0, 2.0], confidence=1.0)
 
 
 @pytest.mark.parametrize("n", [1, 4, 9, 14])

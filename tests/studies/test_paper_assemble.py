@@ -13,7 +13,7 @@ from raytrust.jobs.store import JobStore
 from raytrust.reports.html import render
 from raytrust.reports.outbox import Outbox
 from raytrust.reports.paper.answer import first_screen, means
-from raytrust.reports.paper.page import page
+from raytrust.reports.paper.write import page
 from raytrust.studies.membership.row import Rule
 from raytrust.studies.paper.assemble import Report, assemble
 from raytrust.studies.paper.rows import membership_rows

@@ -190,7 +190,7 @@ def test_every_budget_makes_a_plan() -> None:
         plan = Plan("cifar10", budget, budget.images, 960, 0)
         trained = {(u.victim.stem, u.victim.width, s) for u in plan.trainings() for s in u.keep}
         wanted = {(s.victim.stem, s.victim.width, s.victim.steps) for s in settings if s.victim.steps}
-        wanted |= {(v.stem, v.width, v.steps) for v in plan.theory_victims if v.steps}
+        wanted |= {(v.stem, v.width, v.steps) for v in (t.victim for t in plan.theory().values()) if v.steps}
         assert wanted <= trained
         assert len(budget.membership_config(0, 10**6).defences) == len(CELLS)
         for images in (1080, 1001, 10029):  # the last two are lost to rounding as 1001 / 2000 * 2000

@@ -9,7 +9,7 @@ import numpy as np
 from raytrust.metrics.statistics import Figure, bootstrap_interval
 from raytrust.reports.text import Lines, human_bytes
 from raytrust.studies.membership.row import messages_of
-from raytrust.studies.paper.assemble import Report, distance_to_paper
+from raytrust.studies.paper.assemble import Report
 from raytrust.studies.paper.plan import Setting, attack_name
 from raytrust.studies.paper.row import RuleRow, SimilarityRow, TheoryRow, cell_of, figure_of, theory_values
 from raytrust.studies.paper.rows import nearest_rules, rule_name
@@ -61,12 +61,12 @@ def _ssim(row: SimilarityRow | None) -> str:
 
 def search(report: Report, dataset: str) -> dict[str, Any]:
     """The settings that were tried on a data set, nearest first."""
-    tried = report.search[dataset]
-    order = sorted(tried, key=lambda s: (tried[s].mean is None, distance_to_paper(tried[s], dataset) or 0.0))
+    tried, target = report.search[dataset], TABLE_1[dataset]["none", None].mean
+    order = sorted(tried, key=lambda s: (tried[s].mean is None, abs((tried[s].mean or 0.0) - target)))
     head = ["", "victim", "attack", "mean SSIM [95 %]", "distance to the paper's"]
     return {
         "dataset": TITLES[dataset],
-        "target": TABLE_1[dataset]["none", None].mean,
+        "target": target,
         "lines": [head, *(_tried(setting, report, dataset) for setting in order)],
         "portfolio": report.portfolio.get(dataset),
     }

@@ -12,12 +12,11 @@ import numpy as np
 from raytrust.config import Defence, SweepConfig, TrainConfig
 from raytrust.jobs.job import Figures, Job
 from raytrust.jobs.listener import Listener, Silent
-from raytrust.jobs.runner import Runner, each
+from raytrust.jobs.runner import Runner, each, too_late
 from raytrust.metrics.verdict import floor_of_images
 from raytrust.studies.frontier.jobs import AttackRun, TrainingRun
 from raytrust.studies.frontier.plan import defence_objectives
 from raytrust.studies.frontier.store import Store
-from raytrust.studies.study import too_late
 
 
 def audit(

@@ -90,11 +90,6 @@ def load_shadows(store: JobStore, config: MembershipConfig, arm: Arm) -> list[Sh
     return [Shadow(**_scalars(store.arrays(model))) for model in models]
 
 
-def load_properties(store: JobStore, config: MembershipConfig, arm: Arm) -> list[dict[str, np.ndarray]]:
-    """The scores of all property models of an arm that are finished, as `properties.train_property` has them."""
-    return [store.arrays(model) for model in property_models(config, arm) if store.finished(model)]
-
-
 def reason_for_failure(store: JobStore, models: list[Any]) -> str | None:
     """Why the first of these models that failed did so, None if none did."""
     return next((reason for model in models if (reason := store.failure(model)) is not None), None)

@@ -13,7 +13,6 @@ from raytrust.metrics.thresholds import null_floor
 from raytrust.studies.membership.row import Row, finished
 from raytrust.studies.published import MEMBERSHIP_ATTACKS, TABLE_2, Membership
 
-ATTACKS = MEMBERSHIP_ATTACKS
 # The paper names its attacks without formulas, so that a name may stand for several signals.
 SIGNALS = {
     "prediction confidence": ("attack model", "max confidence", "confidence"),
@@ -60,14 +59,14 @@ def nearest_cells(rows: Sequence[Row], dataset: str = "cifar10") -> list[Nearest
             rules.setdefault(rule.key, {})[row["name"]] = 100 * rule.value
     differences = {
         (attack, key): [ours[name] - known[name][i] for name in known]
-        for i, attack in enumerate(ATTACKS)
+        for i, attack in enumerate(MEMBERSHIP_ATTACKS)
         for key, ours in rules.items()
         if key[0] in SIGNALS[attack]
     }
     every = [d for values in differences.values() for d in values]
     shift = sum(every) / len(every)
     nearest = []
-    for i, attack in enumerate(ATTACKS):
+    for i, attack in enumerate(MEMBERSHIP_ATTACKS):
         # The shift is common to all, so that it can't favour the rule that happens to fit the level of our models.
         distances = {
             key: sum(abs(d - shift) for d in values) / len(values)

@@ -99,7 +99,7 @@ def messages_of(row: Row, control: str = "held-out points", score: str = "gradie
 def plain(content: Any) -> Any:
     """The same as JSON can hold it: a figure as its value, low and high, and what it is of."""
     if is_dataclass(content):
-        content = {f.name: getattr(content, f.name) for f in fields(content) if f.name not in ("n", "unit")}
+        content = {f.name: getattr(content, f.name) for f in fields(content) if f.name != "n"}
     if isinstance(content, Mapping):
         return {str(name): plain(value) for name, value in content.items()}
     return [plain(value) for value in content] if isinstance(content, list | tuple) else content

@@ -22,10 +22,17 @@ from raytrust.jobs.store import JobStore
 from raytrust.metrics.membership import AuditReport, pooled_audit
 from raytrust.metrics.roc import Roc, auc, roc
 from raytrust.metrics.statistics import mean_figure
-from raytrust.metrics.thresholds import ORIGINS, Origin, balanced_accuracy, best_thresholds, decide, yeom_thresholds
+from raytrust.metrics.thresholds import (
+    ORIGINS,
+    Origin,
+    balanced_accuracy,
+    best_thresholds,
+    decide,
+    null_floor,
+    yeom_thresholds,
+)
 from raytrust.studies.membership.jobs import (
     arm_key,
-    load_properties,
     load_shadows,
     property_models,
     reason_for_failure,
@@ -123,7 +130,7 @@ def grid(scores: dict[str, Array], pool: Pool) -> list[Rule]:
 
 
 def _cell(s: Array, keep: Mask, groups: NDArray[np.int64], model: int, origin: Origin) -> tuple[float, float]:
-    """(balanced accuracy, floor) of one model."""
+    """(balanced accuracy, what a useless score reaches) of one model; above one half where it is chosen in-sample."""
     others = np.arange(len(s)) != model
     match origin:
         case "yeom":
@@ -135,10 +142,10 @@ def _cell(s: Array, keep: Mask, groups: NDArray[np.int64], model: int, origin: O
         # No attacker has this threshold, but the paper does not say that its own are not of this kind.
         case "in-sample":
             thresholds = best_thresholds(s[model], keep[model], groups)
-    decisions = decide(s[model], thresholds, groups)
-    accuracy = balanced_accuracy(decisions, keep[model], origin, len(np.unique(groups)))
-    assert accuracy.value is not None
-    return accuracy.value, accuracy.floor
+    accuracy = balanced_accuracy(decide(s[model], thresholds, groups), keep[model])
+    members = int(keep[model].sum())
+    chosen = len(np.unique(groups))
+    return accuracy, null_floor(members, len(groups) - members, chosen) if origin == "in-sample" else 0.5
 
 
 def _report(config: MembershipConfig, scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> AuditReport:
@@ -178,9 +185,7 @@ def curves(scores: Array, pool: Pool, shadows: Sequence[Shadow]) -> Curves:
     fpr = np.geomspace(1e-3, 1, 61)
     final = [roc(s[plain], k[plain]) for s, k in zip(scores, pool.keep, strict=True)]
     least = {"final": float(1 / (~pool.keep[:, plain]).sum(axis=1).min())}
-    tables = [_rows_of(s, int(s.steps[-1]), int(b), HELD_OUT) for s in shadows if len(s.steps) for b in _batches(s)]
-    # A batch without candidates of both kinds has no curve.
-    tables = [t for t in tables if len(np.unique(t[:, 2])) == 2]
+    tables = [t for s in shadows if len(s.steps) for t in _messages(s, int(s.steps[-1]), HELD_OUT)]
     if tables:
         least["messages"] = float(1 / min((t[:, 2] == HELD_OUT).sum() for t in tables))
     messages = [roc(t[:, COLUMNS["gradient difference"]], t[:, 2] == MEMBER) for t in tables]
@@ -204,24 +209,16 @@ def message_auc(shadow: Shadow, step: int, control: int, column: int) -> float |
 
     None if no batch has both: canaries are left out, and a small pool may have no other points.
     """
-    areas = []
     # Batch by batch, as the scores against two messages have scales of their own and can't be pooled.
-    for batch in _batches(shadow):
-        rows = _rows_of(shadow, step, batch, control)
-        member = rows[:, 2] == MEMBER
-        if member.any() and not member.all():
-            areas.append(auc(rows[:, column], member))
+    areas = [auc(table[:, column], table[:, 2] == MEMBER) for table in _messages(shadow, step, control)]
     return float(np.mean(areas)) if areas else None
 
 
-def _batches(shadow: Shadow) -> list[int]:
-    return [int(b) for b in np.unique(shadow.messages[:, 1])]
-
-
-def _rows_of(shadow: Shadow, step: int, batch: int, control: int) -> Array:
-    """The rows of one message: members of its batch, and controls of one kind."""
-    table = shadow.messages
-    return table[(table[:, 0] == step) & (table[:, 1] == batch) & np.isin(table[:, 2], (MEMBER, control))]
+def _messages(shadow: Shadow, step: int, control: int) -> list[Array]:
+    """Of each message of a step its rows: members of its batch, and controls of one kind, if it has both."""
+    table = shadow.messages[(shadow.messages[:, 0] == step) & np.isin(shadow.messages[:, 2], (MEMBER, control))]
+    batches = [table[table[:, 1] == batch] for batch in np.unique(table[:, 1])]
+    return [rows for rows in batches if len(np.unique(rows[:, 2])) == 2]
 
 
 def matched_fit(uncompressed: Sequence[Shadow], shadows: Sequence[Shadow], pool: Pool) -> MatchedFit:
@@ -259,7 +256,7 @@ def property_figures(store: JobStore, config: MembershipConfig, arm: Arm) -> Pro
         return None
     if (reason := reason_for_failure(store, property_models(config, arm))) is not None:
         return {"reason": reason}
-    finished = load_properties(store, config, arm)
+    finished = [store.arrays(model) for model in property_models(config, arm) if store.finished(model)]
     if not finished:
         return {"reason": "not finished"}
     # An AUC needs batches with and without the property.

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -68,8 +69,8 @@ def train_shadow(config: MembershipConfig, arm: Arm, model: int, data: Dataset) 
             case Capture(index=index, seen=seen):
                 # All batches of a step meet the same weights: one pass over the pool serves them.
                 if seen.step not in before:
-                    logits = outputs(run, seen.weights, seen.buffers, pool.images, part)
-                    before[seen.step] = _cross_entropy(logits, pool.labels)
+                    logits = torch.from_numpy(outputs(run, seen.weights, seen.buffers, pool.images, part))
+                    before[seen.step] = F.cross_entropy(logits, pool.labels, reduction="none").numpy()
                 # A point that comes several times in the batch is one candidate.
                 batch = rows[private_batches(run, len(rows))[index]].unique().numpy()
                 messages.append(_message_scores(config, record, pool, model, batch, generator))
@@ -136,11 +137,6 @@ def _message_scores(
         *(getattr(scores, f.name).numpy() for f in fields(scores)),
     ]
     return np.stack(columns, axis=1)
-
-
-def _cross_entropy(logits: Array, labels: Tensor) -> Array:
-    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), labels, reduction="none")
-    return loss.numpy()
 
 
 def stack(shadows: Sequence[Shadow]) -> tuple[Array, Array]:

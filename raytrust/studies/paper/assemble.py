@@ -14,7 +14,6 @@ from typing import cast
 
 import numpy as np
 
-from raytrust.config import MembershipConfig
 from raytrust.data import Dataset
 from raytrust.jobs.store import JobStore
 from raytrust.studies.membership.pool import draw_pool
@@ -41,7 +40,7 @@ from raytrust.studies.paper.selection import (
     worst_attacks,
 )
 from raytrust.studies.paper.verdicts import Claim, Table, protection
-from raytrust.studies.published import CELLS, TABLE_1, Cell
+from raytrust.studies.published import CELLS, Cell
 
 Images = dict[tuple[Cell, str], tuple[np.ndarray, list[float]]]
 
@@ -124,10 +123,6 @@ class Report:
         return states.count(NOT_FINISHED), len(states) + len(self.theory)
 
 
-def audit_config(budget: Budget, seed: int, data: Dataset) -> MembershipConfig:
-    return budget.membership_config(seed, len(data.train_labels))
-
-
 def assemble(
     budget: Budget,
     tables: tuple[int, ...],
@@ -202,7 +197,7 @@ def _attacks(
 
 
 def _membership(report: Report, name: str, data: Dataset, root: Path) -> None:
-    config = audit_config(report.budget, report.seed, data)
+    config = report.budget.membership_config(report.seed, len(data.train_labels))
     store = JobStore(root, data.fingerprint())
     pool = draw_pool(config, data)
     labels = data.test_labels.numpy()
@@ -218,7 +213,3 @@ def _membership(report: Report, name: str, data: Dataset, root: Path) -> None:
         f"images, each on about half of {config.points} points, error feedback"
     )
     report.table_2.extend(membership_rows(name, audit, CELLS, setting))
-
-
-def distance_to_paper(found: Found, dataset: str) -> float | None:
-    return None if found.mean is None else abs(found.mean - TABLE_1[dataset]["none", None].mean)

@@ -214,42 +214,37 @@ def theory_claims(figures: Sequence[TheoryRow], left: Mapping[str, Sequence[str]
     figures = [f for f in figures if not left.get(f["dataset"])]
     if not figures:
         return [Claim(quote, UNTESTED, rule, "; ".join(notes)) for quote, rule in SECTION_3] if notes else []
-    projections = [f for f in figures if f["cell"][0] != "none"]
-    flat = {name: theory_values(projections, name) for name in ("cosine", "attainable", "error", "discarded", "svd")}
-    identity = max(np.abs(flat["cosine"] - flat["attainable"]).max(), _gap(projections))
-    truths = theory_values([f for f in figures if f["cell"][0] == "none"], "naive_at_truth")
-    power = [f for f in projections if f["cell"][0] == "powersgd"]
+
+    def values(name: str, *methods: str) -> NDArray[np.float64]:
+        return theory_values([f for f in figures if f["cell"][0] in (methods or ("powersgd", "topk"))], name)
+
+    attainable, aware = values("attainable"), values("aware_at_truth")
+    identity = max(np.abs(values(name) - attainable).max() for name in ("cosine", "from_error"))
+    truth = values("naive_at_truth", "none").max(initial=0)
+    least = values("discarded", "powersgd")
     # Where the rank holds the whole matrix nothing is discarded, and the ratio would be 0 / 0.
-    lossy = theory_values(power, "discarded") > 1e-9
-    excess = theory_values(power, "error")[lossy] / theory_values(power, "discarded")[lossy]
-    svd = float(np.abs(theory_values(power, "svd") - theory_values(power, "discarded")).max())
-    top_k = [f for f in projections if f["cell"][0] == "topk"]
-    sparse = float(np.abs(theory_values(top_k, "error") - theory_values(top_k, "discarded")).max())
-    bounded = flat["attainable"] < 1 - EXACT
+    lossy = least > 1e-9
+    excess = values("error", "powersgd")[lossy] / least[lossy]
+    svd = np.abs(values("svd", "powersgd") - least).max()
+    sparse = np.abs(values("error", "topk") - values("discarded", "topk")).max()
     # PowerSGD finds its subspace by one iteration only: its error may exceed the bound, but not fall below it.
-    holds = (
-        identity < EXACT
-        and excess.min(initial=1) >= 1 - EXACT
-        and truths.max(initial=0) < EXACT
-        and svd < EXACT
-        and sparse < EXACT
-    )
-    aware = theory_values(projections, "aware_at_truth")
+    holds = max(identity, truth, svd, sparse) < EXACT and excess.min(initial=1) >= 1 - EXACT
     # A limit of 1 limits nobody: an attacker can only be seen to escape where something was discarded.
-    bites = bool(bounded.any())
+    bites = bool((attainable < 1 - EXACT).any())
     escaped = bites and float(aware.max()) < EXACT
+    above = {name: (values(f"{name}_reached") > attainable + EXACT).sum() for name in ("aware", "naive")}
     evidence = (
         f"cos(g, C(g)) and ||C(g)||/||g|| differ by at most {identity:.1e}. Eq. (6) holds with equality to "
         f"{sparse:.1e}. Eq. (5) is an equality for the truncated SVD ({svd:.1e}), which PowerSGD is not: its squared "
         f"error is {np.median(excess):.2f} times that (median; least {excess.min(initial=np.inf):.2f}). Eq. (7): "
-        f"uncompressed, the distance at the true image is at most {truths.max(initial=0):.1e}. Cosines at the true "
-        f"image: {flat['attainable'].min():.2f} to {flat['attainable'].max():.2f}."
+        f"uncompressed, the distance at the true image is at most {truth:.1e}. Cosines at the true "
+        f"image: {attainable.min():.2f} to {attainable.max():.2f}."
     )
     alignment = (
         f"The aware distance at the true image is at most {aware.max():.1e} (naive: up to "
-        f"{theory_values(projections, 'naive_at_truth').max():.2f}). Reached with what was compared, above the limit: "
-        f"the aware attack in {_above(projections, 'aware_reached')}, the naive one in "
-        f"{_above(projections, 'naive_reached')}. The limit is one of the true image, not of the attack."
+        f"{values('naive_at_truth').max():.2f}). Reached with what was compared, above the limit: the aware attack in "
+        f"{above['aware']} of {len(aware)}, the naive one in {above['naive']} of {len(aware)}. The limit is one of the "
+        "true image, not of the attack."
     )
     verdicts: list[Verdict] = [
         REPRODUCED if holds and bites else "not reproduced",
@@ -267,12 +262,3 @@ def _ends(reasons: Sequence[str]) -> str:
     parts = [f"{len(reasons) - len(failures)} {NOT_FINISHED}"] if len(failures) < len(reasons) else []
     parts += [f"{len(failures)} failed ({'; '.join(sorted(set(failures)))})"] if failures else []
     return ", ".join(parts)
-
-
-def _above(figures: Sequence[TheoryRow], name: str) -> str:
-    beyond = theory_values(figures, name) > theory_values(figures, "attainable") + EXACT
-    return f"{int(beyond.sum())} of {len(beyond)}"
-
-
-def _gap(figures: Sequence[TheoryRow]) -> float:
-    return float(np.abs(theory_values(figures, "from_error") - theory_values(figures, "attainable")).max())

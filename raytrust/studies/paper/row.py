@@ -62,27 +62,13 @@ class RuleRow(CellRow, total=False):
     nearest: str
 
 
-class TheoryRow(TypedDict, total=False):
-    """Section 3 on one cell at one training step, image by image: see `studies.paper.theory`."""
+class TheoryRow(TypedDict):
+    """Section 3 on one cell at one training step, and beside it the figures of `theory.examine`: a list over images."""
 
     dataset: str
     step: int
     cell: Cell
     n: int
-    cosine: list[float]
-    attainable: list[float]
-    error: list[float]
-    from_error: list[float]
-    discarded: list[float]
-    svd: list[float]
-    naive_at_truth: list[float]
-    aware_at_truth: list[float]
-    naive_reached: list[float]
-    aware_reached: list[float]
-    naive_with_gradient: list[float]
-    aware_with_gradient: list[float]
-    naive_ssim: list[float]
-    aware_ssim: list[float]
 
 
 def cell_of(row: CellRow) -> Cell:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | Non
     paper = TABLE_1[dataset][cell]
     # The images are few and their SSIM skewed and bounded: the bootstrap stays within the values' range.
     ours = mean_figure(found.ssim, bootstrap_interval) if found.ssim is not None else Figure(None)
-    return {
+    row: SimilarityRow = {
         "dataset": dataset,
         "compressor": cell[0],
         "rank_or_level": cell[1],
@@ -41,22 +41,16 @@ def similarity_row(dataset: str, cell: Cell, attack: str, setting: Setting | Non
         "ssim_std": paper.std,
         "percent_of_original": paper.percent,
         "attack": attack,
-        "bytes_per_step": found.bytes,
-        "gradient_bytes": found.gradient_bytes,
         "setting": setting.name if setting else "",
-        "ssim": found.ssim,
-        "mean_image_ssim": found.mean_image_ssim,
-        "other_image_ssim": found.other_image_ssim,
-        "identified": found.identified,
-        "floor": found.floor,
         "status": found.status,
-        "reason": found.reason if found.status == "failed" else "",
         "ours": ours.value,
         "ours_std": None if found.ssim is None else float(np.std(found.ssim, ddof=1)),
         "interval_low": ours.low,
         "interval_high": ours.high,
         "n": ours.n,
     }
+    figures = {**vars(found), "reason": found.reason if found.status == "failed" else ""}
+    return row | cast(SimilarityRow, figures)
 
 
 def with_percent(rows: Sequence[SimilarityRow]) -> list[SimilarityRow]:

@@ -54,12 +54,6 @@ class Plan:
         training = self.training(setting.victim)
         return [Attack(setting.victim, defence, attack, chunk, training) for chunk in chunks]
 
-    @property
-    def theory_victims(self) -> list[Victim]:
-        steps, b = self.budget.theory_steps, self.budget
-        of = max(steps) + 1
-        return [Victim("cifar", "eval", s, of if s else 0, b.theory_width, self.seed) for s in steps]
-
     def training(self, victim: Victim) -> Training | None:
         """That which a victim's state is taken from, None if it is untrained."""
         if victim.steps == 0:
@@ -89,10 +83,11 @@ class Plan:
         b = self.budget
         # In float32: distances at the true image are compared with 0, and bfloat16 rounds more coarsely than that.
         attack = replace(b.attack(1e-2, b.theory_iterations, 1, self.seed), precision="float32")
-        images = self.evaluation[: b.theory_images]
+        images, of = self.evaluation[: b.theory_images], max(b.theory_steps) + 1
+        victims = [Victim("cifar", "eval", s, of if s else 0, b.theory_width, self.seed) for s in b.theory_steps]
         return {
             (v.steps, cell): Theory(v, defence_of(cell), attack, images, self.training(v))
-            for v in self.theory_victims
+            for v in victims
             for cell in CELLS
         }
 
@@ -140,7 +135,7 @@ class Found:
 
     ssim: list[float] | None
     reason: str = ""
-    bytes: int | None = None
+    bytes_per_step: int | None = None
     gradient_bytes: int | None = None
     mean_image_ssim: float | None = None
     other_image_ssim: float | None = None
@@ -174,7 +169,7 @@ def join(store: JobStore, attacks: Sequence[Attack]) -> Found:
 
     return Found(
         ssim=all_of("ssim"),
-        bytes=done[0]["bytes"],
+        bytes_per_step=done[0]["bytes"],
         gradient_bytes=done[0]["gradient_bytes"],
         mean_image_ssim=float(np.mean(all_of("mean_image_ssim"))),
         other_image_ssim=float(np.mean(all_of("other_image_ssim"))),
@@ -212,14 +207,18 @@ def nearest(found: Mapping[Setting, Found], dataset: str) -> Setting:
     """The setting whose mean SSIM without compression is nearest to the paper's; of equals the first. At least
     one must be finished."""
     target = TABLE_1[dataset]["none", None].mean
-    means = {s: f.mean for s, f in found.items() if f.mean is not None}
+    means = _means(found)
     return min(means, key=lambda s: abs(means[s] - target))
 
 
 def strongest(found: Mapping[Setting, Found]) -> Setting:
     """The setting of the greatest mean SSIM; of equals the first. At least one must be finished."""
-    means = {s: f.mean for s, f in found.items() if f.mean is not None}
+    means = _means(found)
     return max(means, key=means.__getitem__)
+
+
+def _means(found: Mapping[Setting, Found]) -> dict[Setting, float]:
+    return {setting: f.mean for setting, f in found.items() if f.mean is not None}
 
 
 def common_nearest(found: Mapping[str, Mapping[Setting, Found]]) -> tuple[Setting, float] | None:
@@ -230,12 +229,12 @@ def common_nearest(found: Mapping[str, Mapping[Setting, Found]]) -> tuple[Settin
     """
     if any(f.status == NOT_FINISHED for tried in found.values() for f in tried.values()):
         return None
-    distances = {}
-    for setting in next(iter(found.values())):
-        means = {d: tried[setting].mean for d, tried in found.items() if setting in tried}
-        known = {d: m for d, m in means.items() if m is not None}
-        if len(known) == len(found):
-            distances[setting] = float(np.mean([abs(m - TABLE_1[d]["none", None].mean) for d, m in known.items()]))
+    means = {dataset: _means(tried) for dataset, tried in found.items()}
+    distances = {
+        setting: float(np.mean([abs(m[setting] - TABLE_1[d]["none", None].mean) for d, m in means.items()]))
+        for setting in next(iter(found.values()))
+        if all(setting in m for m in means.values())
+    }
     if not distances:
         return None
     best = min(distances, key=distances.__getitem__)

@@ -14,7 +14,6 @@ from raytrust.jobs.runner import Bundle, each
 from raytrust.jobs.store import JobStore, claim
 from raytrust.studies.membership import jobs as membership
 from raytrust.studies.membership.pool import draw_pool
-from raytrust.studies.paper.assemble import audit_config
 from raytrust.studies.paper.jobs import KINDS, Attack
 from raytrust.studies.paper.plan import Budget, Setting
 from raytrust.studies.paper.selection import NOT_FINISHED, Plan, chosen, plan_for, worst_attacks
@@ -50,7 +49,7 @@ def open_run(root: Path, config: PaperConfig, data: dict[str, Dataset], options:
         # Both raise where the data don't suffice: that must show now, not after hours of table 1.
         plan_for(name, dataset, config.budget, config.images, config.seed)
         if 2 in config.tables:
-            draw_pool(audit_config(config.budget, config.seed, dataset), dataset)
+            draw_pool(config.budget.membership_config(config.seed, len(dataset.train_labels)), dataset)
     identity: dict[str, Any] = {"config": asdict(config), "data": {name: d.fingerprint() for name, d in data.items()}}
     # Compares the text, as JSON would turn tuples into lists and equal configs into different ones.
     identity["id"] = digest(str(identity))
@@ -71,7 +70,8 @@ class PaperStudy:
         self._stores = {name: JobStore(root, d.fingerprint()) for name, d in data.items()}
         self._plans = {name: plan_for(name, d, config.budget, config.images, config.seed) for name, d in data.items()}
         audited = data if 2 in config.tables else {}
-        self._audits = {name: audit_config(config.budget, config.seed, d) for name, d in audited.items()}
+        audit = config.budget.membership_config
+        self._audits = {name: audit(config.seed, len(d.train_labels)) for name, d in audited.items()}
 
     @property
     def stores(self) -> Sequence[JobStore]:
