@@ -223,7 +223,9 @@ def by_autograd(model: nn.Module, x: Tensor, targets: Targets, task: Task) -> li
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def check(model: nn.Module, x: Tensor, targets: Targets, task: Task = CROSS_ENTROPY, slow: bool = False) -> GradientMatcher:
+def check(
+    model: nn.Module, x: Tensor, targets: Targets, task: Task = CROSS_ENTROPY, slow: bool = False
+) -> GradientMatcher:
     """Gradients and their derivatives are those of autograd; the matcher that had them."""
     leaf = x.clone().requires_grad_()
     expected = by_autograd(model, leaf, targets, task)
