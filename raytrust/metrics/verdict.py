@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-from scipy.stats import binom
 
+from raytrust.metrics.distributions import binomial_tail
 from raytrust.metrics.statistics import Figure, bootstrap_interval
 
 Verdict: TypeAlias = Literal["leaks", "resists", "undecided"]
@@ -143,7 +143,7 @@ def floor_of_images(mean_image: Sequence[float] | None, other_image: Sequence[fl
 
 def beyond_chance(identified: int, n: int, candidates: int) -> bool:
     """Whether so many of n are identified more often than guessing among the candidates would have it (p < 0.025)."""
-    return bool(binom.sf(identified - 1, n, 1 / candidates) < SIGNIFICANCE)
+    return binomial_tail(identified, n, 1 / candidates) < SIGNIFICANCE
 
 
 def control_of(evidence: Evidence | None) -> Control:

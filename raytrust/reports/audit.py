@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,19 +20,14 @@ from raytrust.compress.hook import AnyHook
 from raytrust.config import DenseConfig, InversionConfig, Threat, parse_defence
 from raytrust.jobs.files import write_file
 from raytrust.networks.task import LossFunction, Task
-from raytrust.reports.drawing import Array
-from raytrust.reports.frontier_figure import frontier_figure
-from raytrust.reports.frontier_page import FrontierContext, page
 from raytrust.reports.frontier_table import frontier_table
-from raytrust.reports.reconstructions import Drawn, reconstructions_figure
 from raytrust.reports.summary import answer, control_sentence
-from raytrust.studies.audit.study import Audit, Audited, drawn_attacks, strongest
+from raytrust.studies.audit.study import Audit, Audited, drawn_attacks
 from raytrust.studies.audit.victim import Training, Victim, images_of, private
 from raytrust.studies.frontier.row import Row, write_rows
 
 # Other images than the private ones, of which identification has to tell them: no more are used.
 REFERENCES = 99
-FEW_REFERENCES = "few other images: floors and identification rest on {} (give references=)"
 
 
 def audit(
@@ -128,45 +123,63 @@ def audit(
     say = progress if callable(progress) else (print if progress else lambda _: None)
     # The tuning batches come first in every capture's order, as the sweep has it.
     rows = study.run(victim, data.batch(0, total), others, listed, training, say)
-    seconds = time.perf_counter() - started
-    context = _context(model, data.images.shape, study, victim, seconds)
-    drawn, originals = _drawn(listed), _originals(listed)
-    return AuditResult(rows, drawn, originals, replace(context, drawn=drawn, originals=originals))
+    parameters = sum(p.numel() for p in victim.network.parameters() if p.requires_grad)
+    size = "x".join(map(str, data.images.shape[1:]))
+    name = type(model).__name__
+    return AuditResult(
+        rows,
+        listed,
+        study,
+        title=f"What gradients of {name} tell of its images",
+        summary=f"{name}, {parameters:,} trained parameters; {len(data.images)} images of {size}.",
+        seconds=time.perf_counter() - started,
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class AuditResult:
     """The answer of an audit: `print` shows it as a table, a notebook as a page, and `save` writes both.
 
-    rows: one a defence, see `raytrust.studies.frontier.row.Row`. drawn, originals: the pictures.
+    rows: one a defence, see `raytrust.studies.frontier.row.Row`. defences: with what was captured and reconstructed.
+    summary: of the model and the images, in a line. seconds: by the clock.
     """
 
     rows: list[Row]
-    drawn: list[Drawn]
-    originals: Array | None
-    context: FrontierContext
+    defences: list[Audited]
+    study: Audit
+    title: str
+    summary: str
+    seconds: float
 
     def __str__(self) -> str:
         return "\n".join([frontier_table(self.rows), "", answer(self.rows), control_sentence(self.rows)])
 
     def _repr_html_(self) -> str:
         # In a frame of its own: the page's style sheet would else restyle the notebook.
-        text = page(self.rows, self.context).replace("&", "&amp;").replace('"', "&quot;")
+        text = _pages().page_of(self).replace("&", "&amp;").replace('"', "&quot;")
         return f'<iframe srcdoc="{text}" style="width:100%;height:48rem;border:1px solid #ddd"></iframe>'
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
-        """Write report.html, results.json, audit.txt, audit.png and reconstructions.png; returns their paths."""
+        """Write results.json, audit.txt, report.html, audit.png and reconstructions.png; returns their paths.
+
+        Raises ValueError, after the first two, where the packages that draw are missing.
+        """
         root = Path(directory)
         root.mkdir(parents=True, exist_ok=True)
-        paths = {name: root / name for name in ("report.html", "results.json", "audit.txt", "audit.png")}
-        write_rows(paths["results.json"], self.rows)
-        write_file(paths["audit.txt"], f"{self}\n".encode())
-        write_file(paths["report.html"], page(self.rows, self.context).encode())
-        frontier_figure(self.rows, paths["audit.png"], title="What each defence leaks")
-        if self.originals is not None:
-            paths["reconstructions.png"] = root / "reconstructions.png"
-            reconstructions_figure(self.originals, self.drawn, paths["reconstructions.png"])
-        return list(paths.values())
+        paths = [root / "results.json", root / "audit.txt"]
+        write_rows(paths[0], self.rows)
+        write_file(paths[1], f"{self}\n".encode())
+        return [*paths, *_pages().write(self, root)]
+
+
+def _pages() -> ModuleType:
+    # What draws is not needed to audit, and need not be there in a slim training image.
+    try:
+        return importlib.import_module("raytrust.reports.audit_page")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"Expected {error.name} to be installed for pages and pictures: pip install raytrust."
+        ) from None
 
 
 def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:
@@ -204,40 +217,3 @@ def _by_channel(values: Sequence[float] | None, channels: int, name: str) -> tor
         wanted = f"{channels} numbers, one a channel" + ", above 0" * (name == "std")
         raise ValueError(f"Expected {name}={values} of {wanted}.")
     return t
-
-
-def _drawn(listed: Sequence[Audited]) -> list[Drawn]:
-    """As the sweep draws them: the best attack that ignores the compressor, and the strongest if that is another."""
-    drawn = []
-    for audited in listed:
-        best = strongest(audited)
-        naive = strongest(audited, "naive")
-        plain = audited.method is None and isinstance(audited.defence.compressor, DenseConfig)
-        for result in [r for r in (naive if naive is not best else None, best) if r is not None]:
-            objective = "" if plain else result.attack.objective
-            drawn.append(
-                Drawn(audited.name, result.reconstructions.numpy(), result.ssim, result.identified_ssim, objective)
-            )
-    return [d for d in drawn if d.images.shape[1] in (1, 3)]
-
-
-def _originals(listed: Sequence[Audited]) -> Array | None:
-    results = [r for a in listed for r in a.reported]
-    if not results or results[0].originals.shape[1] not in (1, 3):
-        return None
-    return results[0].originals.numpy()
-
-
-def _context(model: nn.Module, shape: Sequence[int], study: Audit, victim: Victim, seconds: float) -> FrontierContext:
-    parameters = sum(p.numel() for p in victim.network.parameters() if p.requires_grad)
-    size = "x".join(map(str, shape[2:]))
-    summary = f"{type(model).__name__}, {parameters:,} trained parameters; {shape[0]} images of {shape[1]}x{size}."
-    attacks = {f"attack {i}": a.name for i, a in enumerate([*study.attacks, *study.further], start=1)}
-    threat = {f.name: getattr(study.threat, f.name) for f in fields(study.threat)}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "platform": sys.platform}
-    return FrontierContext(
-        title=f"What gradients of {type(model).__name__} tell of its images",
-        data_summary=summary,
-        settings={"Threat": threat, "Attacks": attacks, "Versions": versions},
-        timing=f"{seconds:.0f} s on {study.device}, {torch.get_num_threads()} threads.",
-    )

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from raytrust.attacks.inversion import Candidates, invert
 from raytrust.attacks.learned import Auxiliary, train_inverter
 from raytrust.config import InversionConfig, LearnedInverterConfig
 from raytrust.leak.observation import Capture
-from raytrust.metrics.images import mse, psnr, ssim_table
+from raytrust.metrics.images import mse, psnr
+from raytrust.studies.comparison import Floors, label_accuracy, match, perceptual_distance
 
 # With the true image that makes a hundred candidates, of which guessing finds one in a hundred.
 DISTRACTORS = 99
@@ -34,7 +29,7 @@ class Reconstructions:
     """What an attack reached on n private images, image by image in the order of the captures.
 
     ssim, psnr (dB), mse, lpips: of the restart that the attacker picked by its own objective. lpips (AlexNet, lower is
-        closer) only where the package `lpips` and the weights it needs are installed, see `perceptual_distance`.
+        closer) only where the package `lpips` and the weights it needs are installed, see `studies.comparison`.
     oracle_ssim: the greatest over all restarts, for each image by itself: an upper bound that no attacker has.
     label_accuracy: one a batch, how many of its labels were recovered, as multisets; None where they were granted or
         the attack needs none.
@@ -147,7 +142,7 @@ def _result(
     attack: InversionConfig,
     candidates: Sequence[Candidates] | ValueError,
     spent: _Spent,
-    floors: _Floors | None,
+    floors: Floors | None,
 ) -> InversionResult | InversionFailure:
     try:
         if isinstance(candidates, ValueError):
@@ -230,54 +225,20 @@ def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candida
     return [[[next(candidates) for _ in captures] for _ in attacks] for captures, attacks in requests]
 
 
-def _floors(captures: Sequence[Capture], references: Tensor | None) -> _Floors | None:
+def _floors(captures: Sequence[Capture], references: Tensor | None) -> Floors | None:
     originals = [c.truth.images.numpy() for c in captures]
-    return None if references is None else _Floors(originals, references[:DISTRACTORS].numpy())
-
-
-class _Floors:
-    """What is known of the private images without any attack. batches: each (batch, ...); references: (m, ...)."""
-
-    def __init__(self, batches: Sequence[NDArray[np.float32]], references: NDArray[np.float32]):
-        self.references = references
-        self.mean_image = ssim_table(np.concatenate(batches), references.mean(0, keepdims=True))[:, 0].tolist()
-        self.other_image = [value for batch in batches for value in self._others(ssim_table(batch, references))]
-
-    @staticmethod
-    def _others(table: NDArray[np.float64]) -> list[float]:
-        """What random other images reach, in the mean: as many as the batch has, assigned as reconstructions are."""
-        size, m = table.shape
-        starts = range(0, m - size + 1, size) if size > 1 else range(m)
-        reached = []
-        for start in starts:
-            part = table[:, start : start + size]
-            # Reconstructions of a batch are assigned to their best matches, which raises SSIM: chance gets the same
-            # favour.
-            rows, columns = linear_sum_assignment(part, maximize=True)
-            reached.append(part[rows, columns])
-        # With fewer references than images no whole batch can be drawn, and the plain mean has to do.
-        return np.mean(reached or [table.mean(1)], axis=0).tolist()
-
-    def identified(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
-        """By SSIM: truth holds that of each reconstruction with its original."""
-        rivals = ssim_table(reconstructions, self.references).max(1)
-        # A reconstruction as near to another image as to its own identifies nobody: a tie is lost.
-        return [t > rival for t, rival in zip(truth, rivals.tolist(), strict=True)]
-
-    def identified_by_mse(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
-        rivals = [min(mse(image, r) for r in self.references) for image in reconstructions]
-        return [t < rival for t, rival in zip(truth, rivals, strict=True)]
+    return None if references is None else Floors(originals, references[:DISTRACTORS].numpy())
 
 
 def _compare(
-    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: _Floors | None, spent: _Spent
+    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: Floors | None, spent: _Spent
 ) -> Reconstructions:
     # The attacker picks by its own objective: to pick by SSIM to the truth would flatter the attack.
-    picked = [_match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
+    picked = [match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
     oracle: list[float] = []
     for capture, found in zip(captures, candidates, strict=True):
         # A restart that never had a finite objective arrived nowhere, and bounds nothing.
-        every = [_match(images, capture.truth.images)[1] for images in found.images[found.objective.isfinite()]]
+        every = [match(images, capture.truth.images)[1] for images in found.images[found.objective.isfinite()]]
         oracle += np.max(every, axis=0).tolist()
     originals = torch.cat([c.truth.images for c in captures])
     reconstructions = torch.cat([images for images, _ in picked])
@@ -291,7 +252,7 @@ def _compare(
         mse=errors,
         lpips=None if lpips is None else lpips(reconstructions, originals),
         oracle_ssim=oracle,
-        label_accuracy=_label_accuracy(captures, candidates),
+        label_accuracy=label_accuracy(captures, candidates),
         identified_mse=None if floors is None else floors.identified_by_mse(reconstructions.numpy(), errors),
         identified_ssim=None if floors is None else floors.identified(reconstructions.numpy(), ssim),
         candidates=1 if floors is None else 1 + len(floors.references),
@@ -306,43 +267,3 @@ def _compare(
         reconstructions=reconstructions,
         originals=originals,
     )
-
-
-def _match(images: Tensor, truth: Tensor) -> tuple[Tensor, list[float]]:
-    """The images in the truth's order, and their SSIM."""
-    table = ssim_table(images.numpy(), truth.numpy())
-    rows, columns = linear_sum_assignment(table, maximize=True)
-    # By the truth's columns: the inverse permutation would pair images with strangers, and no error would say so.
-    order = rows[np.argsort(columns)]
-    return images[torch.from_numpy(order)], [float(table[i, j]) for j, i in enumerate(order)]
-
-
-def _label_accuracy(captures: Sequence[Capture], candidates: Sequence[Candidates]) -> list[float] | None:
-    shares = []
-    for capture, found in zip(captures, candidates, strict=True):
-        # Labels that were granted were not recovered: their 100 % would be no merit of the attack.
-        if capture.seen.labels is not None or capture.seen.targets is not None or found.labels is None:
-            return None
-        recovered, true = (Counter(x.tolist()) for x in (found.labels[found.pick()], capture.truth.labels))
-        shares.append((recovered & true).total() / true.total())
-    return shares
-
-
-def perceptual_distance() -> Callable[[Tensor, Tensor], list[float]] | None:
-    """LPIPS (Zhang et al. 2018) with AlexNet, of images in [0, 1]: (n, channels, height, width) twice -> n values.
-
-    None unless the package `lpips` is installed and torchvision's AlexNet weights, which it builds on, are in torch's
-    cache: nothing is downloaded. Images of one channel are repeated to three.
-    """
-    weights = Path(torch.hub.get_dir()) / "checkpoints"
-    # Without its weights the network would download them; a measurement must not hang on a server.
-    if find_spec("lpips") is None or not list(weights.glob("alexnet-*.pth")):
-        return None
-    network = import_module("lpips").LPIPS(net="alex", verbose=False).eval()
-
-    def distance(a: Tensor, b: Tensor) -> list[float]:
-        with torch.no_grad():
-            pair = [x.expand(-1, 3, -1, -1) for x in (a, b)]
-            return network(*pair, normalize=True).flatten().tolist()
-
-    return distance

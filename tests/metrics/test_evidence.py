@@ -11,7 +11,7 @@ from raytrust.cli.options import given
 from raytrust.config import Defence, DGCConfig, SweepConfig, TopKConfig
 from raytrust.metrics.verdict import FEWEST, Control, image_evidence, judge
 from raytrust.reports.frontier_report import Program
-from raytrust.studies.evaluate import _Floors
+from raytrust.studies.comparison import Floors
 from raytrust.studies.frontier.verdicts import judge_rows
 
 WORKS = Control(True, "it does")
@@ -48,7 +48,7 @@ def test_the_floor_of_a_batch_is_assigned_as_reconstructions_are() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(80, 1, 8, 8, generator=generator).numpy()
     originals, references = images[:16], images[16:]
-    means = [np.mean(_Floors(np.split(originals, 16 // size), references).other_image) for size in (1, 2, 4, 8)]
+    means = [np.mean(Floors(np.split(originals, 16 // size), references).other_image) for size in (1, 2, 4, 8)]
     assert means == sorted(means)
     assert means[3] > means[0] + 0.02
 

@@ -18,13 +18,12 @@ from raytrust.leak import EarlierStep
 from raytrust.leak.observation import Capture, Observation
 from raytrust.metrics.images import mse, psnr
 from raytrust.studies import evaluate as module
+from raytrust.studies.comparison import match, perceptual_distance
 from raytrust.studies.evaluate import (
     InversionFailure,
     InversionResult,
-    _match,
     evaluate_inversion,
     evaluate_inversions,
-    perceptual_distance,
 )
 from raytrust.train.loop import train
 from raytrust.wire.channel import LocalChannel
@@ -96,7 +95,7 @@ def test_the_assignment_maximises_the_total() -> None:
     """Two reconstructions that both look most like the first image: each original is matched once."""
     truth = captures(2)[0].truth.images
     blend = truth[0].lerp(truth[1], 0.3)
-    images, values = _match(torch.stack([blend, truth[0]]), truth)
+    images, values = match(torch.stack([blend, truth[0]]), truth)
     assert torch.equal(images, torch.stack([truth[0], blend]))
     assert values == pytest.approx([1.0, ssim(blend.numpy(), truth[1].numpy())])
 
