@@ -58,6 +58,8 @@ class PowerSGD(Base):
         widths = list(zip(self._ranks, self.sizes, strict=True))
         self._first = Layout([torch.Size((r, n)) for r, (n, _) in widths] + [layout.shapes[i] for i in self.vectors])
         self._second = Layout([torch.Size((r, m)) for r, (_, m) in widths])
+        # The generator draws for all matrices in a row.
+        self.per_parameter = config.warm_start
         self._generator = torch.Generator().manual_seed(seed)
         self.q = self._draw()
 

@@ -90,7 +90,7 @@ def test_options_that_are_not_used_leave_no_trace_in_a_digest() -> None:
         parse_defence("topk:0.1:start_step=-1")
     with pytest.raises(ValueError, match="Expected start_step='soon' to be of type int"):
         parse_defence("topk:0.1:start_step=soon")
-    with pytest.raises(ValueError, match="Expected min_compression_rate=-1.0 to be at least 0"):
+    with pytest.raises(ValueError, match=r"Expected min_compression_rate=-1\.0 to be at least 0"):
         PowerSGDConfig(min_compression_rate=-1.0)
 
 
