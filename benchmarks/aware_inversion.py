@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from uncompressed_inversion import captures_of_test_images
 
+from raytrust.compress import HookCompressor
 from raytrust.config import Defence, InversionConfig, ModelConfig, digest, parse_defence, to_dict
 from raytrust.data import Dataset, load
 from raytrust.jobs.files import read_json, write_json
 from raytrust.metrics.statistics import paired_difference
+from raytrust.networks.build import build_model
 from raytrust.persample.memory import keep_freed_memory
 from raytrust.studies.evaluate import evaluate_inversion
 
@@ -49,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="cifar10, FILE.npz or DIR")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where finished attacks are kept")
     parser.add_argument("--defence", action="append", help=f"repeatable (default: {', '.join(DEFENCES)})")
+    parser.add_argument(
+        "--torch", type=int, action="append", default=[], metavar="RANK", help="torch's powerSGD_hook, too; repeatable"
+    )
+    parser.add_argument("--model", choices=["resnet18", "convnet"], default="resnet18", help="(default: %(default)s)")
     parser.add_argument("--images", type=int, default=10, help="(default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=400, help="(default: %(default)s)")
     parser.add_argument("--restarts", type=int, default=1, help="(default: %(default)s)")
@@ -73,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             signed=options.signed,
             schedule=options.schedule,
         )
-        data, model = load(options.data), ModelConfig(width=options.width)
+        data, model = load(options.data), ModelConfig(options.model, width=options.width)
         chosen = range(options.first, options.first + options.images)
         if options.images < 2 or chosen.start < 0 or chosen.stop > len(data.test_labels):
             raise ValueError(
@@ -90,19 +97,35 @@ def main(arguments: list[str] | None = None) -> int:
         f"{attack.name.removeprefix('aware ')}, {options.iterations} iterations"
     )
     print("| defence | naive | aware | ratio | aware - naive | p |\n|---|---|---|---|---|---|", flush=True)
-    for defence in defences:
+    for defence in [*defences, *options.torch]:
         print(_line(defence, attack, data, model, chosen, options.output), flush=True)
     return 0
 
 
+def _torchs(rank: int, data: Dataset, model: ModelConfig) -> HookCompressor:
+    """torch's PowerSGD in its first step that compresses; it compresses all that ours does."""
+    network = build_model(model, data.channels, data.classes, seed=0)
+    hook = HookCompressor(powerSGD_hook, PowerSGDState(None, rank, 2, min_compression_rate=0.5), network)
+    hook.start_compressing()
+    return hook
+
+
 def _line(
-    defence: Defence, attack: InversionConfig, data: Dataset, model: ModelConfig, chosen: range, output: Path
+    method: Defence | int, attack: InversionConfig, data: Dataset, model: ModelConfig, chosen: range, output: Path
 ) -> str:
-    captures = captures_of_test_images(data, chosen, model, defence)
+    """method: a defence, or the rank of torch's PowerSGD."""
+    defence, hook, name = Defence(), None, f"torch's PowerSGD rank {method}"
+    if isinstance(method, Defence):
+        defence, name = method, method.name
+    else:
+        hook = _torchs(method, data, model)
+    captures = captures_of_test_images(data, chosen, model, defence, hook)
+    named = [] if hook is None else [name]  # of a defence, files are named as before
     found: dict[str, list[float]] = {}
     for objective in ("naive", "aware"):
-        run = replace(attack, objective=objective).against(defence)
-        path = output / f"{digest(run, defence, model, [*chosen], data.fingerprint())}.json"
+        run = replace(attack, objective=objective)
+        run = run if hook else run.against(defence)
+        path = output / f"{digest(run, defence, model, [*chosen], data.fingerprint(), *named)}.json"
         result: Any = read_json(path)
         if result is None:
             result = {
@@ -116,7 +139,7 @@ def _line(
     pair = paired_difference(aware, naive)
     low, high = pair.interval
     return (
-        f"| {defence.name} | {naive.mean():.3f} | {aware.mean():.3f} | {aware.mean() / naive.mean():.2f} | "
+        f"| {name} | {naive.mean():.3f} | {aware.mean():.3f} | {aware.mean() / naive.mean():.2f} | "
         f"{pair.difference:+.3f} [{low:+.3f}, {high:+.3f}] | {pair.p_value:.3f} |"
     )
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from raytrust.compress import HookCompressor
 from raytrust.config import Defence, ModelConfig, TrainConfig
 from raytrust.config.attacks import GEIPING
 from raytrust.data import Dataset, load
@@ -25,7 +26,11 @@ from raytrust.train.loop import capture_images
 
 
 def captures_of_test_images(
-    data: Dataset, images: int | range, config: ModelConfig, defence: Defence | None = None
+    data: Dataset,
+    images: int | range,
+    config: ModelConfig,
+    defence: Defence | None = None,
+    hook: HookCompressor | None = None,
 ) -> list[Capture]:
     """Captures at step 0 of the first test images, or of these, in their order, normalised by their own statistics."""
     chosen = list(range(images) if isinstance(images, int) else images)
@@ -38,7 +43,7 @@ def captures_of_test_images(
         data.classes,
     )
     run = TrainConfig(defence=defence or Defence(), model=config, workers=1)
-    return capture_images(run, private, private.train_images, private.train_labels)
+    return capture_images(run, private, private.train_images, private.train_labels, hook=hook)
 
 
 def main() -> None:

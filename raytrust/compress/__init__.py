@@ -27,6 +27,7 @@ from raytrust.compress import (  # noqa: F401
 )
 from raytrust.compress.base import Base
 from raytrust.compress.ddp import ddp_comm_hook
+from raytrust.compress.dense_start import DenseStart
 from raytrust.compress.error_feedback import ErrorFeedback
 from raytrust.compress.expansion import expansion_remark
 from raytrust.compress.hook import HookCompressor
@@ -38,6 +39,7 @@ from raytrust.config.register import METHODS
 __all__ = [
     "Base",
     "Compressor",
+    "DenseStart",
     "ErrorFeedback",
     "HookCompressor",
     "Layout",
@@ -67,4 +69,6 @@ def build(
     if method not in METHODS:  # options that `Defence` takes, of which no class is registered
         raise ValueError(f"Expected compressor={defence.compressor!r} to be of a method that can be built.")
     compressor: Compressor = METHODS[method](defence.compressor, layout, seed)
+    if defence.start_step:
+        compressor = DenseStart(compressor, defence.start_step)
     return ErrorFeedback(compressor) if defence.error_feedback else compressor

@@ -26,11 +26,18 @@ class Base:
     `public_state` and `_take_public`, or, of what is not public, `_tensors` and `_take`: they get what fits.
     """
 
+    # Whether its step of one parameter is the same whatever other parameters there are.
+    per_parameter = False
+
     def __init__(self, config: Any, layout: Layout, seed: int = 0, memory: Sequence[str] = ()):
         self.layout = layout
         self._config = config
         self._memory = Memory(layout, *memory)
         self._scratch = Scratch()
+
+    def of(self, layout: Layout) -> Base:
+        """The same method, in its first state, of other parameters."""
+        return type(self)(self._config, layout)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         raise NotImplementedError

@@ -16,6 +16,8 @@ from raytrust.wire.channel import Channel
 class _Whole(Base):
     """One all-reduce of all entries."""
 
+    per_parameter = True
+
     def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
         (flat,) = payload
         return x.add_(flat, alpha=share)

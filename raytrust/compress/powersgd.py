@@ -16,7 +16,7 @@ from raytrust.wire.channel import Channel, Message
 
 
 class Factors(NamedTuple):
-    """What one step's messages hold, one tensor a matrix, and the tensors of one dimension.
+    """What one step's messages hold, one tensor a matrix, and the tensors that were sent whole.
 
     ps: M Q, (r, n) by rows. bases: P^, orthonormal, (r, n). qs: M^T P^, (r, m). vectors: as they are.
     """
@@ -33,9 +33,10 @@ _TINY = torch.finfo(torch.float32).tiny
 @register.compressor(PowerSGDConfig)
 class PowerSGD(Base):
     """Each gradient, as the n x m matrix M = view(shape[0], -1), is sent as P = M Q and Q' = M^T P^, where P^ is an
-    orthonormal basis of the mean of P over workers; it decodes to P^ Q'^T. Tensors of one dimension are sent whole.
+    orthonormal basis of the mean of P over workers; it decodes to P^ Q'^T. Sent whole are the `vectors`: tensors of one
+    dimension, and matrices for which it would save less than `min_compression_rate`.
 
-    Two all-reduces: the P with the tensors of one dimension, then the Q'. The rank is min(n, m, rank), so the mean of a
+    Two all-reduces: the P with the vectors, then the Q'. The rank is min(n, m, rank), so the mean of a
     matrix whose smaller side is at most `rank` arrives without loss; so does what each worker sent if n <= m, else it
     lacks what lies outside the span of the mean. The first Q is drawn from `seed`, which all workers share; with
     `warm_start` the mean Q' is the Q of the next step, but for a matrix of m <= rank and m <= n, whose Q is square and
@@ -50,13 +51,15 @@ class PowerSGD(Base):
     def __init__(self, config: PowerSGDConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout)
         self._config: PowerSGDConfig = config
-        self.matrices = [i for i, s in enumerate(layout.shapes) if _is_matrix(s)]
-        self.vectors = [i for i, s in enumerate(layout.shapes) if not _is_matrix(s)]
+        self.matrices = [i for i, s in enumerate(layout.shapes) if _is_matrix(s) and _is_worth_it(s, config)]
+        self.vectors = [i for i in range(len(layout.shapes)) if i not in self.matrices]
         self.sizes = [_matrix_size(layout.shapes[i]) for i in self.matrices]  # (n, m)
         self._ranks = [min(n, m, config.rank) for n, m in self.sizes]
         widths = list(zip(self._ranks, self.sizes, strict=True))
         self._first = Layout([torch.Size((r, n)) for r, (n, _) in widths] + [layout.shapes[i] for i in self.vectors])
         self._second = Layout([torch.Size((r, m)) for r, (_, m) in widths])
+        # The generator draws for all matrices in a row.
+        self.per_parameter = config.warm_start
         self._generator = torch.Generator().manual_seed(seed)
         self.q = self._draw()
 
@@ -167,6 +170,11 @@ def floats_sent(shapes: Sequence[torch.Size], rank: int) -> int:
 
 def _is_matrix(shape: torch.Size) -> bool:
     return len(shape) >= 2 and shape.numel() > 0
+
+
+def _is_worth_it(shape: torch.Size, config: PowerSGDConfig) -> bool:
+    n, m = _matrix_size(shape)
+    return min(n, m, config.rank) * (n + m) * config.min_compression_rate < n * m
 
 
 def _matrix_size(shape: torch.Size) -> tuple[int, int]:

@@ -22,6 +22,8 @@ class ScaledSign(Base):
     for a tensor of d entries (Karimireddy et al. 2019, Lemma 8). A zero counts as positive.
     """
 
+    per_parameter = True
+
     def __init__(self, config: ScaledSignConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout)
         self._code = SignCode(layout, self._scratch)

@@ -22,6 +22,8 @@ class SignSGD(Base):
     All workers count the votes of all, where Bernstein et al. have a server do so.
     """
 
+    per_parameter = True
+
     def __init__(self, config: SignSGDConfig, layout: Layout, seed: int = 0):
         super().__init__(config, layout, memory=["momentum"] if config.momentum else [])
         self._momentum = config.momentum

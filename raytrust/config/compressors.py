@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from raytrust.config.method import CompressorConfig
 from raytrust.config.register import COMPRESSORS
-from raytrust.config.values import expect, expect_choices
+from raytrust.config.values import ADDED, expect, expect_choices
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,25 @@ class DenseConfig(CompressorConfig):
 
 @dataclass(frozen=True)
 class PowerSGDConfig(CompressorConfig):
-    """PowerSGD of the given rank (Vogels et al. 2019, Algorithm 1), at most min(n, m) for an n x m matrix."""
+    """PowerSGD of the given rank (Vogels et al. 2019, Algorithm 1), at most min(n, m) for an n x m matrix.
+
+    min_compression_rate: a matrix of which the factors would be no smaller by this is sent whole, as torch's
+        `PowerSGDState` does from 2 on; 0 to compress all.
+    """
 
     method: ClassVar[str] = "powersgd"
     rank: int = 4
     warm_start: bool = True
+    min_compression_rate: float = field(default=0.0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         expect(self.rank >= 1, "rank", self.rank, "to be at least 1")
+        expect(self.min_compression_rate >= 0, "min_compression_rate", self.min_compression_rate, "to be at least 0")
 
     @property
     def name(self) -> str:
-        return f"PowerSGD rank {self.rank}" + ("" if self.warm_start else " cold")
+        at_least = f" at least {self.min_compression_rate:g}x" if self.min_compression_rate else ""
+        return f"PowerSGD rank {self.rank}" + ("" if self.warm_start else " cold") + at_least
 
 
 @dataclass(frozen=True)
@@ -285,16 +292,21 @@ class Defence:
     would grow without bound. So does that of other unbiased methods whose error exceeds the gradient: ATOMO, vqSGD, and
     QSGD with the L2 norm and fewer levels than the square root of its bucket. They are for use without. Refused, too,
     is what is no config of a method, such as its name: `parse_defence` makes a `Defence` of text.
+
+    start_step: how many steps of a training send the whole gradient before the method begins, as torch's
+        `start_powerSGD_iter` does. These steps are not protected.
     """
 
     compressor: Annotated[CompressorConfig, COMPRESSORS] = field(default_factory=DenseConfig)
     error_feedback: bool = False
+    start_step: int = field(default=0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         # The exact type: a subclass with options of its own would be built, hashed and saved as if it had none.
         types = compressor_types()
         names = ", ".join(sorted(kind.__name__ for kind in types))
         expect(type(self.compressor) in types, "compressor", self.compressor, f"to be one of {names}")
+        expect(self.start_step >= 0, "start_step", self.start_step, "to be at least 0")
         expect(isinstance(self.error_feedback, bool), "error_feedback", self.error_feedback, "to be True or False")
         refused = self.error_feedback and not self.compressor.takes_error_feedback
         expect(not refused, "error_feedback", self.error_feedback, f"to be False with {self.compressor}")
@@ -307,6 +319,7 @@ class Defence:
     def name_with(self, fraction: float | None) -> str:
         """`name`, such as "Top-K 1.4 % (bytes of rank 4)", where it is known which fraction of the entries was sent."""
         # The method's published name says that it has error feedback.
+        after = f" from step {self.start_step}" if self.start_step else ""
         if isinstance(self.compressor, ScaledSignConfig) and self.error_feedback:
-            return "EF-signSGD"
-        return self.compressor.name_with(fraction) + (" + EF" if self.error_feedback else "")
+            return f"EF-signSGD{after}"
+        return self.compressor.name_with(fraction) + (" + EF" if self.error_feedback else "") + after

@@ -19,11 +19,13 @@ def syntax() -> str:
     mains = {method: _main(COMPRESSORS[method]) for method in COMPRESSORS}
     words = {method: main.upper() for method, main in mains.items() if main} | {"topk": "LEVEL or rankN"}
     names = [f"{method} ({words[method]})" if method in words else method for method in mains]
-    return "METHOD[:VALUE][:NAME=VALUE ...][:ef] with METHOD among " + ", ".join(sorted([*_SHORT, *names]))
+    among = ", ".join(sorted([*_SHORT, *names]))
+    return f"METHOD[:VALUE][:NAME=VALUE ...][:ef][:start_step=N] with METHOD among {among}"
 
 
 def parse_defence(text: str) -> Defence:
-    """METHOD[:VALUE][:NAME=VALUE ...][:ef]: a method, its first option, further options, and error feedback.
+    """METHOD[:VALUE][:NAME=VALUE ...][:ef][:start_step=N]: a method, its first option, further options, error feedback,
+    and how many steps send the whole gradient before.
 
     Raises ValueError for what is no defence.
     """
@@ -47,12 +49,14 @@ def parse_defence(text: str) -> Defence:
         if name in values:
             raise ValueError(f"Expected defence={text!r} to give {name} once.")
         try:
-            values[name] = parse_text(type_hints(kind).get(name, str), value)
+            hints = type_hints(Defence if name == "start_step" else kind)
+            values[name] = parse_text(hints.get(name, str), value)
         except ValueError:
             # Left as it is, since `from_dict` says in the field's own terms what is wrong with it.
             values[name] = value
     try:
-        return from_dict(Defence, {"compressor": values, "error_feedback": "ef" in rest})
+        start = {name: values.pop(name) for name in ("start_step",) if name in values}
+        return from_dict(Defence, {"compressor": values, "error_feedback": "ef" in rest} | start)
     except ValueError as error:
         raise ValueError(f"In defence={text!r}: {error}") from None
 

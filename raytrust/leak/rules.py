@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from raytrust.compress import Compressor, ErrorFeedback, Vantage
+from raytrust.compress import Compressor, DenseStart, ErrorFeedback, Vantage
+from raytrust.compress.dense_start import was_dense
 from raytrust.compress.interface import payloads_by_worker
 from raytrust.leak.views import View, identity_view
 from raytrust.wire.channel import Message
@@ -50,6 +51,11 @@ def error_feedback_view(compressor: ErrorFeedback, messages: Messages, vantage: 
     return view_of(compressor.inner, messages, vantage, victim)
 
 
+@view_of.register(DenseStart)
+def dense_start_view(compressor: DenseStart, messages: Messages, vantage: Vantage, victim: int = 0) -> View:
+    return view_of(compressor.now, messages, vantage, victim)
+
+
 @singledispatch
 def pure_view_of(
     compressor: Compressor, messages: Messages, vantage: Vantage, victim: int, history: Sequence[EarlierStep]
@@ -60,6 +66,17 @@ def pure_view_of(
     nothing to tell: ValueError.
     """
     raise ValueError(f"Expected a method whose residual has zeros, got {type(compressor).__name__}.")
+
+
+@pure_view_of.register(DenseStart)
+def pure_dense_start_view(
+    compressor: DenseStart, messages: Messages, vantage: Vantage, victim: int, history: Sequence[EarlierStep]
+) -> View:
+    """A whole gradient leaves no residual, so that the step after it has none either."""
+    if compressor.left or (history and was_dense(history[-1].compressor_state)):
+        return view_of(compressor, messages, vantage, victim)
+    later = [step for step in history if not was_dense(step.compressor_state)]
+    return pure_view_of(compressor.inner, messages, vantage, victim, later)
 
 
 def expect_history(history: Sequence[object]) -> None:

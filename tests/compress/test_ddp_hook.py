@@ -31,12 +31,14 @@ from raytrust.config import (
     ThresholdConfig,
     TopKConfig,
     VqSGDConfig,
+    parse_defence,
 )
 from raytrust.config.compressors import compressor_types
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 from raytrust.wire.processes import in_processes
 
 STEPS = 4
+BY_PARAMETER = ("dense", "half", "powersgd", "signum", "scaled sign")  # what may overlap
 BUCKET_MB = 0.0005  # 524 bytes: several buckets
 
 METHODS: dict[str, Defence] = {
@@ -102,6 +104,7 @@ class Case:
     change: Callable[[nn.Module], object] | None = None
     ddp: dict[str, Any] = field(default_factory=dict)
     state: bool = True  # the model, or None
+    overlap: bool = False
     passes: int = 1
     skips: bool = False
 
@@ -117,6 +120,13 @@ CASES = {name: Case(defence) for name, defence in METHODS.items()} | {
     "static graph": Case(POWERSGD, ddp={"static_graph": True}),
     "accumulation": Case(POWERSGD, passes=2),
     "unused parameters": Case(POWERSGD, ddp={"find_unused_parameters": True}, skips=True),
+}
+CASES |= {f"{name}, overlapped": Case(METHODS[name], overlap=True) for name in BY_PARAMETER} | {
+    "overlapped, in any layout": Case(POWERSGD, to_channels_last, overlap=True),
+    "overlapped, accumulation": Case(POWERSGD, passes=2, overlap=True),
+    "overlapped, unused parameters": Case(POWERSGD, ddp={"find_unused_parameters": True}, skips=True, overlap=True),
+    "overlapped, one bucket": Case(POWERSGD, ddp={"bucket_cap_mb": 1000}, overlap=True),
+    "overlapped, late": Case(parse_defence("powersgd:2:ef:start_step=2"), overlap=True),
 }
 
 
@@ -160,7 +170,7 @@ def under_ddp(case: Case, channel: Channel, saved: dict[str, Any] | None = None,
             part.load_state_dict(checkpoint[name])  # type: ignore[attr-defined]
     ddp = DistributedDataParallel(model, **({"bucket_cap_mb": BUCKET_MB} | case.ddp))
     names = {p: name for name, p in model.named_parameters()}
-    inner, buckets = ddp_comm_hook(compressor), []
+    inner, buckets = ddp_comm_hook(compressor, overlap=case.overlap), []
 
     def hook(state, bucket):  # without annotations: DDP takes none but its own types
         if bucket.index() == 0:
@@ -275,7 +285,7 @@ def everything(channel: Channel) -> dict[str, Any]:
         "under ddp": {name: under_ddp(case, channel) for name, case in CASES.items()},
         "by hand": {name: by_hand(case, channel) for name, case in CASES.items()},
         "plain": plain_ddp(channel),
-        "resumed": {name: resumed(CASES[name], channel) for name in METHODS},
+        "resumed": {name: resumed(CASES[name], channel) for name in (*METHODS, "powersgd, overlapped")},
         "refusals": refusals(channel),
     }
 
@@ -357,7 +367,7 @@ def test_dense_is_plain_ddp_up_to_rounding(workers: list[dict[str, Any]]) -> Non
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "powersgd, overlapped"])
 def test_a_checkpoint_goes_on_to_the_bit(name: str, workers: list[dict[str, Any]]) -> None:
     for worker in workers:
         whole, second_half = worker["resumed"][name]
@@ -426,3 +436,34 @@ def test_a_pass_is_reduced_when_its_last_bucket_is_full() -> None:
     assert tap.sent_bytes == 4 * sum(p.numel() for p in parameters)
     assert first.vector.unique().tolist() == [1.0]
     assert last.vector.unique().tolist() == [2.0]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in BY_PARAMETER])
+def test_what_selects_or_draws_over_all_parameters_does_not_overlap(name: str) -> None:
+    compressor = build(METHODS[name], net())
+    kind = type(getattr(compressor, "inner", compressor)).__name__
+    message = f"^Expected overlap=False with {kind}, whose step of one parameter depends on others[.]$"
+    with pytest.raises(ValueError, match=message):
+        ddp_comm_hook(compressor, LocalChannel(), overlap=True)
+
+
+def test_an_overlapped_pass_that_fails_leaves_no_trace() -> None:
+    model = net()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    compressor, tap = build(POWERSGD, model), Tap(LocalChannel())
+    hook = ddp_comm_hook(compressor, tap, overlap=True)
+
+    def backward(value: float) -> list[Tensor]:
+        buckets = [Bucket(0, parameters[4:]), Bucket(1, parameters[:4])]
+        buckets[1].vector[0] = value
+        return [future.wait() for future in [hook(model, bucket) for bucket in buckets]]
+
+    backward(1.0)
+    backward(1.0)
+    before, sent = compressor.state_dict(), tap.sent_bytes
+    with pytest.raises(ValueError, match=r"Expected the gradient of head\.weight to be finite, got nan in 1 of 25"):
+        backward(torch.nan)
+    assert_equal(compressor.state_dict(), before)
+    backward(1.0)
+    assert tap.sent_bytes > sent
+    assert compressor.state_dict()["residual.head.weight"].isfinite().all()
