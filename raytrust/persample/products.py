@@ -197,7 +197,11 @@ class _Correlation(torch.autograd.Function):
             s, x = (t.unflatten(0, (n, -1)).transpose(0, 1).flatten(1, 2).contiguous() for t in (signals, inputs))
             like = inputs.new_empty(n * shape[0], *shape[1:])
             return torch.ops.aten.convolution_backward(s, x, like, *settings)[1].view(n, *shape)
-        like = inputs.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        if inputs.dtype == torch.float64:
+            # oneDNN does not know double precision, and torch's own kernel no other layout.
+            inputs, signals, like = inputs.contiguous(), signals.contiguous(), inputs.new_empty(shape)
+        else:
+            like = inputs.new_empty(shape).contiguous(memory_format=torch.channels_last)
         pairs = zip(signals.unflatten(0, (n, -1)), inputs.unflatten(0, (n, -1)), strict=True)
         return torch.stack([torch.ops.aten.convolution_backward(s, x, like, *settings)[1] for s, x in pairs])
 

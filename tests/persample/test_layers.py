@@ -223,7 +223,9 @@ def by_autograd(model: nn.Module, x: Tensor, targets: Targets, task: Task) -> li
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
-def check(model: nn.Module, x: Tensor, targets: Targets, task: Task = CROSS_ENTROPY, slow: bool = False) -> GradientMatcher:
+def check(
+    model: nn.Module, x: Tensor, targets: Targets, task: Task = CROSS_ENTROPY, slow: bool = False
+) -> GradientMatcher:
     """Gradients and their derivatives are those of autograd; the matcher that had them."""
     leaf = x.clone().requires_grad_()
     expected = by_autograd(model, leaf, targets, task)
@@ -263,6 +265,16 @@ def test_a_layer_is_fast_and_right(name: str, training: bool) -> None:
 @pytest.mark.parametrize("name", ["attention by torch's kernel", "TransformerEncoder", "MultiheadAttention"])
 def test_attention_is_right_by_the_slow_path(name: str) -> None:
     check(of(LAYERS[name]), IMAGES, LABELS, slow=True)
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["", "slow"])
+def test_the_hard_sigmoid_has_a_second_derivative(slow: bool) -> None:
+    found = []
+    for function in (nn.Hardsigmoid(), Lambda(lambda _, x: (x / 6 + 0.5).clamp(0, 1))):
+        matcher = GradientMatcher(of(lambda f=function: planes(f)))
+        matcher.fast = not slow
+        found.append(matcher(IMAGES, LABELS, lambda grads: sum(g.flatten(1).square().sum(1) for g in grads)))
+    torch.testing.assert_close(*found)
 
 
 class Reader(nn.Module):
