@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from raytrust.networks.build import copy_of
 from raytrust.networks.task import Targets, Task, flat, in_dtype
 from raytrust.persample.functions import FUNCTIONS
-from raytrust.persample.plain import Distance, are_trained, attention, derivatives, precision_of, with_inputs_in
+from raytrust.persample.plain import (
+    DifferentiableTwice,
+    Distance,
+    are_trained,
+    derivatives,
+    precision_of,
+    with_inputs_in,
+)
 from raytrust.persample.rules import NORMS, Rule, rule_of
 from raytrust.persample.tape import Call, Tape, by_place
 from raytrust.persample.watch import Watch
@@ -26,7 +34,8 @@ class Recorded(nn.Module):
     _places: dict[str, int]  # of its trained parameters in the model, by name
 
     def forward(self, input: Tensor, *rest: Any, **named: Any) -> Tensor:
-        if self._watch.weight(input) is not None:
+        learns = torch.is_grad_enabled()
+        if learns and self._watch.is_constant(input):
             return super().forward(input, *rest, **named)
         # What happens inside is known.
         with torch._C.DisableTorchFunction():
@@ -35,7 +44,7 @@ class Recorded(nn.Module):
             else:
                 inputs, output = self._rule.forward(self, input, self._watch.tape.candidates)
         # Under no_grad, nothing is learnt from what comes out.
-        return self._watch.tape.recorded(self, inputs, output) if self._places and torch.is_grad_enabled() else output
+        return self._watch.tape.recorded(self, inputs, output) if self._places and learns else output
 
 
 @cache
@@ -79,7 +88,7 @@ class FastPath:
         for layer in ruled:
             vars(layer).update(_watch=self._watch)
         # Spectral norm in training mode, for one, improves an estimate in every pass; the model is to be left as it is.
-        self._buffers = [(b, b.clone()) for b in self._model.buffers()]
+        self._buffers = {b: (b.clone(), b._version) for b in self._model.buffers()}
 
     def gradients(self, x: Tensor, labels: Targets) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
         """The losses (n,), and the gradients (n, *shape) by their parameter's place in the model, if they are not
@@ -111,11 +120,12 @@ class FastPath:
         """One forward and one backward pass: the losses (n,), and the calls that have a part in them."""
         tape = self.tape
         tape.begin(len(x), x.shape[0] * x.shape[1])
-        for buffer, kept in self._buffers:
-            buffer.copy_(kept)
+        for buffer, (kept, version) in self._buffers.items():
+            if buffer._version != version:
+                self._buffers[buffer] = kept, buffer.copy_(kept)._version
         images = x.flatten(0, 1).to(self._dtype)
         images = images.contiguous(memory_format=self._format) if images.ndim == 4 else images
-        with self._watch, attention(create_graph):
+        with DifferentiableTwice() if create_graph else nullcontext(), self._watch:
             output = self._task.output(self._model, images, flat(with_inputs_in(labels, self._dtype)))
         losses = self._task.losses(
             in_dtype(output, self._accumulator), labels, (x.shape[0], x.shape[1]), self._precision

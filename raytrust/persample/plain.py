@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import CROSS_ENTROPY, Sample, Targets, Task, in_dtype, row_of
@@ -46,16 +48,30 @@ def _one_by_one(
         state = {name: b.to(dtype, copy=True) if b.is_floating_point() else b.clone() for name, b in buffers}
         state.update(zip(names, weights, strict=True))
         network = partial(_called, model, state)
-        with attention(create_graph):
+        with DifferentiableTwice() if create_graph else nullcontext():
             loss = task.batch_loss(network, images, targets, precision)
         slopes = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
         triples = zip(slopes, weights, trained, strict=True)
         yield loss.detach(), [torch.zeros_like(w) if g is None or not t else g for g, w, t in triples]
 
 
-def attention(differentiable_twice: bool) -> AbstractContextManager[None]:
-    """How it is computed within: torch's fused kernels have no second derivative, so by products where one is asked."""
-    return sdpa_kernel(SDPBackend.MATH) if differentiable_twice else nullcontext()
+class DifferentiableTwice(TorchFunctionMode):
+    """Within, what torch has no second derivative of is computed by what it has one of.
+
+    It has none of fused attention and of the hard sigmoid (MobileNetV3).
+    """
+
+    def __enter__(self) -> Any:
+        self._attention = sdpa_kernel(SDPBackend.MATH)
+        self._attention.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._attention.__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return F.relu6(args[0] + 3) / 6 if func is F.hardsigmoid else func(*args, **(kwargs or {}))
 
 
 def _called(model: nn.Module, state: dict[str, Tensor], *args: Any, **named: Any) -> Any:

@@ -190,6 +190,10 @@ class _Correlation(torch.autograd.Function):
             # workspace where there are fewer than 8 channels (uxlfoundation/oneDNN#6035): wrong results, or a crash.
             inputs = inputs[..., :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
             stride = (1, 1)
+        if inputs.dtype == torch.float64:
+            # torch's own kernel, as oneDNN has none of double precision, takes one layout alone, and `contiguous` would
+            # leave any to images of one pixel.
+            inputs, signals = (t.clone(memory_format=torch.contiguous_format) for t in (inputs, signals))
         settings: list[Any] = [None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]]
         if not any(ctx.needs_input_grad):
             # Where no derivative follows, as groups of one convolution: small networks pay for calls.
@@ -197,7 +201,9 @@ class _Correlation(torch.autograd.Function):
             s, x = (t.unflatten(0, (n, -1)).transpose(0, 1).flatten(1, 2).contiguous() for t in (signals, inputs))
             like = inputs.new_empty(n * shape[0], *shape[1:])
             return torch.ops.aten.convolution_backward(s, x, like, *settings)[1].view(n, *shape)
-        like = inputs.new_empty(shape).contiguous(memory_format=torch.channels_last)
+        like = inputs.new_empty(shape)
+        if inputs.dtype != torch.float64:
+            like = like.contiguous(memory_format=torch.channels_last)
         pairs = zip(signals.unflatten(0, (n, -1)), inputs.unflatten(0, (n, -1)), strict=True)
         return torch.stack([torch.ops.aten.convolution_backward(s, x, like, *settings)[1] for s, x in pairs])
 

@@ -52,8 +52,8 @@ class Tape:
     """The calls of a pass over the images of `candidates`."""
 
     def __init__(self) -> None:
-        # Of each layer that no image is handed to, in their order, whether it has a row an image all the same: as the
-        # first call understood it. By the length alone, 8 positions would be taken for 8 images some day.
+        # As the first call understood it, in the order of calls: by the length alone, 8 positions would be taken for 8
+        # images some day.
         self.by_image: list[bool] = []
         self.learns = True
         self.begin(0, 0)
@@ -66,15 +66,17 @@ class Tape:
 
     def recorded(self, layer: Any, inputs: Tensor, output: Tensor) -> Tensor:
         """The output of a call, which from now on has a part in the pass."""
-        if output.requires_grad:
-            self._watch(layer, inputs, output)
-            return output
-        # No image had a part in it so far. To each it is a number that the loss depends on.
+        if not output.requires_grad:
+            return self.start(layer, inputs, output)
+        self._watch(layer, inputs, output)
+        return output
+
+    def has_rows(self, constant: Tensor) -> bool:
+        """Whether what no image had a part in has a row an image all the same, as a second input has."""
         if self._constants == len(self.by_image) and self.learns:
-            self.by_image.append(len(inputs) == self.images)
-        by_image = self.by_image[self._constants]
+            self.by_image.append(constant.ndim > 0 and len(constant) == self.images)
         self._constants += 1
-        return self.start(layer, *(t if by_image else _rows(t, self.images) for t in (inputs, output)))
+        return self.by_image[self._constants - 1]
 
     def start(self, layer: Any, inputs: Tensor, values: Tensor) -> Tensor:
         """The values as a start of the graph, by which a derivative is had."""
@@ -90,11 +92,6 @@ class Tape:
         # A hook on the tensor sees the derivative at this point, also where a ReLU then overwrites the output; one on
         # the module would see it after that.
         output.register_hook(partial(setattr, call, "signals"))
-
-
-def _rows(t: Tensor, images: int) -> Tensor:
-    """One row an image of what all share: its first dimension is the images' if that is 1."""
-    return t.expand(images, *t.shape[1:]) if len(t) == 1 else t.expand(images, *t.shape)
 
 
 def by_place(calls: Sequence[Call], ends: Sequence[Tensor], n: int) -> Iterator[tuple[int, Tensor]]:

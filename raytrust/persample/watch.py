@@ -43,6 +43,10 @@ class Watch(TorchFunctionMode):
     def weight(self, t: object) -> Weight | None:
         return self._places.get(id(t), self.tape.derived.get(id(t)))
 
+    def is_constant(self, t: Tensor) -> bool:
+        """Whether it is the same for all images."""
+        return self.weight(t) is not None or not (t.requires_grad or self.tape.has_rows(t))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = self._rules.get(func)
@@ -54,8 +58,11 @@ class Watch(TorchFunctionMode):
                     weights = True
                 else:
                     images |= t.requires_grad
-            if (images or func is F.embedding) and rule is not None and (weights or func is F.batch_norm):
-                return rule(self, *args, **kwargs)
+            if rule is not None and (weights or func is F.batch_norm):
+                # Words are numbers, which have no derivative: they may come with an image all the same.
+                images |= func is F.embedding and not self.is_constant(args[0])
+                if images:
+                    return rule(self, *args, **kwargs)
             if weights:
                 if not images:
                     return self._derive(func, args, kwargs)

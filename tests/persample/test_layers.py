@@ -267,6 +267,16 @@ def test_attention_is_right_by_the_slow_path(name: str) -> None:
     check(of(LAYERS[name]), IMAGES, LABELS, slow=True)
 
 
+@pytest.mark.parametrize("slow", [False, True], ids=["", "slow"])
+def test_the_hard_sigmoid_has_a_second_derivative(slow: bool) -> None:
+    found = []
+    for function in (nn.Hardsigmoid(), Lambda(lambda _, x: (x / 6 + 0.5).clamp(0, 1))):
+        matcher = GradientMatcher(of(lambda f=function: planes(f)))
+        matcher.fast = not slow
+        found.append(matcher(IMAGES, LABELS, lambda grads: sum(g.flatten(1).square().sum(1) for g in grads)))
+    torch.testing.assert_close(*found)
+
+
 class Reader(nn.Module):
     """Words that the attacker knows, beside an image."""
 
