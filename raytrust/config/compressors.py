@@ -19,6 +19,21 @@ class DenseConfig(CompressorConfig):
 
 
 @dataclass(frozen=True)
+class HalfConfig(CompressorConfig):
+    """The plain baseline: the gradient in 16 bits."""
+
+    method: ClassVar[str] = "half"
+    dtype: Literal["float16", "bfloat16"] = "float16"
+
+    def __post_init__(self) -> None:
+        expect_choices(self)
+
+    @property
+    def name(self) -> str:
+        return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype]
+
+
+@dataclass(frozen=True)
 class PowerSGDConfig(CompressorConfig):
     """PowerSGD of the given rank (Vogels et al. 2019, Algorithm 1), at most min(n, m) for an n x m matrix.
 
@@ -81,21 +96,6 @@ class TopKConfig(CompressorConfig):
             sent = "" if fraction is None else f"{100 * fraction:.2g} % "
             size = f"{sent}({self.equal_by} of rank {self.equal_to_rank})"
         return f"Top-K {size}" + (" per layer" if self.scope == "layer" else "")
-
-
-@dataclass(frozen=True)
-class HalfConfig(CompressorConfig):
-    """The plain baseline: the gradient in 16 bits."""
-
-    method: ClassVar[str] = "half"
-    dtype: Literal["float16", "bfloat16"] = "float16"
-
-    def __post_init__(self) -> None:
-        expect_choices(self)
-
-    @property
-    def name(self) -> str:
-        return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -261,21 +261,8 @@ def _expect_level(level: float) -> None:
     expect(0 < level <= 1, "level", level, "in (0, 1], the fraction of entries that is sent")
 
 
-# Their order is that of error messages; classes register themselves where they are (raytrust/compress).
-for _kind in (
-    DenseConfig,
-    HalfConfig,
-    PowerSGDConfig,
-    TopKConfig,
-    RandKConfig,
-    ThresholdConfig,
-    DGCConfig,
-    SignSGDConfig,
-    ScaledSignConfig,
-    QSGDConfig,
-    VqSGDConfig,
-    AtomoConfig,
-):
+# The order of this file is that of error messages; classes register themselves where they are (raytrust/compress).
+for _kind in CompressorConfig.__subclasses__():
     COMPRESSORS.add(_kind.method, _kind)
 
 

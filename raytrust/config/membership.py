@@ -85,12 +85,8 @@ class MembershipConfig:
         expect(len(self.defences) >= 1, "defences", self.defences, "to hold at least one defence")
         expect(len(set(self.defences)) == len(self.defences), "defences", self.defences, "to differ from each other")
         expect(len(set(self.dp_sgd)) == len(self.dp_sgd), "dp_sgd", self.dp_sgd, "to differ from each other")
-        expect(
-            self.models >= 4 and self.models % 2 == 0,
-            "models",
-            self.models,
-            "to be even and at least 4: one is attacked, the others are its shadows",
-        )
+        even = "to be even and at least 4: one is attacked, the others are its shadows"
+        expect(self.models >= 4 and self.models % 2 == 0, "models", self.models, even)
         expect(self.mislabelled >= 0, "mislabelled", self.mislabelled, "to be at least 0")
         expect(self.duplicates >= 0, "duplicates", self.duplicates, "to be at least 0")
         expect(self.copies >= 2, "copies", self.copies, "to be at least 2")
@@ -100,17 +96,12 @@ class MembershipConfig:
         expect(2 <= self.guesses <= self.points, "guesses", self.guesses, f"in [2, {self.points}], the points")
         expect(0 <= self.property_models <= self.models, "property_models", self.property_models, "in [0, models]")
         expect(self.property_batches >= 10, "property_batches", self.property_batches, "to be at least 10")
-        expect(
-            self.train.workers == 1, "workers", self.train.workers, "to be 1: the models, not the batches, are spread"
-        )
-        expect(
-            # DP-SGD clips the gradient of each image by itself, which batch norm, where images depend on each other,
-            # doesn't have.
-            not self.dp_sgd or self.train.model.name == "convnet",
-            "model",
-            self.train.model.name,
-            "to be convnet with DP-SGD, which has no batch norm",
-        )
+        workers, model = self.train.workers, self.train.model.name
+        expect(workers == 1, "workers", workers, "to be 1: the models, not the batches, are spread")
+        # DP-SGD clips the gradient of each image by itself, which batch norm, where images depend on each other,
+        # doesn't have.
+        plain = "to be convnet with DP-SGD, which has no batch norm"
+        expect(not self.dp_sgd or model == "convnet", "model", model, plain)
 
     @property
     def arms(self) -> tuple[Arm, ...]:

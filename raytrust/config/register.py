@@ -110,8 +110,7 @@ OBJECTIVES = Registry(
     },
 )
 ATTACKS = Registry(
-    "raytrust.attacks",
-    {"optimise": f"{_INVERSION}search:search", "analytic": f"{_INVERSION}analytic:analytic"},
+    "raytrust.attacks", {"optimise": f"{_INVERSION}search:search", "analytic": f"{_INVERSION}analytic:analytic"}
 )
 
 

@@ -47,12 +47,8 @@ class ModelConfig:
         expect(len(set(named)) == len(named), "options", self.options, "to give each option once")
         # In one order, so that equal networks have one digest.
         object.__setattr__(self, "options", tuple(sorted(self.options)))
-        expect(
-            not (self.options and self.shipped),
-            "options",
-            self.options,
-            f"to be empty for {self.name}, which has stem and width",
-        )
+        empty = f"to be empty for {self.name}, which has stem and width"
+        expect(not (self.options and self.shipped), "options", self.options, empty)
 
     @property
     def shipped(self) -> bool:
@@ -156,10 +152,6 @@ class TrainConfig:
         expect(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         expect(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "to be at least 0 and finite")
         expect(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
-        expect(
-            # Steps are in increasing order, so that the last is the largest.
-            self.capture.steps[-1] < max(1, self.steps),
-            "capture.steps",
-            self.capture.steps,
-            f"to lie below steps={self.steps}, the length of training",
-        )
+        # Steps are in increasing order, so that the last is the largest.
+        within = self.capture.steps[-1] < max(1, self.steps)
+        expect(within, "capture.steps", self.capture.steps, f"to lie below steps={self.steps}, the length of training")

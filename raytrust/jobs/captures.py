@@ -40,10 +40,7 @@ def save_capture(directory: Path, capture: Capture) -> None:
     folder = directory / f"step-{seen.step:06d}"
     model = folder / "model.pt"
     if not model.exists():
-        _save(
-            model,
-            {"weights": seen.weights, "buffers": seen.buffers, "compressor_state": seen.compressor_state},
-        )
+        _save(model, {"weights": seen.weights, "buffers": seen.buffers, "compressor_state": seen.compressor_state})
     history = folder / f"history-{seen.victim}.pt"
     if seen.history and not history.exists():
         steps = [{"messages": _packed(p.messages), "compressor_state": p.compressor_state} for p in seen.history]

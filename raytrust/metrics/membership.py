@@ -29,10 +29,7 @@ class AuditReport:
 
 
 def pooled_audit(
-    scores: ArrayLike,
-    member: ArrayLike,
-    slices: Mapping[str, ArrayLike] | None = None,
-    guesses: int | None = None,
+    scores: ArrayLike, member: ArrayLike, slices: Mapping[str, ArrayLike] | None = None, guesses: int | None = None
 ) -> AuditReport:
     """Report on k models with the model as the unit. scores, member: (k, n); slices: masks (n,) or (k, n), by name.
     guesses: of the epsilon bound, fixed beforehand; none is given without it.

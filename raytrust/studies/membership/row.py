@@ -57,9 +57,7 @@ class MatchedFit(TypedDict):
 
 # Written as a call, since a class can't have the keyword `class` among its fields.
 Property = TypedDict(
-    "Property",
-    {"aware": Figure, "naive": Figure, "label": int, "class": str, "reason": str},
-    total=False,
+    "Property", {"aware": Figure, "naive": Figure, "label": int, "class": str, "reason": str}, total=False
 )  # AUC by attacker of finding the class of this label, named `class`; or the reason why there is none
 
 

@@ -31,13 +31,7 @@ from raytrust.metrics.thresholds import (
     null_floor,
     yeom_thresholds,
 )
-from raytrust.studies.membership.jobs import (
-    arm_key,
-    load_shadows,
-    property_models,
-    reason_for_failure,
-    shadow_models,
-)
+from raytrust.studies.membership.jobs import arm_key, load_shadows, property_models, reason_for_failure, shadow_models
 from raytrust.studies.membership.pool import DUPLICATE, MISLABELLED, PLAIN, Pool
 from raytrust.studies.membership.row import Curves, MatchedFit, MessageFigure, Property, Row, Rule
 from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, OTHER, Shadow, stack

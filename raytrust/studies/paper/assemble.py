@@ -124,12 +124,7 @@ class Report:
 
 
 def assemble(
-    budget: Budget,
-    tables: tuple[int, ...],
-    images: int | None,
-    seed: int,
-    data: Mapping[str, Dataset],
-    root: Path,
+    budget: Budget, tables: tuple[int, ...], images: int | None, seed: int, data: Mapping[str, Dataset], root: Path
 ) -> Report:
     """Everything, from what lies in `root`. What failed or is missing is a row that says so."""
     report = Report(budget, seed, tuple(data), tables)

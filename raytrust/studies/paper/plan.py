@@ -6,15 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
-from raytrust.config import (
-    CaptureConfig,
-    Defence,
-    InversionConfig,
-    MembershipConfig,
-    ModelConfig,
-    Threat,
-    TrainConfig,
-)
+from raytrust.config import CaptureConfig, Defence, InversionConfig, MembershipConfig, ModelConfig, Threat, TrainConfig
 from raytrust.config.attacks import GEIPING
 from raytrust.config.values import expect, expect_choices
 from raytrust.studies.published import CELLS, defence_of
