@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, row_of
 from raytrust.persample.fast import FastPath
-from raytrust.persample.ghost import GhostGradient
+from raytrust.persample.ghost import as_plain
 from raytrust.persample.memory import is_out_of_memory
 from raytrust.persample.plain import PlainPath, precision_of
 
@@ -72,7 +72,7 @@ class PerSampleGradients:
         """As plain tensors, one a parameter, zeros where there is none."""
         formed = [x.new_zeros(()).expand(len(x), *shape) for shape in self._shapes]
         for i, gradient in gradients:
-            formed[i] = (gradient.dense() if isinstance(gradient, GhostGradient) else gradient).detach()
+            formed[i] = as_plain(gradient).detach()
         return formed
 
     def _checked(self, x: Tensor, labels: Targets) -> FastPath | PlainPath:

@@ -21,6 +21,11 @@ _DENSE: dict[Form, Callable[[Tensor], Tensor]] = {
 }
 
 
+def as_plain(gradient: Tensor) -> Tensor:
+    """A plain tensor for what may stand for one."""
+    return gradient.dense() if isinstance(gradient, GhostGradient) else gradient
+
+
 class GhostGradient(Tensor):
     """Stands for the gradients (n, *shape) of a `Product`; what a view does with them decides what is computed.
 
@@ -62,7 +67,7 @@ class GhostGradient(Tensor):
             result = rule(*args, **kwargs)
             if result is not None:
                 return result
-        args, kwargs = tree_map(lambda a: a.dense() if isinstance(a, GhostGradient) else a, (args, kwargs))
+        args, kwargs = tree_map(as_plain, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from raytrust.persample.ghost import GhostGradient
+from raytrust.persample.ghost import as_plain
 
 
 @dataclass(eq=False)
@@ -24,7 +24,7 @@ class Derived:
 
     def pulled_back(self, slopes: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The gradients of the weights, (n, *shape) each, from those of this, by the same map for each candidate."""
-        slopes = slopes.dense() if isinstance(slopes, GhostGradient) else slopes
+        slopes = as_plain(slopes)
         leaves, back = list(self.sources.values()), slopes.requires_grad
         rows = [
             torch.autograd.grad(self.graph, leaves, s, True, create_graph=back, materialize_grads=True)

@@ -13,6 +13,7 @@ from raytrust.leak import LinearView, SparseView, View, identity_view, view_of
 from raytrust.leak.history import pure_view, weighed_view
 from raytrust.leak.observation import Observation, decoded
 from raytrust.leak.views import SignView, TensorwiseView
+from raytrust.persample.ghost import as_plain
 from raytrust.persample.matcher import Distance
 
 
@@ -61,7 +62,10 @@ def _matching(view: View, kind: str) -> Distance:
     if kind == "tensors":
         return TensorwiseView(view).distance
     objective = OBJECTIVES[kind]
-    return lambda grads: objective(view.measure(grads), view.observed)
+    if objective in (l1, l2):
+        return lambda grads: objective(view.measure(grads), view.observed)
+    # Somebody else's may do with tensors whatever it likes, `torch.vmap` among it, which ghost gradients can't stand.
+    return lambda grads: objective([as_plain(m) for m in view.measure(grads)], view.observed)
 
 
 def l2(measured: Sequence[Tensor], observed: Sequence[Tensor]) -> Tensor:
