@@ -176,7 +176,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     data = load(options.data, image_size=options.image_size, seed=options.seed)
     check_sizes(sweep.train, len(data.train_labels))
     check_network(sweep.train.model, data.train_images.shape[1:], data.classes)
-    return data, sweep
+    return data, replace(sweep, portfolio=(*sweep.portfolio, *_closed_forms(sweep, data)))
 
 
 def _portfolio(options: argparse.Namespace, steps: tuple[int, ...]) -> tuple[InversionConfig, ...]:
@@ -191,6 +191,23 @@ def _portfolio(options: argparse.Namespace, steps: tuple[int, ...]) -> tuple[Inv
         attacks.append(replace(strong, capture_step=steps[-1], residual="avoid"))  # step 0 has no residual
     own = {"iterations": options.iterations, "seed": options.seed}
     return (*attacks, *(replace(named_attack(name), **own) for name in options.attack or ()))
+
+
+def _closed_forms(sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
+    """The attacks that solve for the image, where the network has a closed form: optimisers fail on many transformers,
+    which would then be called private."""
+    model, first = sweep.train.model, sweep.portfolio[0]
+    # None of those that are shipped has one, and to look costs the import of the attacks.
+    if model.shipped or sweep.train.threat.batch_size != 1:
+        return ()
+    from raytrust.attacks.inversion import closed_form
+    from raytrust.networks.build import build_model
+
+    network = build_model(model, data.channels, data.classes, seed=0)
+    if closed_form(network, tuple(data.train_images.shape[1:])) is None:
+        return ()
+    solved = replace(NAMED["analytic"], capture_step=first.capture_step, iterations=first.iterations, seed=first.seed)
+    return tuple(a for a in (solved, replace(solved, objective="aware")) if a not in sweep.portfolio)
 
 
 def _attack_space(options: argparse.Namespace, steps: tuple[int, ...]) -> Space:

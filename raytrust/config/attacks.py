@@ -38,7 +38,8 @@ class InversionConfig:
     capture_step: the training step whose messages are attacked.
     seed: of the starts.
     method: "optimise" looks for the images; "analytic" solves for the input of a linear first layer (Phong et al. 2018)
-        and heeds no other setting; or an attack that is registered.
+        or of a patch embedding (Lu et al. 2022) and heeds no other setting but `objective` and `residual`; or an attack
+        that is registered.
     matching: the distance on decoded gradients and on linear views: 1 - cosine of the whole, or of each tensor by
         itself and averaged by their entries ("tensors"), relative squared L2 or relative L1; or an objective that is
         registered. Signs and quantised gradients are compared tensor by tensor in any case, and know no other than
@@ -123,6 +124,11 @@ class InversionConfig:
         attack = replace(self, objective="naive") if isinstance(defence.compressor, DenseConfig) else self
         # Whoever knows these compressors compares tensor by tensor in any case: see `matching`.
         by_tensor = (SignSGDConfig, ScaledSignConfig, QSGDConfig, VqSGDConfig)
+        if self.method == "analytic":
+            # They are no linear view, either: what they decode to is all that can be solved for.
+            objective = "naive" if isinstance(defence.compressor, by_tensor) else attack.objective
+            kept = {name: getattr(self, name) for name in ("capture_step", "iterations", "seed", "residual")}
+            attack = replace(ANALYTIC, objective=objective, **kept)
         if attack.objective == "aware" and attack.matching == "tensors" and isinstance(defence.compressor, by_tensor):
             attack = replace(attack, matching="cosine")
         remembers = defence.error_feedback or isinstance(defence.compressor, DGCConfig)
@@ -172,7 +178,9 @@ relative, they don't weigh the same. Ours has no Langevin noise, and takes the p
 registration."""
 
 ANALYTIC = InversionConfig("naive", method="analytic")
-"""Phong et al. 2018 (Aono et al.), section 3: exact for one image and a linear first layer with bias."""
+"""Phong et al. 2018 (Aono et al.), section 3: exact for one image and a linear first layer with bias. Lu et al. 2022
+("APRIL"): and for a patch embedding with a learned position embedding. Which models these are, says
+`raytrust.attacks.inversion.closed_form`."""
 
 
 @dataclass(frozen=True)

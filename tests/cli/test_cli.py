@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import ray
 from sweep_fixtures import SCRIPT, load_script, save_images
+from torch import nn
 
 from raytrust.cli import options as cli
 from raytrust.config import (
@@ -44,6 +45,7 @@ from raytrust.config import (
     VqSGDConfig,
     from_dict,
     parse_defence,
+    register,
 )
 from raytrust.config.attacks import DLG, GEIPING
 from raytrust.jobs.files import read_json
@@ -390,6 +392,25 @@ def test_a_resumed_sweep_takes_other_settings_of_its_attacks(
     assert again == replace(sweep, portfolio=again.portfolio)
     assert {"tv", "signed", "matching", "learning_rate"} <= set(options.chosen)
     assert begin("--resume", str(root))[1] == again
+
+
+def test_a_network_with_a_closed_form_meets_it_unasked(
+    script: ModuleType, begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
+) -> None:
+    """One that is shipped does not, nor does a private batch of several images."""
+
+    @register.network("perceptron")
+    def perceptron(channels: int, classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(channels * 64, 8), nn.ReLU(), nn.Linear(8, classes))
+
+    for arguments, expected in (
+        (("--network", "perceptron"), ["naive", "aware"]),
+        (("--network", "perceptron", "--private-batch", "2"), []),
+        (("--network", "lenet"), []),
+    ):
+        output = str(tmp_path / "".join(arguments))
+        _, sweep, _ = begin("--output", output, "--image-size", "8", *arguments)
+        assert [a.objective for a in sweep.portfolio if a.method == "analytic"] == expected
 
 
 def test_all_defences_that_are_given_are_audited(
