@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from raytrust.compress import Compressor, HookCompressor, build
+from raytrust.compress import Compressor, build
 from raytrust.config import Defence, ModelConfig, Threat
 from raytrust.leak.rules import EarlierStep, decoded_of
 from raytrust.networks.build import build_model, copy_of, with_state
@@ -71,8 +71,6 @@ class Observation:
 
     def build_compressor(self) -> Compressor:
         """A fresh compressor with the public state, with which the messages are decoded and viewed."""
-        if isinstance(self.method, HookCompressor):
-            return self.method.as_seen()
         if self.method is not None:
             compressor = copy.deepcopy(self.method)
         else:

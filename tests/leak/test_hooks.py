@@ -17,13 +17,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 from raytrust.compress import HookCompressor, Layout
-from raytrust.config import InversionConfig, ModelConfig, TrainConfig, parse_defence
+from raytrust.config import InversionConfig, ModelConfig, Threat, TrainConfig, parse_defence
 from raytrust.data import load
 from raytrust.jobs.captures import save_capture
 from raytrust.leak import LinearView, view_of
 from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture
 from raytrust.networks.build import build_model
+from raytrust.networks.task import Task
+from raytrust.studies.audit.victim import State, Training, Victim, private
 from raytrust.studies.evaluate import evaluate_inversion
 from raytrust.train.loop import capture_images
 from raytrust.wire.channel import Channel, LocalChannel, Tap
@@ -144,3 +146,24 @@ def test_the_aware_attack_sees_in_torchs_powersgd_what_it_sees_in_ours(tmp_path:
     assert aware > aware_of_ours - 0.15
     with pytest.raises(ValueError, match="Expected messages of a defence and a described model, got powerSGD_hook"):
         save_capture(tmp_path, of_torch[0])
+
+
+def test_of_a_training_every_capture_knows_the_state_of_its_own_step() -> None:
+    """The attacks begin when the hook has gone on."""
+    data = load("digits")
+    images, labels = data.test_images[:3].float() / 255, data.test_labels[:3]
+    task = Task(None, None)
+    victim = Victim(build_model(MODEL, 1, 10, seed=0), task, torch.zeros(1), torch.ones(1))
+    compressor = HookCompressor(powerSGD_hook, powersgd(2, use_error_feedback=False), victim.network)
+    compressor.start_compressing()
+    training = Training([(images, labels)], (0, 1, 3), lambda p: torch.optim.SGD(p, 0.1))
+    none, found = parse_defence("none"), []
+    for step, network in training.networks(victim, compressor):
+        batch = private(images, labels, None, task)
+        captured = victim.captures(network, compressor, none, True, Threat(), batch, 10, State.of(network), step)
+        found.append((captured[0].seen, victim.gradient(network, images[:1], labels[:1])[1]))
+    for seen, gradient in found:
+        view = view_of(seen.build_compressor(), seen.messages, "link")
+        torch.testing.assert_close(measured(view, list(gradient)), list(view.observed), rtol=1e-4, atol=1e-5)
+        assert isinstance(seen.method, HookCompressor)
+        assert not seen.method.state.error_dict

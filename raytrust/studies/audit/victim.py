@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from raytrust.compress import Compressor, build
+from raytrust.compress import Compressor, HookCompressor, build
 from raytrust.config import Defence, Threat
 from raytrust.leak import identity_view
 from raytrust.leak.history import holds_residual
@@ -211,6 +211,8 @@ class Victim:
         own: whether the compressor is not what `defence` says. state: of the network, shared by all its captures.
         """
         captured = []
+        # A copy of now: training goes on with the compressor before the attacks begin.
+        twin = compressor.as_seen() if isinstance(compressor, HookCompressor) else copy.deepcopy(compressor)
         for index in range(len(data.images) // threat.batch_size):
             batch = data.batch(index, threat.batch_size)
             labels = batch.targets if self.task.loss is None and isinstance(batch.targets, Tensor) else None
@@ -238,7 +240,7 @@ class Victim:
                 network=self.network,
                 task=self.task,
                 targets=batch.targets if labels is None else None,
-                method=compressor if own else None,
+                method=twin if own else None,
             )
             captured.append(Capture(index, seen, Truth(batch.images, torch.empty(0) if labels is None else labels)))
         return captured
