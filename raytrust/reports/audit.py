@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytrust.attacks.inversion import closed_form
 from raytrust.compress import Compressor, HookCompressor
 from raytrust.compress.hook import AnyHook
 from raytrust.config import DenseConfig, InversionConfig, Threat, parse_defence
+from raytrust.config.attacks import ANALYTIC
 from raytrust.jobs.files import write_file
 from raytrust.networks.task import LossFunction, Task
 from raytrust.reports.frontier_table import frontier_table
 from raytrust.reports.summary import answer, control_sentence
 from raytrust.studies.audit.study import Audit, Audited, drawn_attacks
-from raytrust.studies.audit.victim import Training, Victim, images_of, private
+from raytrust.studies.audit.victim import Private, Training, Victim, images_of, private
 from raytrust.studies.frontier.row import Row, write_rows
 
 # Other images than the private ones, of which identification has to tell them: no more are used.
@@ -113,7 +115,7 @@ def audit(
         listed.append(_hooked(hook, state, victim.network))
     study = Audit(
         threat=threat,
-        attacks=_portfolio(base),
+        attacks=_portfolio(base, victim, data.batch(0, batch_size)),
         further=drawn_attacks(search, base, seed),
         tuning=tuning,
         evaluation=evaluation,
@@ -206,8 +208,14 @@ def _hooked(hook: AnyHook, state: Any, network: nn.Module) -> Audited:
     return Audited(parse_defence("none"), compressor, name)
 
 
-def _portfolio(base: InversionConfig) -> tuple[InversionConfig, ...]:
-    return tuple(replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors"))
+def _portfolio(base: InversionConfig, victim: Victim, data: Private) -> tuple[InversionConfig, ...]:
+    """Attacks that ignore and that know the compressor, by two distances; and those that solve for the image, where the
+    model has a closed form: on many transformers no other works."""
+    attacks = [replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
+    shape = (data.images.shape[1], data.images.shape[2], data.images.shape[3])
+    if len(data.images) == 1 and closed_form(victim.network, shape, 1, victim.task, data.targets) is not None:
+        attacks += [replace(ANALYTIC, objective=o, seed=base.seed) for o in ("naive", "aware")]
+    return tuple(attacks)
 
 
 def _by_channel(values: Sequence[float] | None, channels: int, name: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torchvision.models import VisionTransformer
 
 import raytrust
 from raytrust.config import InversionConfig
@@ -156,6 +157,28 @@ def test_captures_of_a_training_of_ones_own() -> None:
     result = audited(convnet(), training=diverging)
     assert [row["status"] for row in result.rows] == ["failed", "failed"]
     assert "not finite at step" in str(plain(result)["reason"])
+
+
+def test_a_vision_transformer_is_solved_where_optimisers_fail() -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(
+        image_size=12, patch_size=4, num_layers=1, num_heads=2, hidden_dim=48, mlp_dim=48, num_classes=4
+    )
+    nn.init.normal_(vit.heads[0].weight, std=0.1)  # torchvision's zeros send no signal to any other layer
+    images = smooth(channels=3, size=12)
+    result = raytrust.audit(
+        vit,
+        images,
+        labels(),
+        ["powersgd:4"],
+        attack=InversionConfig(iterations=10),
+        evaluation=3,
+        tuning=1,
+        progress=False,
+    )
+    assert plain(result)["leakage_ssim"] > 0.99
+    assert plain(result)["attack"]["method"] == "analytic"
+    assert result.rows[1]["verdict"] == LEAKS
 
 
 def test_a_hook_of_torch_is_one_more_defence() -> None:
