@@ -124,6 +124,10 @@ def test_an_option_changes_its_field_alone(module: ModuleType, table: Fields, co
     assert table.make({**before, **also, **kept}, fixed) == made
 
 
+def test_the_network_is_called_a_model_too() -> None:
+    assert vars(FRONTIER._parser().parse_args(["--model", "torchvision:vgg11"])) == {"network": "torchvision:vgg11"}
+
+
 def test_a_configuration_is_its_options() -> None:
     for train in (TrainConfig(), replace(TrainConfig(), steps=9, momentum=0.0)):
         assert FRONTIER.TRAIN.make(FRONTIER.TRAIN.values(train)) == train
