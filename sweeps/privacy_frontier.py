@@ -219,7 +219,7 @@ def _attack_space(options: argparse.Namespace, steps: tuple[int, ...]) -> Space:
 
 def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any) -> int:
     from raytrust.cli.frontier import Spaces, run_sweep
-    from raytrust.reports.frontier_report import Program
+    from raytrust.reports.frontier_report import Call
 
     called, given = shlex.join(cli.called_as()), cli.given(sys.argv[1:])
     given.pop("--plugin", None)  # it is among the words of the call
@@ -235,7 +235,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
         device=options.device,
         hours=options.hours,
         spread=not options.local,
-        program=Program(called, given, RUN.keep(options), cli.STARTED),
+        program=Call(called, given, RUN.keep(options), cli.STARTED),
     )
     return 0 if any(row["status"] == "finished" for row in rows) else 1
 

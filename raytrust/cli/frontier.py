@@ -21,7 +21,7 @@ from raytrust.jobs.listener import Listener, ListenerGroup
 from raytrust.jobs.lock import exclusive
 from raytrust.jobs.runner import Local, Runner
 from raytrust.reports.frontier_log import SweepLog
-from raytrust.reports.frontier_report import FILES, Program, write_report
+from raytrust.reports.frontier_report import FILES, Call, write_report
 from raytrust.reports.frontier_table import frontier_table
 from raytrust.reports.summary import summary_lines
 from raytrust.reports.tracking_uri import database_path, default_uri, show_command
@@ -59,7 +59,7 @@ def run_sweep(
     device: Device = "auto",
     hours: float | None = None,
     spread: bool = True,
-    program: Program | None = None,
+    program: Call | None = None,
 ) -> list[Row]:
     """Run what is not finished yet, write the report, say what it found, and return the frontier's rows.
 
@@ -72,7 +72,7 @@ def run_sweep(
     """
     run = _Run(sweep, spaces, data, store, tracking_uri or default_uri(store.root), cpus, parallel)
     run.until = None if hours is None else time.time() + 3600 * hours
-    run.program = program or Program("python sweeps/privacy_frontier.py", {}, {}, time.monotonic())
+    run.program = program or Call("python sweeps/privacy_frontier.py", {}, {}, time.monotonic())
     with exclusive(store.root):
         # The bar must be gone from the terminal before the table is printed.
         with run.progress:
@@ -85,7 +85,7 @@ class _Run:
     """One call of `run_sweep`."""
 
     until: float | None
-    program: Program
+    program: Call
 
     def __init__(
         self,

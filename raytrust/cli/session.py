@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from raytrust.cluster.runtime import capacity, cluster
 from raytrust.jobs.lock import exclusive
 from raytrust.jobs.progress import Progress, clock
 from raytrust.jobs.runner import Local, Runner
@@ -66,8 +66,8 @@ class Program(ABC, Generic[S]):
             outbox = Outbox(tracker, self.progress.say, self.noun)
             with tracked(tracker, outbox, self.name, self.parameters, self.tags):
                 try:
-                    with cluster(address, cpus) if spread else nullcontext():
-                        answer(self.study, self._runner(spread), self.progress, until)
+                    with self._runner(spread, address, cpus) as runner:
+                        answer(self.study, runner, self.progress, until)
                 except KeyboardInterrupt as error:
                     interrupt = error
                 unfinished = self._say_what_is_left(interrupt is not None, until)
@@ -78,14 +78,19 @@ class Program(ABC, Generic[S]):
             outbox.finish()
             self.progress.say("done")
 
-    def _runner(self, spread: bool) -> Runner:
+    @contextmanager
+    def _runner(self, spread: bool, address: str | None, cpus: int) -> Iterator[Runner]:
         if not spread:
-            return Local(self.study.data)
+            yield Local(self.study.data)
+            return
+        # Ray takes a second to import, and is not needed in one process.
         from raytrust.cluster.runner import OnRay
+        from raytrust.cluster.runtime import capacity, cluster
 
-        # A cluster that has scaled to zero has no CPU until the first job asks for one.
-        self.progress.parallel = max(1, capacity("CPU"))
-        return OnRay(self.study.data, self.progress.parallel)
+        with cluster(address, cpus):
+            # A cluster that has scaled to zero has no CPU until the first job asks for one.
+            self.progress.parallel = max(1, capacity("CPU"))
+            yield OnRay(self.study.data, self.progress.parallel)
 
     def _say_what_is_left(self, interrupted: bool, until: float | None) -> int:
         """How many jobs; a line, if there are any."""

@@ -23,7 +23,7 @@ FILES = ("report.html", "frontier.json", "frontier.png", "reconstructions.png", 
 
 
 @dataclass(frozen=True)
-class Program:
+class Call:
     """What was called: the command without its options, those that were given, and all of them by name.
 
     started: `time.monotonic()` when the program began; it counts what libraries take to load.
@@ -58,7 +58,7 @@ def write_report(
     sweep: SweepConfig,
     data: Dataset,
     rows: Sequence[Row],
-    program: Program,
+    program: Call,
     timing: str,
     versions: Mapping[str, Any],
 ) -> list[Path]:
@@ -111,7 +111,7 @@ def _failed_attacks(store: Store, sweep: SweepConfig, rows: Sequence[Row]) -> li
     return failures
 
 
-def _settings(sweep: SweepConfig, program: Program, versions: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _settings(sweep: SweepConfig, program: Call, versions: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     train = to_dict(sweep.train)
     flat = {k: v for k, v in train.items() if not isinstance(v, dict) and k != "defence"}
     nested = {f"{group}.{k}": v for group in ("model", "capture") for k, v in train[group].items()}

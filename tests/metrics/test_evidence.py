@@ -10,7 +10,7 @@ from frontier_rows import control, finished
 from raytrust.cli.options import given
 from raytrust.config import Defence, DGCConfig, SweepConfig, TopKConfig
 from raytrust.metrics.verdict import FEWEST, Control, image_evidence, judge
-from raytrust.reports.frontier_report import Program
+from raytrust.reports.frontier_report import Call
 from raytrust.studies.comparison import Floors
 from raytrust.studies.frontier.verdicts import judge_rows
 
@@ -76,7 +76,7 @@ def test_the_next_commands_keep_what_was_given() -> None:
     ]
     options = given(arguments)
     assert options["--defence"] == ["none", "topk:0.1"]
-    program = Program("python s.py", options, {}, 0.0)
+    program = Call("python s.py", options, {}, 0.0)
     commands = dict(program.next_commands(__import__("pathlib").Path("/a b"), SweepConfig()))
     assert commands["report on more images"] == (
         "python s.py --width 4 --defence none --defence topk:0.1 --minimise-bytes --images 12"
