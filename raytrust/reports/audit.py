@@ -100,6 +100,7 @@ def audit(
     channels = data.images.shape[1]
     mean_, std_ = (_by_channel(v, channels, name) for v, name in ((mean, "mean"), (std, "std")))
     victim = Victim(model, task, mean_, std_, dropout)
+    classes = victim.check(data.batch(0, total), batch_size)
     others = images_of(references) if references is not None else data.images[total:]
     if not len(others):
         others = data.images[: tuning * batch_size]
@@ -121,6 +122,7 @@ def audit(
         evaluation=evaluation,
         seed=seed,
         device=device,
+        classes=classes,
     )
     say = progress if callable(progress) else (print if progress else lambda _: None)
     # The tuning batches come first in every capture's order, as the sweep has it.
@@ -133,7 +135,8 @@ def audit(
         listed,
         study,
         title=f"What gradients of {name} tell of its images",
-        summary=f"{name}, {parameters:,} trained parameters; {len(data.images)} images of {size}.",
+        summary=f"{name}, {parameters:,} trained parameters; {len(data.images)} images of {size}, {len(others)} others "
+        f"for floor and identification.{' Dropout is switched off.' * bool(victim.dropouts and not dropout)}",
         seconds=time.perf_counter() - started,
     )
 
@@ -154,7 +157,7 @@ class AuditResult:
     seconds: float
 
     def __str__(self) -> str:
-        return "\n".join([frontier_table(self.rows), "", answer(self.rows), control_sentence(self.rows)])
+        return "\n".join([frontier_table(self.rows), "", self.summary, answer(self.rows), control_sentence(self.rows)])
 
     def _repr_html_(self) -> str:
         # In a frame of its own: the page's style sheet would else restyle the notebook.

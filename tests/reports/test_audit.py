@@ -204,6 +204,18 @@ def test_a_hook_of_ones_own() -> None:
     assert row["verdict"] == LEAKS
 
 
+def test_dropout_is_the_victims_alone() -> None:
+    """Its masks are in the message, so that the attack is worse by them; the generator is left as it was."""
+    model = nn.Sequential(convnet(outputs=16), nn.Dropout(0.9), nn.Linear(16, 4))
+    before = torch.random.get_rng_state()
+    without, dropping = (audited(model, defences=[], dropout=d) for d in (False, True))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert model[1].training
+    assert "Dropout is switched off." in str(without)
+    assert "Dropout" not in str(dropping)
+    assert plain(dropping)["leakage_ssim"] < plain(without)["leakage_ssim"] - 0.1
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -51,6 +51,7 @@ class Audit:
 
     attacks: what every defence meets, besides those drawn. search: how many further attacks each defence meets, whose
     settings are drawn from `space`. tuning, evaluation: private batches that choose attacks, and that report them.
+    classes: of the model, 0 where its loss is not of classes (`Victim.check`).
     """
 
     threat: Threat
@@ -60,6 +61,7 @@ class Audit:
     evaluation: int
     seed: int
     device: str
+    classes: int
 
     def run(
         self,
@@ -71,9 +73,9 @@ class Audit:
         say: Callable[[str], None],
     ) -> list[Row]:
         """The judged rows, a defence each; what was captured and reached is kept in `defences`."""
-        state, classes = State.of(victim.network), victim.check(data, self.threat.batch_size)
+        state = State.of(victim.network)
         for audited in defences:
-            self._capture(audited, victim, data, state, classes, training)
+            self._capture(audited, victim, data, state, training)
         for split in ("tuning", "evaluation"):
             for step in sorted({step for audited in defences for step in audited.captures}):
                 self._attack(split, step, defences, references, say)
@@ -81,7 +83,7 @@ class Audit:
         return judge_rows([self._row(audited, dense) for audited in defences])
 
     def _capture(
-        self, audited: Audited, victim: Victim, data: Private, start: State, classes: int, training: Training | None
+        self, audited: Audited, victim: Victim, data: Private, start: State, training: Training | None
     ) -> None:
         own = audited.method is not None
         compressor = audited.method or compressor_of(audited.defence, start, self.seed)
@@ -91,7 +93,7 @@ class Audit:
                 # The untrained models of all defences are one, which is then attacked once for all.
                 state = start if step == 0 else State.of(network)
                 captured = victim.captures(
-                    network, compressor, audited.defence, own, self.threat, data, classes, state, step
+                    network, compressor, audited.defence, own, self.threat, data, self.classes, state, step
                 )
                 audited.captures[step] = captured
                 audited.sent_bytes += [sum(m.sent_bytes for m in c.seen.messages) for c in captured]

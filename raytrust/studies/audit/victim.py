@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,18 +102,18 @@ def _tensor(value: Any) -> Tensor:
 class Victim:
     """A private copy of the model on the CPU, and the gradient that its owner would compute.
 
-    Modules stay in the modes in which they are; dropout is switched off unless `dropout` says otherwise. mean, std:
-    (channels,), with which images are normalised for the model.
+    Modules stay in the modes in which they are, but dropout is off: of `network`, which the attacker has, too. With
+    `dropout` the owner drops out where it was on. mean, std: (channels,), with which images are normalised.
     """
 
     def __init__(self, model: nn.Module, task: Task, mean: Tensor, std: Tensor, dropout: bool = False):
         self.network, self.task, self.mean, self.std = copy_of(model).cpu(), task, mean, std
-        self.drops = dropout and any(isinstance(m, _DropoutNd) and m.training for m in self.network.modules())
-        if not dropout:
-            for module in self.network.modules():
-                # The mask is nothing that an attacker could know: without it he is as strong as he can be.
-                if isinstance(module, _DropoutNd):
-                    module.eval()
+        modules = self.network.named_modules()
+        self.dropouts = [name for name, m in modules if isinstance(m, _DropoutNd) and m.training]
+        self.drops = dropout and bool(self.dropouts)
+        # The mask is nothing that an attacker could know: without it he is as strong as he can be.
+        for name in self.dropouts:
+            self.network.get_submodule(name).eval()
         if not any(p.requires_grad for p in self.network.parameters()):
             raise ValueError("Expected a model with parameters that are trained, got none that requires a gradient.")
         self.dtype = next(p.dtype for p in self.network.parameters() if p.is_floating_point())
@@ -125,7 +126,27 @@ class Victim:
         """Images as the model sees them."""
         return (images - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
 
-    def gradient(self, network: nn.Module, x: Tensor, targets: Targets) -> tuple[Tensor, list[Tensor]]:
+    @contextmanager
+    def _drawing(self, network: nn.Module, seed: int, drops: bool) -> Iterator[None]:
+        """What is random in the network comes from this seed, and the caller's generator is left as it is."""
+        dropouts = [network.get_submodule(name) for name in self.dropouts if drops]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for module in dropouts:
+                module.train()
+            try:
+                yield
+            finally:
+                for module in dropouts:
+                    module.eval()
+
+    def drawing(self, network: nn.Module, step: int) -> AbstractContextManager[None]:
+        """For a step of training, which drops out as the owner does."""
+        return self._drawing(network, step, self.drops)
+
+    def gradient(
+        self, network: nn.Module, x: Tensor, targets: Targets, seed: int = 0, drops: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """The loss of a batch x, as the model sees it, and the gradients of the trained parameters, float32.
 
         Buffers are left as they were. Raises ValueError as `Task.batch_loss`.
@@ -133,7 +154,7 @@ class Victim:
         before = [b.clone() for b in network.buffers()]
         parameters = [p for p in network.parameters() if p.requires_grad]
         try:
-            with sound_kernels(network):
+            with sound_kernels(network), self._drawing(network, seed, drops), torch.enable_grad():
                 loss = self.task.batch_loss(network, x.to(self.dtype), targets)
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         # A model and a loss raise whatever they like for what they can't take.
@@ -155,15 +176,13 @@ class Victim:
         batch = data.batch(0, size)
         x, targets = self.seen(batch.images), batch.targets
         classes = self._classes(x, targets, data.targets)
-        _, first = self.gradient(self.network, x, targets)
+        _, first = self.gradient(self.network, x, targets, seed=1)
         if not all(bool(g.isfinite().all()) for g in first):
             raise ValueError("Expected a finite gradient of these images, got NaN or infinity in it.")
         length = torch.stack([g.norm() for g in first]).norm()
         if length == 0:
             raise ValueError("Expected a gradient of these images, got zero: no parameter has a part in the loss.")
-        if self.drops:
-            return classes
-        _, again = self.gradient(self.network, x, targets)
+        _, again = self.gradient(self.network, x, targets, seed=2)
         apart = float(torch.stack([(a - b).norm() for a, b in zip(first, again, strict=True)]).norm() / length)
         if apart > TWICE:
             raise ValueError(
@@ -216,7 +235,10 @@ class Victim:
         for index in range(len(data.images) // threat.batch_size):
             batch = data.batch(index, threat.batch_size)
             labels = batch.targets if self.task.loss is None and isinstance(batch.targets, Tensor) else None
-            _, gradient = self.gradient(network, self.seen(batch.images), batch.targets)
+            x = self.seen(batch.images)
+            _, gradient = self.gradient(network, x, batch.targets, seed=index, drops=self.drops)
+            if not all(bool(g.isfinite().all()) for g in gradient):
+                raise FloatingPointError(f"The gradient of private batch {index} is not finite at step {step}.")
             tap = Tap(LocalChannel(), keep=True)
             # A copy, or error feedback would carry what a private batch left into the next.
             copy.deepcopy(compressor).reduce(gradient, tap)
@@ -287,7 +309,7 @@ class Training:
                 return
             x, labels, *inputs = next(batches)
             targets = Sample(labels, inputs[0]) if inputs else labels
-            with sound_kernels(network):
+            with sound_kernels(network), victim.drawing(network, step):
                 loss = victim.task.batch_loss(network, x.to(victim.dtype), targets)
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
