@@ -286,8 +286,7 @@ def measure(entry: Entry, slow: bool) -> list[str]:
         exact = textbook(twin, x[:2].double(), labels[:2], task, wide)
         double = ours(GradientMatcher(twin, task=task), x[:2].double(), labels[:2], wide)
     reasons = [str(w.message) for w in said if str(w.message).startswith("Slow path")]
-    del twin, wide
-        plain = textbook(twin.float(), x[:2], labels[:2], task, directions)
+    plain = textbook(twin.float(), x[:2], labels[:2], task, directions)
     errors = [error(a, b) for a, b in zip(double, exact, strict=True)]
     errors += [error(slopes, exact[1]) for slopes in (single[1], plain[1])]
     distance = identity_view(directions).distance
