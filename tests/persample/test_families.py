@@ -54,6 +54,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: tv.ResNet(BasicBlock, [1, 1, 1, 1], CLASSES),
     "resnext": lambda: tv.ResNet(Bottleneck, [1, 1, 1, 1], CLASSES, groups=4, width_per_group=4),
     "densenet": lambda: tv.DenseNet(8, (2, 2), 16, num_classes=CLASSES),
+    "densenet, with checkpoints": lambda: tv.DenseNet(8, (2, 2), 16, num_classes=CLASSES, memory_efficient=True),
     "mobilenet_v2": lambda: tv.MobileNetV2(CLASSES, 0.25, [[2, 16, 1, 2], [2, 24, 2, 2]]),
     "mobilenet_v3": mobilenet_v3,
     "efficientnet": efficientnet,
