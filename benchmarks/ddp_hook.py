@@ -35,8 +35,8 @@ Registration = Callable[[DistributedDataParallel], None]
 
 def ours(words: str, overlap: bool = False) -> Registration:
     def register(ddp: DistributedDataParallel) -> None:
-        compressor = build(parse_defence(words), ddp.module)
-        ddp.register_comm_hook(ddp.module, ddp_comm_hook(compressor, overlap=overlap))
+        compressor = build(parse_defence(words), ddp.module, overlap=overlap)
+        ddp.register_comm_hook(ddp.module, ddp_comm_hook(compressor))
 
     return register
 

@@ -32,6 +32,7 @@ from raytrust.compress.error_feedback import ErrorFeedback
 from raytrust.compress.expansion import expansion_remark
 from raytrust.compress.hook import HookCompressor
 from raytrust.compress.interface import Compressor, Layout, Reduced, Vantage, payloads_by_worker
+from raytrust.compress.parts import InParts
 from raytrust.compress.state import redistribute
 from raytrust.config import Defence
 from raytrust.config.register import METHODS
@@ -54,13 +55,18 @@ __all__ = [
 
 
 def build(
-    defence: Defence, parameters: nn.Module | Sequence[torch.Size], seed: int = 0, names: Sequence[str] | None = None
+    defence: Defence,
+    parameters: nn.Module | Sequence[torch.Size],
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    overlap: bool = False,
 ) -> Compressor:
     """A compressor in its state before the first step.
 
     parameters: the model whose gradients it is to average (those of its parameters that are trained), or their shapes.
     seed: of what is random in the method; all workers must give the same. names: of the parameters,
-    where shapes are given; errors and states name them. Raises ValueError for what is no `Defence`.
+    where shapes are given; errors and states name them. overlap: whether `ddp_comm_hook` is to reduce each bucket as it
+    fills, see there; ValueError for a method that can't. Raises ValueError for what is no `Defence`.
     """
     if not isinstance(defence, Defence):
         raise ValueError(f"Expected defence={defence!r} to be a Defence, which config.parse_defence makes of text.")
@@ -71,4 +77,5 @@ def build(
     compressor: Compressor = METHODS[method](defence.compressor, layout, seed)
     if defence.start_step:
         compressor = DenseStart(compressor, defence.start_step)
-    return ErrorFeedback(compressor) if defence.error_feedback else compressor
+    compressor = ErrorFeedback(compressor) if defence.error_feedback else compressor
+    return InParts(compressor) if overlap else compressor

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from raytrust.compress.interface import Compressor, Layout
-from raytrust.compress.parts import merged, part_of, restricted
+from raytrust.compress.parts import InParts
 from raytrust.wire.channel import Channel, GroupChannel
 
 Bucket: TypeAlias = Any  # torch.distributed.GradBucket: some gradients, one after the other in one vector
 Hook: TypeAlias = Callable[[object, Bucket], "Future[Tensor]"]
 
 
-def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None, overlap: bool = False) -> Hook:
+def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None) -> Hook:
     """A communication hook that averages the gradients of a `DistributedDataParallel` model with `compressor`.
 
         compressor = compress.build(Defence(PowerSGDConfig(rank=4), error_feedback=True), ddp.module)
@@ -35,11 +35,12 @@ def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None, overla
     not to a bucket, neither `bucket_cap_mb` nor DDP's rebuilding of its buckets after the first pass changes anything,
     and a global selection is global. It costs the overlap of communication with the backward pass.
 
-    overlap: reduce each bucket as it fills, from the second pass on, on a thread of its own, while the backward pass
-    goes on. The result is the same, to rounding, for methods that treat every parameter by itself: none, half,
-    signSGD and Signum, the scaled sign and PowerSGD with its warm start; others raise ValueError. What is not finite is
-    then found bucket by bucket, when others have been sent. It is a collective call without a channel; a channel has to
-    be of a group that nothing else uses meanwhile, such as `Tap(GroupChannel.apart())`.
+    A compressor of `build(..., overlap=True)` has that overlap: from the second pass on each bucket is reduced as it
+    fills, on a thread of its own, while the backward pass goes on. The result is the same, to the bit with two workers,
+    and with more but for the order in which gloo's ring sums. It is for methods that treat every parameter by itself:
+    none, half, signSGD and Signum, the scaled sign, and PowerSGD with its warm start. What is not finite is then found
+    bucket by bucket, when others have been sent. To make the hook is a collective call, as it talks in a group of its
+    own, unless a channel is given: `Tap(GroupChannel.apart())`, say, of a group that nothing else uses meanwhile.
 
     Parameters that are frozen when DDP is made have no part in it, nor have passes under `no_sync()`: the pass after
     them reduces the sum. With `find_unused_parameters`, one that this worker did not use counts as a gradient of zero;
@@ -76,7 +77,7 @@ def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None, overla
             pending.clear()
         return future
 
-    return _unannotated(_overlapped(hook, compressor, channel) if overlap else hook)
+    return _unannotated(_overlapped(hook, compressor, channel) if isinstance(compressor, InParts) else hook)
 
 
 def _unannotated(hook: Hook) -> Hook:
@@ -85,30 +86,20 @@ def _unannotated(hook: Hook) -> Hook:
     return hook
 
 
-def _overlapped(whole: Hook, compressor: Compressor, channel: Channel | None) -> Hook:
+def _overlapped(whole: Hook, compressor: InParts, channel: Channel | None) -> Hook:
     """A hook that reduces every bucket by itself. whole: that of the first pass, after which DDP has other buckets."""
     layout = compressor.layout
-    part_of(compressor, range(len(layout.names)))  # refuses what can't be taken apart
     alone = GroupChannel.apart() if channel is None else channel
     # One thread, so that all workers' collectives are in the order of their buckets.
     thread = ThreadPoolExecutor(1, "raytrust-overlap")
     first: list[Bucket] = []
     places: dict[Tensor, int] = {}
-    parts: dict[tuple[int, ...], Compressor] = {}
-    states: list[dict[str, Any]] = []  # of the whole before this pass, and of each part after it
 
-    def step(bucket: Bucket, indices: tuple[int, ...]) -> Tensor:
-        # From the whole in every pass: it may have been loaded, and a pass that failed leaves no trace.
-        if bucket.index() == 0:
-            states[:] = [compressor.state_dict()]
-        part = parts.get(indices)
-        if part is None:
-            part = parts[indices] = part_of(compressor, indices)
-        part.load_state_dict(restricted(states[0], layout, indices))
-        _reduce([bucket], dict(zip(bucket.parameters(), range(len(indices)), strict=True)), part, alone)
-        states.append(part.state_dict())
-        if bucket.is_last():
-            compressor.load_state_dict(merged(states[1:], layout))
+    def step(bucket: Bucket) -> Tensor:
+        indices, grads = tuple(places[p] for p in bucket.parameters()), _gradients(bucket)
+        with torch.no_grad():
+            for grad, mean in zip(grads, compressor.reduce_part(indices, grads, alone).mean, strict=True):
+                grad.copy_(mean)
         return bucket.buffer()
 
     def hook(state: object, bucket: Bucket) -> Future[Tensor]:
@@ -128,7 +119,7 @@ def _overlapped(whole: Hook, compressor: Compressor, channel: Channel | None) ->
             try:
                 if filled is not None:
                     torch.cuda.current_stream(device).wait_event(filled)
-                future.set_result(step(bucket, tuple(places[p] for p in bucket.parameters())))
+                future.set_result(step(bucket))
             except Exception as error:
                 future.set_exception(error)  # type: ignore[arg-type]
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from raytrust.compress import Compressor, ErrorFeedback, HookCompressor, Vantage
 from raytrust.compress.dense import Dense
 from raytrust.compress.dgc import DGC
+from raytrust.compress.parts import InParts
 from raytrust.compress.randk import RandK
 from raytrust.compress.sparse import Sparse
 from raytrust.leak.rules import EarlierStep, Messages, expect_history, pure_view_of, view_of
@@ -36,6 +37,8 @@ from raytrust.leak.views import LinearView, SparseView, View
 
 def holds_residual(compressor: Compressor) -> bool:
     """Whether, after its first step, its messages hold what earlier ones did not send."""
+    if isinstance(compressor, InParts):
+        compressor = compressor.whole
     return isinstance(compressor, (ErrorFeedback, DGC)) or (
         isinstance(compressor, HookCompressor) and compressor.holds_residual
     )
@@ -136,6 +139,8 @@ def weighed_view(
 
 
 def _method(compressor: Compressor) -> Compressor:
+    if isinstance(compressor, InParts):
+        compressor = compressor.whole
     return compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from raytrust.compress import Compressor, DenseStart, ErrorFeedback, Vantage
 from raytrust.compress.dense_start import was_dense
 from raytrust.compress.interface import payloads_by_worker
+from raytrust.compress.parts import InParts
 from raytrust.leak.views import View, identity_view
 from raytrust.wire.channel import Message
 
@@ -54,6 +55,11 @@ def error_feedback_view(compressor: ErrorFeedback, messages: Messages, vantage: 
 @view_of.register(DenseStart)
 def dense_start_view(compressor: DenseStart, messages: Messages, vantage: Vantage, victim: int = 0) -> View:
     return view_of(compressor.now, messages, vantage, victim)
+
+
+@view_of.register(InParts)
+def in_parts_view(compressor: InParts, messages: Messages, vantage: Vantage, victim: int = 0) -> View:
+    return view_of(compressor.whole, messages, vantage, victim)
 
 
 @singledispatch

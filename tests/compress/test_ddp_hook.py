@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrust.compress import Compressor, build, ddp_comm_hook
+from raytrust.compress.parts import InParts
 from raytrust.config import (
     AtomoConfig,
     Defence,
@@ -161,7 +163,7 @@ def optimiser_of(model: nn.Module) -> torch.optim.Optimizer:
 def under_ddp(case: Case, channel: Channel, saved: dict[str, Any] | None = None, first: int = 0) -> Run:
     """saved: written at half time; or, where it holds something, what to go on from at step `first`."""
     model = net(case.change)
-    compressor = build(case.defence, model, seed=3)
+    compressor = build(case.defence, model, seed=3, overlap=case.overlap)
     optimiser = optimiser_of(model)
     if first:
         assert saved is not None
@@ -170,7 +172,7 @@ def under_ddp(case: Case, channel: Channel, saved: dict[str, Any] | None = None,
             part.load_state_dict(checkpoint[name])  # type: ignore[attr-defined]
     ddp = DistributedDataParallel(model, **({"bucket_cap_mb": BUCKET_MB} | case.ddp))
     names = {p: name for name, p in model.named_parameters()}
-    inner, buckets = ddp_comm_hook(compressor, overlap=case.overlap), []
+    inner, buckets = ddp_comm_hook(compressor), []
 
     def hook(state, bucket):  # without annotations: DDP takes none but its own types
         if bucket.index() == 0:
@@ -440,18 +442,17 @@ def test_a_pass_is_reduced_when_its_last_bucket_is_full() -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in BY_PARAMETER])
 def test_what_selects_or_draws_over_all_parameters_does_not_overlap(name: str) -> None:
-    compressor = build(METHODS[name], net())
-    kind = type(getattr(compressor, "inner", compressor)).__name__
+    kind = type(getattr(compressor := build(METHODS[name], net()), "inner", compressor)).__name__
     message = f"^Expected overlap=False with {kind}, whose step of one parameter depends on others[.]$"
     with pytest.raises(ValueError, match=message):
-        ddp_comm_hook(compressor, LocalChannel(), overlap=True)
+        build(METHODS[name], net(), overlap=True)
 
 
-def test_an_overlapped_pass_that_fails_leaves_no_trace() -> None:
+def test_what_is_not_finite_is_refused_by_name_under_overlap() -> None:
     model = net()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    compressor, tap = build(POWERSGD, model), Tap(LocalChannel())
-    hook = ddp_comm_hook(compressor, tap, overlap=True)
+    compressor, tap = build(POWERSGD, model, overlap=True), Tap(LocalChannel())
+    hook = ddp_comm_hook(compressor, tap)
 
     def backward(value: float) -> list[Tensor]:
         buckets = [Bucket(0, parameters[4:]), Bucket(1, parameters[:4])]
@@ -463,7 +464,44 @@ def test_an_overlapped_pass_that_fails_leaves_no_trace() -> None:
     before, sent = compressor.state_dict(), tap.sent_bytes
     with pytest.raises(ValueError, match=r"Expected the gradient of head\.weight to be finite, got nan in 1 of 25"):
         backward(torch.nan)
-    assert_equal(compressor.state_dict(), before)
+    after = compressor.state_dict()
+    # The bucket that was refused has left no trace.
+    assert_equal(*({key: x for key, x in state.items() if "head" in key} for state in (after, before)))
     backward(1.0)
     assert tap.sent_bytes > sent
-    assert compressor.state_dict()["residual.head.weight"].isfinite().all()
+    assert all(x.isfinite().all() for key, x in compressor.state_dict().items() if key != "metadata")
+
+
+def test_a_compressor_in_parts_is_one_to_everybody_else() -> None:
+    """Its parts may change, it may be loaded, copied and reduce the whole: the state is that of a whole throughout."""
+    model = net()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    one, other = build(POWERSGD, model), build(POWERSGD, model, overlap=True)
+    assert isinstance(other, InParts)
+
+    def step(number: int, partition: list[tuple[int, ...]]) -> None:
+        generator = torch.Generator().manual_seed(number)
+        grads = [torch.randn(s, generator=generator) for s in one.layout.shapes]
+        mean = one.reduce(grads, LocalChannel()).mean
+        for indices in partition:
+            part = other.reduce_part(indices, [grads[i] for i in indices], LocalChannel()).mean
+            torch.testing.assert_close(part, [mean[i] for i in indices])
+
+    def assert_close(state: dict[str, Any], expected: dict[str, Any]) -> None:
+        assert state.pop("metadata") == expected["metadata"]
+        torch.testing.assert_close(state, {key: x for key, x in expected.items() if key != "metadata"})
+
+    assert len(names) == 7
+    for number, partition in enumerate([[(6, 5), (4, 1, 0), (2, 3)]] * 2 + [[(6,), (5, 4, 3, 2, 1, 0)]] * 2):
+        step(number, partition)
+        assert_close(other.state_dict(), one.state_dict())
+    saved = one.state_dict()
+    twin = copy.deepcopy(other)
+    step(9, [(0, 1, 2, 3, 4, 5, 6)])
+    assert_close(twin.state_dict(), saved)
+    other.load_state_dict(saved)
+    one.load_state_dict(saved)
+    step(10, [(0, 1, 2, 3, 4, 5, 6)])
+    torch.testing.assert_close(other.public_state(), one.public_state())
+    grads = [torch.ones(s) for s in one.layout.shapes]
+    torch.testing.assert_close(other.reduce(grads, LocalChannel()).mean, one.reduce(grads, LocalChannel()).mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from raytrust.compress.contract import check
 from raytrust.compress.powersgd import PowerSGD
 from raytrust.config import Defence, PowerSGDConfig, digest, parse_defence, to_dict
 from raytrust.leak import LinearView, view_of
-from raytrust.leak.history import pure_view
+from raytrust.leak.history import holds_residual, pure_view
 from raytrust.leak.rules import EarlierStep
 from raytrust.wire.channel import LocalChannel, Tap
 
@@ -56,6 +57,25 @@ def test_the_step_after_a_whole_gradient_has_no_residual() -> None:
         assert isinstance(view, LinearView)
         measured = [m[0] for m in view.measure(batch(gradients(step)))]
         torch.testing.assert_close(measured, list(view.observed), rtol=1e-4, atol=1e-5)
+        history.append(EarlierStep(tuple(tap.messages), before.public_state()))
+
+
+@pytest.mark.parametrize("words", ["powersgd:2:ef", "ef-signsgd", "none:ef:start_step=1"])
+def test_who_knows_a_compressor_in_parts_knows_the_compressor(words: str) -> None:
+    whole, parts = (build(parse_defence(words), SHAPES, overlap=overlap) for overlap in (False, True))
+    assert holds_residual(parts)
+    history = []
+    for step in range(2):
+        before, tap = copy.deepcopy(whole), Tap(LocalChannel(), keep=True)
+        whole.reduce(gradients(step), tap)
+        twin = copy.deepcopy(parts)
+        parts.reduce(gradients(step), LocalChannel())
+        for look in (view_of, partial(pure_view, history=history)):
+            if look is view_of or words.startswith("powersgd"):
+                views = [look(c, tap.messages, "link") for c in (before, twin)]
+                assert type(views[0]) is type(views[1])
+                distances = [view.distance(batch(gradients(5))) for view in views]
+                assert torch.equal(*distances)
         history.append(EarlierStep(tuple(tap.messages), before.public_state()))
 
 
