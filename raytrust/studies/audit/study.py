@@ -49,8 +49,8 @@ class Audited:
 class Audit:
     """How an audit is made.
 
-    attacks: what every defence meets, besides those drawn. search: how many further attacks each defence meets, whose
-    settings are drawn from `space`. tuning, evaluation: private batches that choose attacks, and that report them.
+    attacks: what every defence meets; further: besides, with settings that were drawn. tuning, evaluation: private
+    batches that choose attacks, and that report them.
     classes: of the model, 0 where its loss is not of classes (`Victim.check`).
     """
 
