@@ -31,7 +31,7 @@ class Derived:
             for s in slopes.to(self.graph.dtype)
         ]
         for place, column in zip(self.sources, zip(*rows, strict=True), strict=True):
-            yield place, torch.stack(column).to(slopes.dtype)
+            yield place, torch.stack(column)
 
 
 # A parameter by its place in the model, or what is computed from parameters.
@@ -104,6 +104,7 @@ def by_place(calls: Sequence[Call], ends: Sequence[Tensor], n: int) -> Iterator[
     sums: dict[Weight, Tensor] = {}
 
     def add(weight: Weight, part: Tensor) -> Iterator[tuple[int, Tensor]]:
+        part = part if isinstance(part, GhostGradient) else part.to(torch.promote_types(part.dtype, torch.float32))
         sums[weight] = sums[weight] + part if weight in sums else part
         uses[weight] -= 1
         if uses[weight]:

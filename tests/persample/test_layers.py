@@ -265,6 +265,18 @@ def test_a_layer_is_fast_and_right(name: str, training: bool) -> None:
         assert check(of(LAYERS[name], training and "frozen" not in name), IMAGES, LABELS).fast
 
 
+@pytest.mark.parametrize("name", ["positions by index", "weight standardisation", "ConvTranspose2d", "PReLU", "einsum"])
+def test_gradients_are_in_single_precision_whatever_the_passes_run_in(name: str) -> None:
+    """The last digits of a sum over many positions would be gone in bfloat16."""
+    model = of(LAYERS[name]).float()
+    exact = PerSampleGradients(model).dense(IMAGES.float(), LABELS)
+    rough = PerSampleGradients(model, dtype=torch.bfloat16)
+    for g, e in zip(rough.dense(IMAGES.float(), LABELS), exact, strict=True):
+        assert g.dtype == torch.float32
+        assert (g - e).norm() < 0.1 * e.norm() + 0.01
+    assert rough.fast
+
+
 @pytest.mark.parametrize("name", ["attention by torch's kernel", "TransformerEncoder", "MultiheadAttention"])
 def test_attention_is_right_by_the_slow_path(name: str) -> None:
     check(of(LAYERS[name]), IMAGES, LABELS, slow=True)
