@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from raytrust.attacks.inversion import closed_form
-from raytrust.compress import Compressor, HookCompressor
+from raytrust.compress import Compressor, HookCompressor, ddp_comm_hook
 from raytrust.compress.hook import AnyHook
 from raytrust.config import DenseConfig, InversionConfig, Threat, parse_defence
 from raytrust.config.attacks import ANALYTIC
@@ -204,6 +204,9 @@ def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:
 
 
 def _hooked(hook: AnyHook, state: Any, network: nn.Module) -> Audited:
+    # Its compressor can't be copied with it: what one private batch left there would be in the next.
+    if getattr(hook, "__module__", "") == ddp_comm_hook.__module__:
+        raise ValueError("Expected hook to be another's: give the compressor of ours among the defences.")
     compressor = copy.deepcopy(HookCompressor(hook, state, network))
     compressor.start_compressing()
     rank = getattr(state, "matrix_approximation_rank", None)

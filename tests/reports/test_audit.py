@@ -216,6 +216,13 @@ def test_dropout_is_the_victims_alone() -> None:
     assert plain(dropping)["leakage_ssim"] < plain(without)["leakage_ssim"] - 0.1
 
 
+def test_our_own_hook_is_audited_as_its_compressor() -> None:
+    model = convnet()
+    hook = raytrust.ddp_comm_hook(raytrust.build(raytrust.parse_defence("powersgd:1:ef"), model))
+    with pytest.raises(ValueError, match="give the compressor of ours among the defences"):
+        audited(model, hook=hook, state=model)
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
