@@ -31,7 +31,7 @@ from raytrust.compress import build
 from raytrust.config import Defence, InversionConfig, Threat
 from raytrust.data import load
 from raytrust.leak import identity_view
-from raytrust.metrics.images import ssim
+from raytrust.metrics.images import ssim_table
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task
 from raytrust.persample import GradientMatcher
 from raytrust.persample.memory import keep_freed_memory
@@ -314,7 +314,7 @@ def attacked(entry: Entry, data: str, iterations: int) -> str:
     batch = private(image, targets, None, task)
     (capture,) = victim.captures(model, compressor, defence, False, threat, batch, CLASSES, state, 0)
     (candidates,) = invert([(capture.seen, InversionConfig(iterations=iterations))])
-    return f"{ssim(candidates.images[candidates.objective.argmin(), 0], image[0]):.2f}"
+    return f"{float(ssim_table(candidates.images[candidates.objective.argmin()], image)):.2f}"
 
 
 def main(arguments: list[str] | None = None) -> int:
