@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from raytrust.persample.ghost import as_plain
+from raytrust.persample.ghost import GhostGradient, as_plain
 
 
 @dataclass(eq=False)
