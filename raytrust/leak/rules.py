@@ -47,6 +47,14 @@ def view_of(compressor: Compressor, messages: Messages, vantage: Vantage, victim
     return identity_view(decoded_of(compressor, messages, vantage, victim))
 
 
+def is_understood(kind: type) -> bool:
+    """Whether attacks know what messages of this type of compressor reveal: by a rule, or because it is one of ours.
+
+    Of others what they decode to is all that is compared, and a stronger attack may exist.
+    """
+    return view_of.dispatch(kind) is not view_of.dispatch(object) or kind.__module__.startswith("raytrust.compress.")
+
+
 @view_of.register(ErrorFeedback)
 def error_feedback_view(compressor: ErrorFeedback, messages: Messages, vantage: Vantage, victim: int = 0) -> View:
     return view_of(compressor.inner, messages, vantage, victim)

@@ -36,7 +36,7 @@ def audit(
     model: nn.Module,
     images: Any,
     labels: Any,
-    defences: Sequence[str | Compressor] = ("none", "powersgd:4:ef", "topk:0.01:ef"),
+    defences: str | Sequence[str | Compressor] = ("none", "powersgd:4:ef", "topk:0.01:ef"),
     *,
     loss: LossFunction | None = None,
     inputs: Mapping[str, Any] | None = None,
@@ -84,9 +84,15 @@ def audit(
     Raises ValueError in one line for what can't be audited: see `raytrust.studies.audit.victim`.
     """
     started = time.perf_counter()
+    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"Expected model to be a module, of a wrapper its .module, got {type(model).__name__}.")
     task = Task(loss, argument)
     data = private(images, labels, inputs, task)
     total = (evaluation + tuning) * batch_size
+    if (mean is None) != (std is None):
+        raise ValueError(f"Expected mean={mean} and std={std} to be given together.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"Expected device={device!r} to be one that torch can use, got no CUDA device.")
     for name, value in (("evaluation", evaluation), ("tuning", tuning), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"Expected {name}={value} to be at least 1.")
@@ -100,7 +106,7 @@ def audit(
     channels = data.images.shape[1]
     mean_, std_ = (_by_channel(v, channels, name) for v, name in ((mean, "mean"), (std, "std")))
     victim = Victim(model, task, mean_, std_, dropout)
-    classes = victim.check(data.batch(0, total), batch_size)
+    classes = victim.check(data, batch_size)
     others = images_of(references) if references is not None else data.images[total:]
     if not len(others):
         others = data.images[: tuning * batch_size]
@@ -111,7 +117,7 @@ def audit(
         labels="known" if labels_known else "unknown",
     )
     base = attack or InversionConfig(seed=seed)
-    listed = _audited(defences)
+    listed = _audited([defences] if isinstance(defences, str) else defences)
     if hook is not None:
         listed.append(_hooked(hook, state, victim.network))
     study = Audit(
@@ -135,8 +141,8 @@ def audit(
         listed,
         study,
         title=f"What gradients of {name} tell of its images",
-        summary=f"{name}, {parameters:,} trained parameters; {len(data.images)} images of {size}, {len(others)} others "
-        f"for floor and identification.{' Dropout is switched off.' * bool(victim.dropouts and not dropout)}",
+        summary=f"{name}, {parameters:,} trainable parameters; {len(data.images)} images of {size}, {len(others)} "
+        f"others for floor and identification.{' Dropout is switched off.' * bool(victim.dropouts and not dropout)}",
         seconds=time.perf_counter() - started,
     )
 
@@ -199,6 +205,8 @@ def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:
             listed.setdefault(name, Audited(defence, name=name))
         else:
             name = getattr(one, "name", type(one).__name__)
+            if not hasattr(one, "reduce"):
+                raise ValueError(f"Expected defence={one!r} to be a name such as 'powersgd:4', or a compressor.")
             listed[name] = Audited(parse_defence("none"), copy.deepcopy(one), name)
     return list(listed.values())
 
@@ -219,7 +227,7 @@ def _portfolio(base: InversionConfig, victim: Victim, data: Private) -> tuple[In
     model has a closed form: on many transformers no other works."""
     attacks = [replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
     shape = (data.images.shape[1], data.images.shape[2], data.images.shape[3])
-    if len(data.images) == 1 and closed_form(victim.network, shape, 1, victim.task, data.targets) is not None:
+    if len(data.images) == 1 and closed_form(victim.known, shape, 1, victim.task, data.targets) is not None:
         attacks += [replace(ANALYTIC, objective=o, seed=base.seed) for o in ("naive", "aware")]
     return tuple(attacks)
 
@@ -227,7 +235,8 @@ def _portfolio(base: InversionConfig, victim: Victim, data: Private) -> tuple[In
 def _by_channel(values: Sequence[float] | None, channels: int, name: str) -> torch.Tensor:
     default = 0.0 if name == "mean" else 1.0
     t = torch.full((channels,), default) if values is None else torch.as_tensor(values, dtype=torch.float32)
-    if t.shape != (channels,) or not bool(t.isfinite().all()) or (name == "std" and not bool((t > 0).all())):
-        wanted = f"{channels} numbers, one a channel" + ", above 0" * (name == "std")
-        raise ValueError(f"Expected {name}={values} of {wanted}.")
+    # Given in units of bytes they would blank every image, and the attack would seem to fail by itself.
+    valid = t.shape == (channels,) and bool(((t >= 0) & (t <= 1)).all()) and (name == "mean" or bool((t > 0).all()))
+    if not valid:
+        raise ValueError(f"Expected {name}={values} of {channels} numbers, one a channel of images in [0, 1].")
     return t

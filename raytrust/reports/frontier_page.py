@@ -78,13 +78,14 @@ def page(rows: Sequence[Row], context: FrontierContext) -> str:
     lines: Lines = [_HEAD.split("|"), *(_line(row, rows, context.classes) for row in finished)]
     lines += [[name, "failed", *["-"] * (len(lines[0]) - 3), reason] for name, reason in reasons]
     trained = any("accuracy" in row for row in finished)
+    choosable = any("accuracy" in row and not row.get("untrained") for row in finished)
     if finished and not trained:
         lines = [[cell for place, cell in enumerate(line) if place != _ACCURACY] for line in lines]
     return render(
         "frontier",
         context=context,
         works=works,
-        pareto=works and trained,
+        pareto=works and choosable,
         answer=headline(rows),
         seeming=seeming(rows) if works else None,
         control=control_sentence(rows),

@@ -34,7 +34,7 @@ def frontier_table(rows: Sequence[Row]) -> str:
     lines: Lines = [[*head, "strongest attack"], *(_cells(row, trained) for row in finished)]
     caption = f"{provenance(finished)} naive/aware: the strongest attack that ignores/knows the compressor. "
     caption += "r: restarts, s: training step attacked. "
-    if works and trained:
+    if works and any("accuracy" in row and not row.get("untrained") for row in finished):
         caption += "*: Pareto set, no other is better in leakage or accuracy by intervals apart, and worse in neither."
     notes = [caption, *(f"{row['name']}: {remark}." for row in finished for remark in remarks_of(row, rows))]
     parts = [
@@ -82,9 +82,18 @@ def row_texts(row: Row) -> dict[str, str]:
 
 def attack_text(attack: dict[str, Any] | None) -> str:
     """An attack's main settings in short: aware tv=0.01 lr=0.1 r=2 s=0."""
-    names = {"objective": "", "tv": "tv=", "step_size": "lr=", "restarts": "r=", "capture_step": "s="}
+    names = {
+        "objective": "",
+        "method": "",
+        "matching": "",
+        "tv": "tv=",
+        "step_size": "lr=",
+        "restarts": "r=",
+        "capture_step": "s=",
+    }
     values = {label: attack.get(key) for key, label in names.items()} if attack else {}
-    texts = [f"{label}{short(value)}" for label, value in values.items() if value is not None]
+    plain = ("optimise", "cosine")  # what they are where nothing else is said
+    texts = [f"{label}{short(v)}" for label, v in values.items() if v is not None and v not in plain]
     if attack and attack.get("residual", "ignore") != "ignore":
         texts.append(attack["residual"])
     return " ".join(texts) or "-"

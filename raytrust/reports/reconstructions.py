@@ -69,6 +69,7 @@ def _drawn(store: Store, sweep: SweepConfig, finished: Row, attack: dict[str, An
     assert figures is not None
     # Without a compressor there is nothing to know or to ignore.
     objective = "" if isinstance(train.defence.compressor, DenseConfig) else attack["objective"]
+    objective = "naive" if objective and finished.get("understood") is False else objective
     drawn = Drawn(finished["name"], images.numpy(), figures["ssim"], figures["identified_ssim"], objective)
     return drawn, originals.numpy()
 

@@ -14,14 +14,16 @@ import numpy as np
 from torch import Tensor
 
 from raytrust.attacks.inversion.stacks import LARGEST
-from raytrust.compress import Compressor
+from raytrust.compress import Compressor, HookCompressor
 from raytrust.config import Defence, InversionConfig, Threat
+from raytrust.config.register import METHODS
 from raytrust.leak.observation import Capture
+from raytrust.leak.rules import is_understood
 from raytrust.studies.audit.victim import Private, State, Training, Victim, compressor_of
 from raytrust.studies.evaluate import InversionFailure, InversionResult, evaluate_together
 from raytrust.studies.frontier.jobs import Split, figures_of
 from raytrust.studies.frontier.row import Row
-from raytrust.studies.frontier.rows import assemble, best, best_attacks, naming
+from raytrust.studies.frontier.rows import NOT_UNDERSTOOD, assemble, best, best_attacks, naming
 from raytrust.studies.frontier.verdicts import judge_rows
 
 # Defences whose untrained models are attacked as one batch: small networks pay for calls.
@@ -40,6 +42,13 @@ class Audited:
     tuned: list[InversionResult] = field(default_factory=list)
     reported: list[InversionResult] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+
+    @property
+    def understood(self) -> bool:
+        """Whether attacks know what its messages reveal."""
+        if isinstance(self.method, HookCompressor):
+            return self.method.torch_hook is not None
+        return is_understood(type(self.method) if self.method else METHODS[self.defence.compressor.method])
 
     def figures(self, split: Split) -> list[dict[str, Any]]:
         return [figures_of(r, split) for r in (self.tuned if split == "tuning" else self.reported)]
@@ -154,7 +163,9 @@ class Audit:
         reason = None if figures else "; ".join(dict.fromkeys(audited.reasons)) or "no attack has a result"
         named: Row = naming(audited.defence, measured)
         if audited.method is not None:
-            named |= {"name": audited.name, "compressor": audited.name, "remarks": []}
+            remarks = [] if audited.understood else [NOT_UNDERSTOOD]
+            named |= {"name": audited.name, "compressor": audited.name, "remarks": remarks}
+            named["understood"] = audited.understood
         return assemble(
             named | {"reason": reason, "seeds": [self.seed], "run": audited.name},
             self.threat, measured, figures, audited.figures("tuning"), self.tuning * self.threat.batch_size,
@@ -162,7 +173,8 @@ class Audit:
 
 
 def _against(audited: Audited, attack: InversionConfig) -> InversionConfig:
-    return attack if audited.method is not None else attack.against(audited.defence)
+    attack = attack if audited.method is not None else attack.against(audited.defence)
+    return attack if audited.understood else replace(attack, objective="naive")
 
 
 def drawn_attacks(count: int, base: InversionConfig, seed: int) -> tuple[InversionConfig, ...]:

@@ -53,10 +53,15 @@ def private(images: Any, labels: Any, inputs: Mapping[str, Any] | None, task: Ta
     # numpy's default integers and torch's class indices are both int64; others are taken for them.
     if isinstance(target, Tensor) and task.loss is None:
         if target.is_floating_point() or target.ndim != 1:
-            raise ValueError(
-                f"Expected labels of shape (n,) and integers, got {tuple(target.shape)} of {target.dtype}; give loss= "
-                "for anything but classes."
-            )
+            mend = "give loss= for anything but classes"
+            if target.ndim == 2:
+                mend = (
+                    "labels[:, 0] of a column"
+                    if target.shape[1] == 1
+                    else "labels.argmax(1) of one-hot labels, or loss="
+                )
+            got = f"{tuple(target.shape)} of {target.dtype}"
+            raise ValueError(f"Expected labels of shape (n,) and integers, got {got}; {mend}.")
         target = target.long()
     x = images_of(images)
     others = {name: _tensor(value) for name, value in (inputs or {}).items()}
@@ -76,9 +81,11 @@ def images_of(images: Any) -> Tensor:
     if x.ndim != 4 or 0 in x.shape or min(x.shape[2:]) < WINDOW:
         raise ValueError(
             f"Expected images of shape (n, channels, height, width), of {WINDOW} pixels or more a side, got "
-            f"{tuple(x.shape)}."
+            f"{tuple(x.shape)}{'; images.permute(0, 3, 1, 2)' * (x.ndim == 4 and x.shape[3] in (1, 3))}."
         )
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+    if not bool(x.isfinite().all()):
+        raise ValueError("Expected images in [0, 1], got NaN or infinity in them.")
     low, high = float(x.min()), float(x.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(
@@ -109,7 +116,7 @@ class Victim:
     def __init__(self, model: nn.Module, task: Task, mean: Tensor, std: Tensor, dropout: bool = False):
         self.network, self.task, self.mean, self.std = copy_of(model).cpu(), task, mean, std
         modules = self.network.named_modules()
-        self.dropouts = [name for name, m in modules if isinstance(m, _DropoutNd) and m.training]
+        self.dropouts = [name for name, m in modules if m.training and _drops(m)]
         self.drops = dropout and bool(self.dropouts)
         # The mask is nothing that an attacker could know: without it he is as strong as he can be.
         for name in self.dropouts:
@@ -117,6 +124,8 @@ class Victim:
         if not any(p.requires_grad for p in self.network.parameters()):
             raise ValueError("Expected a model with parameters that are trained, got none that requires a gradient.")
         self.dtype = next(p.dtype for p in self.network.parameters() if p.is_floating_point())
+        # Whatever the owner computes in, the attacker's derivatives are in float32.
+        self.known = copy_of(self.network).float()
 
     @property
     def trains_norms(self) -> bool:
@@ -155,7 +164,7 @@ class Victim:
         parameters = [p for p in network.parameters() if p.requires_grad]
         try:
             with sound_kernels(network), self._drawing(network, seed, drops), torch.enable_grad():
-                loss = self.task.batch_loss(network, x.to(self.dtype), targets)
+                loss = self.task.batch_loss(network, x.to(self.dtype), self._in_dtype(targets))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         # A model and a loss raise whatever they like for what they can't take.
         except Exception as error:
@@ -187,9 +196,9 @@ class Victim:
         if apart > TWICE:
             raise ValueError(
                 f"Expected a model that answers twice alike, got gradients of the same images that differ by "
-                f"{apart:.1%}: something in it, or in its loss, draws random numbers."
+                f"{apart:.1%}: something in it, or in its loss, draws random numbers (of F.dropout: model.eval())."
             )
-        distance, _ = GradientMatcher(self.network, task=self.task)(
+        distance, _ = GradientMatcher(self.known, task=self.task)(
             x[None], row_of(targets, None), lambda grads: identity_view(first).distance(self._sent(grads))
         )
         limit = AT_TRUTH if self.dtype.itemsize >= 4 else AT_TRUTH_HALF
@@ -200,6 +209,13 @@ class Victim:
             )
         return classes
 
+    def _in_dtype(self, targets: Targets) -> Targets:
+        """With the network's other inputs in its own precision."""
+        if not isinstance(targets, Sample):
+            return targets
+        inputs = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in targets.inputs.items()}
+        return Sample(targets.target, inputs)
+
     def _sent(self, grads: Sequence[Tensor]) -> list[Tensor]:
         return [g for g, p in zip(grads, self.network.parameters(), strict=True) if p.requires_grad]
 
@@ -209,7 +225,7 @@ class Victim:
             return 0
         network = copy_of(self.network)
         try:
-            output = self.task.output(network, x.to(self.dtype), targets)
+            output = self.task.output(network, x.to(self.dtype), self._in_dtype(targets))
         except Exception as error:
             raise ValueError(f"Expected the model to take images {tuple(x.shape)}, but {_first_line(error)}") from error
         labels = every.target if isinstance(every, Sample) else every
@@ -259,7 +275,7 @@ class Victim:
                 victim=0,
                 world_size=1,
                 residual=holds_residual(compressor) and step > 0,
-                network=self.network,
+                network=self.known,
                 task=self.task,
                 targets=batch.targets if labels is None else None,
                 method=twin if own else None,
@@ -310,7 +326,7 @@ class Training:
             x, labels, *inputs = next(batches)
             targets = Sample(labels, inputs[0]) if inputs else labels
             with sound_kernels(network), victim.drawing(network, step):
-                loss = victim.task.batch_loss(network, x.to(victim.dtype), targets)
+                loss = victim.task.batch_loss(network, x.to(victim.dtype), victim._in_dtype(targets))
                 grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
             if not all(bool(t.isfinite().all()) for t in (loss, *whole)):
@@ -330,6 +346,13 @@ class Training:
                 raise ValueError(
                     f"Expected a loader with batches up to step {self.steps[-1]}, but it has come to its end."
                 )
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether this module by itself drops out in training mode."""
+    return isinstance(module, _DropoutNd) or (
+        isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -36,6 +36,8 @@ class Row(TypedDict, total=False):
     error_feedback: bool
     seeds: list[int] | None
     threat: dict[str, Any]
+    understood: bool  # whether attacks know the method; see `raytrust.leak.rules.is_understood`
+    untrained: bool  # True where the model was attacked as it was: then no accuracy is the defence's
     remarks: list[str]  # what a reader must know, such as "sends more bytes than the gradient itself"
     bytes_per_step: float | None
     compression_ratio: float | None

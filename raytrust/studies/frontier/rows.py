@@ -21,11 +21,14 @@ from raytrust.config import (
     from_dict,
     to_dict,
 )
+from raytrust.config.register import METHODS
+from raytrust.leak.rules import is_understood
 from raytrust.metrics.statistics import bootstrap_interval, paired_difference, proportion_interval
 from raytrust.metrics.verdict import Evidence, image_evidence
 from raytrust.studies.frontier.row import MEASURED, Row
 from raytrust.studies.frontier.store import Store
 
+NOT_UNDERSTOOD = "no attack here knows this method, and one that does may see more: register a view of its messages"
 # Averaged with a case for None, as each may be unmeasured; SSIM and PSNR always are measured.
 _MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy")
 
@@ -39,7 +42,13 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         failures = [*store.attack_failures(train, "evaluation"), *store.attack_failures(train, "tuning")]
         reason = f"no attack has a result: {failures[0]}" if failures else "not finished"
     return assemble(
-        naming(defence, training) | {"reason": reason, "seeds": [sweep.train.seed], "run": store.run_id(train)},
+        naming(defence, training)
+        | {
+            "reason": reason,
+            "seeds": [sweep.train.seed],
+            "run": store.run_id(train),
+            "untrained": sweep.train.steps == 0,
+        },
         sweep.train.threat,
         training,
         figures,
@@ -65,6 +74,9 @@ def assemble(
     # Without a compressor there is nothing to know: the two objectives are one.
     if named["compressor"] == DenseConfig.method:
         by_objective["aware"] = by_objective["naive"]
+    # Both took what is decoded for the gradient: none of them knows more.
+    if named.get("understood") is False:
+        by_objective = {"naive": best(figures), "aware": None}
     # By the evaluation images: on the tuning images an attack was chosen, and looks better than it is.
     worst, failed = best(figures), named["reason"] is not None
     base = named | {
@@ -192,7 +204,10 @@ def naming(defence: Defence, training: dict[str, Any] | None) -> Row:
             # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
             columns["level"] = training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
     remark = training and expansion_remark(defence, training["bytes_per_step"], training["dense_bytes"])
-    return columns | {"name": defence.name_with(columns["level"]), "remarks": [remark] if remark else []}
+    understood = is_understood(METHODS[compressor.method])
+    remarks = [*([remark] if remark else []), *([] if understood else [NOT_UNDERSTOOD])]
+    named: Row = {"name": defence.name_with(columns["level"]), "remarks": remarks, "understood": understood}
+    return columns | named
 
 
 def _integer(value: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from raytrust.metrics.verdict import LEAKS, Control, Judgement, control_of, judge
+from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED, Control, Judgement, control_of, judge
 from raytrust.studies.frontier.row import Row, accuracy, checked, evidence, is_plain, leakage, naive_evidence
 
 
@@ -36,6 +36,9 @@ def judge_rows(rows: Sequence[Row]) -> list[Row]:
 def _judged(row: Row, control: Control) -> Judgement:
     """By the strongest attack; but a leak that the best naive attack shows, by identification, say, is a leak too."""
     verdict, naive = judge(evidence(row), control), naive_evidence(row)
+    # What nobody tried to understand has not been resisted.
+    if verdict.verdict == RESISTS and row.get("understood") is False:
+        return Judgement(UNDECIDED, f"{evidence(row)}: no attack here knows the method")
     # The attack of the greatest SSIM is not always the one that identifies most, so that the naive one is heard as
     # well.
     if verdict.verdict == LEAKS or row.get("excess_interval") is None or naive is None or naive.interval is None:
@@ -90,7 +93,7 @@ def mark_pareto(rows: Sequence[Row]) -> list[Row]:
     def stays(row: Row) -> bool:
         # Without accuracy there is nothing to weigh privacy against. And intervals decide, because points differ by
         # chance: a defence that is out by luck would never be looked at again.
-        candidate = row["status"] == "finished" and row["control"] and "accuracy" in row
+        candidate = row["status"] == "finished" and row["control"] and "accuracy" in row and not row.get("untrained")
         return candidate and not any(_beats(other, row) for other in finished)
 
     return [row | {"pareto": stays(row)} for row in rows]
