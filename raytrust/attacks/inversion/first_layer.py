@@ -22,6 +22,8 @@ from raytrust.networks.task import CROSS_ENTROPY, Targets, Task
 
 # Relative to the largest entry: what float32 leaves of equal gradients that are summed in another order.
 TOLERANCE = 1e-3
+# Rows of a parameter that begin like the signal, which are looked at: a class token or two come before the patches.
+MOST_STARTS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,16 @@ def closed_form(
     # Of several images the weight's gradient is a sum over all of them, and their signals are sums, too.
     if batch_size != 1:
         return None
+    # What a model raises for noise, or in another precision, is no reason to refuse it the other attacks.
+    try:
+        return _closed_form(model, image_shape, task, targets)
+    except Exception:
+        return None
+
+
+def _closed_form(
+    model: nn.Module, image_shape: tuple[int, int, int], task: Task, targets: Targets | None
+) -> ClosedForm | None:
     generator = torch.Generator().manual_seed(0)
     model = copy_of(model).cpu().float().eval()
     with torch.no_grad():
@@ -64,12 +76,16 @@ def closed_form(
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     images = torch.randn((2, *image_shape), generator=generator)
     call = partial(task.output, model, targets=torch.empty(0) if targets is None else targets)
+    # Few layers see the image as it is, and to look at all others takes minutes for a large network.
+    near = _affine_layers(model, call, images)
+    if not near:
+        return None
     first, second = (_Pass(model, call, x[None]) for x in images)
-    for name in first.inputs:
-        found = _form(first, name)
+    for name in near:
+        form = _form(first, name) if name in first.inputs and f"{name}.weight" in first.gradients else None
         # The second image tells what is always so from a coincidence.
-        if found is not None and second.agrees(found) and _is_affine(model, call, name, images):
-            return found
+        if form is not None and second.agrees(form):
+            return form
     return None
 
 
@@ -154,7 +170,8 @@ def _form(seen: _Pass, name: str) -> ClosedForm | None:
         for rows in layouts:
             # Class tokens may come before: looked for by the first position's signal alone, as there may be many rows.
             begins = (gradient.flatten()[rows[: len(rows) - positions + 1]] - signal[0]).abs().amax(1)
-            for start in (begins <= TOLERANCE * signal.abs().max()).nonzero().flatten().tolist():
+            near = begins <= TOLERANCE * signal[0].abs().max()
+            for start in near.nonzero().flatten().tolist()[:MOST_STARTS]:
                 form = ClosedForm(name, parameter, rows[start : start + positions])
                 if seen.agrees(form):
                     return form
@@ -162,11 +179,28 @@ def _form(seen: _Pass, name: str) -> ClosedForm | None:
 
 
 @torch.no_grad()
-def _is_affine(model: nn.Module, call: Any, name: str, images: Tensor) -> bool:
-    """Whether the layer's input is affine in the image, and not constant."""
+def _affine_layers(model: nn.Module, call: Any, images: Tensor) -> list[str]:
+    """The linear layers whose input is affine in the image, and not constant."""
     one, other = images
-    ends = [entered_patches(model, call, name, x[None]) for x in (one, other, one + other, torch.zeros_like(one))]
-    return _equal(ends[0] + ends[1], ends[2] + ends[3]) and not _equal(ends[0], ends[3])
+    ends: list[dict[str, Tensor]] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], name: str) -> None:
+        if inputs:
+            ends[-1].setdefault(name, inputs[0])
+
+    layers = {n: m for n, m in model.named_modules() if _is_linear(m) and isinstance(m.weight, nn.Parameter)}
+    handles = [m.register_forward_pre_hook(partial(note, name=n)) for n, m in layers.items()]
+    for x in (one, other, one + other, torch.zeros_like(one)):
+        ends.append({})
+        call(x[None])
+    for handle in handles:
+        handle.remove()
+
+    def is_affine(name: str) -> bool:
+        a, b, both, blank = (end[name] for end in ends)
+        return _equal(a + b, both + blank) and not _equal(a, blank)
+
+    return [name for name in ends[0] if is_affine(name)]
 
 
 def _is_linear(layer: nn.Module) -> bool:
