@@ -37,7 +37,11 @@ def main() -> int:
     if name not in COMMANDS:
         print(f"raytrust: error: Expected command={name!r} to be one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    words = _of_audit(sys.argv[2:]) if name == "audit" else sys.argv[2:]
+    try:
+        words = _of_audit(sys.argv[2:]) if name == "audit" else sys.argv[2:]
+    except ValueError as error:
+        print(f"raytrust audit: error: {error}", file=sys.stderr)
+        return 2
     # The program reads from it its options, and how it was called.
     sys.argv = [f"{cli.CONSOLE}{name}", *words]
     return cli.start(_program(COMMANDS[name][0]).main)
@@ -48,8 +52,13 @@ def _of_audit(words: list[str]) -> list[str]:
     if words and not words[0].startswith("-"):
         words = ["--network", *words]
     given = cli.given(words)
-    if given.keys() & {"--resume", "--help", "-h"}:
+    if "-h" in words or given.keys() & {"--resume", "--help"}:
         return words
+    if not given.keys() & {"--network", "--model"}:
+        raise ValueError("Expected a network to audit: raytrust audit my_package.models:build, or torchvision:NAME.")
+    if "--defence" in given and "none" not in given["--defence"]:
+        # The control, without which nothing can be said.
+        words = [*words, "--defence", "none"]
     alone = [] if given.keys() & {"--attack-trials", "--trials", "--address", "--local"} else ["--local"]
     return ["--preset", "audit", "--workers", "1", *alone, *words]
 

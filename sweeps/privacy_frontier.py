@@ -153,7 +153,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     steps = tuple(options.capture_steps)
     if "capture_steps" not in options.chosen:  # else one after the end is refused
         steps = tuple(step for step in steps if step < max(1, options.steps))
-    if options.checkpoint and "#" not in options.checkpoint:  # of a resumed sweep it has its digest
+    if options.checkpoint and options.resume is None:  # a resumed sweep has it with its digest
         from raytrust.networks.checkpoint import identified
 
         options.checkpoint = identified(options.checkpoint)

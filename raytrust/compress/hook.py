@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -143,7 +145,11 @@ class HookCompressor:
         raise ValueError(f"Expected the state of hook={self.name} to be loaded as the hook's author says.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HookCompressor:
-        return self._with_state(copied(self.state, memo))
+        twin = self._with_state(copied(self.state, memo))
+        # A hook that is an object, or an object's method, keeps its state in itself.
+        if not isinstance(self.hook, FunctionType | partial):
+            twin.hook = copied(self.hook, memo)
+        return twin
 
     def _with_state(self, state: Any) -> HookCompressor:
         twin = object.__new__(type(self))

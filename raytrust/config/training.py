@@ -27,7 +27,8 @@ class ModelConfig:
     width: channels of the first stage; by default that of the paper, and 64 for convnet. Other networks are given it
         where it is set.
     options: further options of a network that is not shipped, on a command line as depth=3,bias=False.
-    checkpoint: a file of weights to begin with, with its digest: see `raytrust.networks.checkpoint.identified`.
+    checkpoint: a file of weights to begin with, as torch.save made it of a state dict; kept with its digest, see
+        `raytrust.networks.checkpoint.identified`.
     """
 
     name: Annotated[str, NETWORKS] = "resnet18"

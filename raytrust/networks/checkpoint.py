@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,28 @@ def load_checkpoint(network: nn.Module, checkpoint: str) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # torch.load raises many types for what it can't read; all of them mean the same here.
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"Expected checkpoint={path!r} to hold tensors alone, but {reason}") from error
-    try:
-        network.load_state_dict(_weights(content, path))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"Expected checkpoint={path!r} to be of {type(network).__name__}, but {reason}") from error
+        mend = "save model.state_dict(), not the model"
+        raise ValueError(f"Expected checkpoint={path!r} to hold tensors alone: {mend}.") from error
+    wanted = network.state_dict()
+    for weights in _readings(content, path):
+        if weights.keys() == wanted.keys() and all(weights[name].shape == wanted[name].shape for name in wanted):
+            network.load_state_dict(weights)
+            return
+    fitting = sum(name in wanted and weights[name].shape == wanted[name].shape for name in weights)
+    other = next((name for name in weights if name not in wanted), next(iter(wanted), ""))
+    fits = f"{fitting} of its {len(weights)} entries fit, and {other!r} does not"
+    raise ValueError(f"Expected checkpoint={path!r} to be of this {type(network).__name__}, but {fits}.")
 
 
-def _weights(content: Any, path: str) -> dict[str, Tensor]:
+def _readings(content: Any, path: str) -> Iterator[dict[str, Tensor]]:
+    """The state dict as it is, and without what wrappers put before each name."""
     for entry in _ENTRIES:
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"Expected checkpoint={path!r} to hold a state dict, or one under {', '.join(_ENTRIES)}.")
+    yield content
     for prefix in _PREFIXES:
         if content and all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return content
+            yield content

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from raytrust.attacks.inversion import closed_form
 from raytrust.compress import Compressor, HookCompressor, ddp_comm_hook
 from raytrust.compress.hook import AnyHook
-from raytrust.config import DenseConfig, InversionConfig, Threat, parse_defence
+from raytrust.config import Defence, DenseConfig, InversionConfig, Threat, parse_defence
 from raytrust.config.attacks import ANALYTIC
 from raytrust.jobs.files import write_file
 from raytrust.networks.task import LossFunction, Task
@@ -27,6 +28,7 @@ from raytrust.reports.summary import answer, control_sentence
 from raytrust.studies.audit.study import Audit, Audited, drawn_attacks
 from raytrust.studies.audit.victim import Private, Training, Victim, images_of, private
 from raytrust.studies.frontier.row import Row, write_rows
+from raytrust.studies.frontier.verdicts import control_works
 
 # Other images than the private ones, of which identification has to tell them: no more are used.
 REFERENCES = 99
@@ -84,18 +86,22 @@ def audit(
     Raises ValueError in one line for what can't be audited: see `raytrust.studies.audit.victim`.
     """
     started = time.perf_counter()
-    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ValueError(f"Expected model to be a module, of a wrapper its .module, got {type(model).__name__}.")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"Expected model to be an instance of nn.Module, not of TorchScript, got {model!r:.60}.")
     task = Task(loss, argument)
     data = private(images, labels, inputs, task)
     total = (evaluation + tuning) * batch_size
     if (mean is None) != (std is None):
         raise ValueError(f"Expected mean={mean} and std={std} to be given together.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"Expected device={device!r} to be one that torch can use, got no CUDA device.")
+    if str(device) != "cpu" and not (str(device).startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"Expected device={str(device)!r} to be cpu, or cuda where torch can use it.")
+    if attack is not None and attack.residual != "ignore":
+        raise ValueError(f"Expected residual={attack.residual!r} to be 'ignore': an audit grants no history.")
     for name, value in (("evaluation", evaluation), ("tuning", tuning), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"Expected {name}={value} to be at least 1.")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"Expected {name}={value} to be a number from 1 on.")
     if total > len(data.images):
         raise ValueError(
             f"Expected at least {total} images for evaluation={evaluation} and tuning={tuning} batches of "
@@ -107,10 +113,7 @@ def audit(
     mean_, std_ = (_by_channel(v, channels, name) for v, name in ((mean, "mean"), (std, "std")))
     victim = Victim(model, task, mean_, std_, dropout)
     classes = victim.check(data, batch_size)
-    others = images_of(references) if references is not None else data.images[total:]
-    if not len(others):
-        others = data.images[: tuning * batch_size]
-    others = others[:REFERENCES]
+    others = _others(data, references, tuning * batch_size, total, batch_size)
     threat = Threat(
         batch_size=batch_size,
         batch_norm="train" if victim.trains_norms else "eval",
@@ -127,7 +130,7 @@ def audit(
         tuning=tuning,
         evaluation=evaluation,
         seed=seed,
-        device=device,
+        device=str(device),
         classes=classes,
     )
     say = progress if callable(progress) else (print if progress else lambda _: None)
@@ -163,7 +166,9 @@ class AuditResult:
     seconds: float
 
     def __str__(self) -> str:
-        return "\n".join([frontier_table(self.rows), "", self.summary, answer(self.rows), control_sentence(self.rows)])
+        # Where the attack fails without compression, the table begins with that sentence.
+        control = [control_sentence(self.rows)] if control_works(self.rows) else []
+        return "\n".join([frontier_table(self.rows), "", self.summary, answer(self.rows), *control])
 
     def _repr_html_(self) -> str:
         # In a frame of its own: the page's style sheet would else restyle the notebook.
@@ -193,21 +198,38 @@ def _pages() -> ModuleType:
         ) from None
 
 
+def _others(data: Private, references: Any, tuning: int, total: int, batch_size: int) -> torch.Tensor:
+    """Images for floors and identification, none of them private."""
+    others = data.images[total:] if references is None else images_of(references)
+    if others.shape[1:] != data.images.shape[1:]:
+        raise ValueError(f"Expected references of shape {tuple(data.images.shape[1:])}, got {tuple(others.shape[1:])}.")
+    private = {x.numpy().tobytes() for x in data.images[tuning:total]}
+    # Beside its own copy no reconstruction could be identified, and the attack would seem to fail.
+    others = others[[x.numpy().tobytes() not in private for x in others]]
+    if len(others) < 2 * batch_size and references is not None:
+        raise ValueError(f"Expected at least {2 * batch_size} references that are not private, got {len(others)}.")
+    if len(others) < 2 * batch_size:
+        others = torch.cat([others, data.images[:tuning]])
+    return others[:REFERENCES]
+
+
 def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:
     """Each once, the control first."""
     listed: dict[str, Audited] = {"none": Audited(parse_defence("none"), name="none")}
     for one in defences:
-        if isinstance(one, str):
-            defence = parse_defence(one)
-            name = defence.name
-            if isinstance(defence.compressor, DenseConfig):
-                continue
-            listed.setdefault(name, Audited(defence, name=name))
-        else:
-            name = getattr(one, "name", type(one).__name__)
-            if not hasattr(one, "reduce"):
-                raise ValueError(f"Expected defence={one!r} to be a name such as 'powersgd:4', or a compressor.")
-            listed[name] = Audited(parse_defence("none"), copy.deepcopy(one), name)
+        if isinstance(one, str | Defence):
+            defence = parse_defence(one) if isinstance(one, str) else one
+            if not isinstance(defence.compressor, DenseConfig) or defence.start_step:
+                listed.setdefault(defence.name, Audited(defence, name=defence.name))
+            continue
+        if not hasattr(one, "reduce") or isinstance(one, type):
+            raise ValueError(f"Expected defence={one!r} to be a name such as 'powersgd:4', or a compressor.")
+        inner = getattr(one, "inner", one)
+        called = getattr(one, "name", type(inner).__name__ + " + EF" * (inner is not one))
+        # Two of one type are two, and "none" is the control's alone.
+        names = chain([called], (f"{called} ({k})" for k in count(2)))
+        name = next(n for n in names if n not in listed)
+        listed[name] = Audited(parse_defence("none"), copy.deepcopy(one), name)
     return list(listed.values())
 
 
@@ -226,6 +248,8 @@ def _portfolio(base: InversionConfig, victim: Victim, data: Private) -> tuple[In
     """Attacks that ignore and that know the compressor, by two distances; and those that solve for the image, where the
     model has a closed form: on many transformers no other works."""
     attacks = [replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
+    if base.matching not in ("cosine", "tensors") or base.method != "optimise":
+        attacks = [base, *(replace(a, method="optimise") for a in attacks)]
     shape = (data.images.shape[1], data.images.shape[2], data.images.shape[3])
     if len(data.images) == 1 and closed_form(victim.known, shape, 1, victim.task, data.targets) is not None:
         attacks += [replace(ANALYTIC, objective=o, seed=base.seed) for o in ("naive", "aware")]

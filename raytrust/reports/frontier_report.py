@@ -49,8 +49,17 @@ class Call:
                 f"{self.command} --resume {place} --iterations {longer} --attack-trials {trials}",
             ),
             ("report on more images", f"{self.command}{again} --images {more}"),
-            ("use images of your own", f"{self.command} --data images.npz"),
+            ("use images of your own", f"{self.command}{_without(again, '--data')} --data images.npz"),
         ]
+
+
+def _without(words: str, option: str) -> str:
+    """A command line without one option and its value."""
+    parts = shlex.split(words)
+    if option in parts:
+        place = parts.index(option)
+        del parts[place : place + 2]
+    return f" {shlex.join(parts)}" if parts else ""
 
 
 def write_report(
@@ -96,7 +105,8 @@ def write_report(
 def _trained(sweep: SweepConfig) -> str:
     train = sweep.train
     if train.steps == 0:
-        return f"{train.model.title}, not trained any further."
+        weights = "not trained any further" if train.model.checkpoint else "with the weights that it begins with"
+        return f"{train.model.title}, {weights}."
     return f"{train.model.title}, {train.steps} steps of {train.workers} workers with {train.batch_size} images each."
 
 

@@ -14,6 +14,7 @@ from raytrust.studies.frontier.verdicts import control_of_rows, control_works, j
 
 ALONE = "No defence was audited beside the control."
 REMEDY = "give it more (--iterations, --attack-trials, --images)"
+REMEDY_IN_PYTHON = "give it more (attack=InversionConfig(iterations=...), search=..., evaluation=...)"
 NO_CONTROL = "No control"
 NEAR_CHANCE = "accuracy near chance"
 # Of accuracy: a loss that nobody would pay for compression.
@@ -103,7 +104,9 @@ def control_sentence(rows: Sequence[Row]) -> str:
     state, consequence = failure_words(rows)
     if state == NO_CONTROL:
         return f"{state}: add --defence none. Without it, {consequence}."
-    return f"{state}: {consequence}; {REMEDY}. {capital(control.reason)}."
+    # Only an audit from Python has no accuracy.
+    remedy = REMEDY if any("accuracy" in row for row in rows) else REMEDY_IN_PYTHON
+    return f"{state}: {consequence}; {remedy}. {capital(control.reason)}."
 
 
 def failure_words(rows: Sequence[Row]) -> tuple[str, str]:

@@ -74,7 +74,7 @@ def test_it_attacks_the_network_as_it_is(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ("--checkpoint other.pt", "to be of Sequential, but"),
+        ("--checkpoint other.pt", "to be of this Sequential, but 0 of its 2 entries fit, and 'weight' does not"),
         ("--checkpoint nowhere.pt", "Expected checkpoint='nowhere.pt' to be a file, but there is none."),
         ("--checkpoint images.npz", "to hold tensors alone, but"),
         ("--capture-steps 0,3", "Expected capture_steps=(0, 3) to lie below steps=0, the length of training."),
@@ -94,6 +94,9 @@ def test_a_checkpoint_is_named_with_its_content(tmp_path: Path) -> None:
     named = identified(tmp_path / "a.pt")
     model = build()
     nn.init.zeros_(model[1].weight)  # type: ignore[index]
+    inside = nn.ModuleDict({"model": build()})
+    torch.save(inside.state_dict(), tmp_path / "inside.pt")
+    load_checkpoint(nn.ModuleDict({"model": build()}), identified(tmp_path / "inside.pt"))
     load_checkpoint(model, named)
     assert torch.equal(model[1].weight, build()[1].weight)  # type: ignore[index]
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
@@ -107,3 +110,6 @@ def test_searching_takes_ray_and_a_resumed_audit_its_own_options() -> None:
     assert _of_audit(["my:net", "--attack-trials=8"]) == [*given, "--network", "my:net", "--attack-trials=8"]
     assert _of_audit(["--resume", "DIR"]) == ["--resume", "DIR"]
     assert _of_audit(["--help"]) == ["--help"]
+    assert _of_audit(["my:net", "--defence", "topk:0.1", "--local"])[-2:] == ["--defence", "none"]
+    with pytest.raises(ValueError, match="Expected a network to audit"):
+        _of_audit(["--seed", "3"])

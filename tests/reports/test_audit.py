@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torchvision.models import VisionTransformer
 
 import raytrust
+from raytrust.compress import HookCompressor
 from raytrust.config import InversionConfig
-from raytrust.metrics.verdict import LEAKS, UNDECIDED
+from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED
 from raytrust.studies.frontier.row import load_rows
 
 QUICK = InversionConfig(iterations=60, step_size=2.0)
@@ -223,6 +225,117 @@ def test_our_own_hook_is_audited_as_its_compressor() -> None:
         audited(model, hook=hook, state=model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_in_other_precisions(dtype: torch.dtype) -> None:
+    assert plain(audited(convnet().to(dtype), evaluation=3))["verdict"] == LEAKS
+
+
+def test_compressors_in_memory_are_all_there() -> None:
+    model = convnet()
+    kept, coarse, fed = (
+        raytrust.build(raytrust.parse_defence(d), model) for d in ("topk:0.25", "topk:0.1", "topk:0.1:ef")
+    )
+    coarse.name = "none"  # type: ignore[attr-defined]
+    rows = audited(model, defences=[kept, kept, coarse, fed], evaluation=2).rows
+    assert [row["name"] for row in rows] == ["none", "TopK", "TopK (2)", "none (2)", "TopK + EF"]
+    assert len({row["bytes_per_step"] for row in rows[1:3]}) == 1
+    assert rows[0]["bytes_per_step"] > rows[1]["bytes_per_step"] > rows[3]["bytes_per_step"]
+
+
+class RankOne:
+    """A hook that keeps a residual in itself, and that nobody knows."""
+
+    def __init__(self) -> None:
+        self.residual: dict[int, Tensor] = {}
+
+    def __call__(self, state: Any, bucket: Any) -> Any:
+        x = bucket.buffer() + self.residual.get(bucket.index(), torch.zeros(()))
+        sent = x * (x.abs() >= x.abs().quantile(0.9))
+        self.residual[bucket.index()] = x - sent
+        return dist.all_reduce(sent.clone(), async_op=True).get_future().then(lambda f: f.value()[0])
+
+
+def test_what_nobody_knows_is_never_said_to_resist() -> None:
+    hook = RankOne()
+    result = audited(
+        convnet(), defences=[], hook=hook, attack=InversionConfig(iterations=1, step_size=1e-6), evaluation=6
+    )
+    row = result.rows[1]
+    assert hook.residual == {}  # neither of the user's, nor from one private batch to the next
+    assert row["understood"] is False
+    assert row["verdict"] != RESISTS
+    assert row["aware_ssim"] is None
+    assert any("no attack here knows this method" in remark for remark in row["remarks"])
+    assert "no attack here knows this method" in str(result)
+
+
+def captured(result: raytrust.AuditResult, name: str, step: int = 0) -> list[Any]:
+    (audited,) = (a for a in result.defences if a.name == name)
+    return [capture.seen for capture in audited.captures[step]]
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = convnet()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return self.body(x)
+
+
+def test_the_observation_holds_neither_images_nor_residuals() -> None:
+    x, y = smooth(), labels()
+    loader = [(x[i : i + 4], y[i : i + 4]) for i in range(0, N, 4)]
+    training = raytrust.Training(loader, steps=(0, 3), optimiser=lambda p: torch.optim.SGD(p, 0.1))
+    model = Remembers()
+    own = raytrust.build(raytrust.parse_defence("topk:0.1:ef"), model)
+    result = audited(model, defences=[own], training=training, evaluation=2)
+    for seen in captured(result, "TopK + EF", 3):
+        assert not hasattr(seen.network, "last")
+        assert not hasattr(seen.build_model(), "last")
+        residuals = [v for k, v in seen.build_compressor().state_dict().items() if "residual" in k]
+        assert residuals
+        assert all(not bool(r.any()) for r in residuals)
+
+
+def test_all_defences_meet_one_training() -> None:
+    class Shuffled:
+        def __iter__(self) -> Any:
+            for i in torch.randperm(N).split(4):
+                yield smooth()[i], labels()[i]
+
+    training = raytrust.Training(Shuffled(), steps=(0, 2), optimiser=lambda p: torch.optim.SGD(p, 0.1))
+    result = audited(convnet(), defences=["topk:1.0"], training=training, evaluation=2)
+    first, second = (captured(result, name, 2)[0].weights for name in ("none", "Top-K 100 %"))
+    assert all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+    for steps in ((8, 0), (-1,), (), 8):
+        with pytest.raises(
+            ValueError, match=r"Expected steps=.* to be a tuple of steps from 0 on, in increasing order"
+        ):
+            raytrust.Training([], steps=steps, optimiser=None)  # type: ignore[arg-type]
+
+
+def test_hooks_on_parameters_are_refused() -> None:
+    model = convnet()
+    model[0].weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+    with pytest.raises(ValueError, match="Expected parameters without hooks of their own"):
+        audited(model)
+
+
+def test_private_images_are_no_references() -> None:
+    """Beside its own copy nothing could be identified, and the attack would seem to fail."""
+    result = audited(convnet(), references=smooth())
+    assert plain(result)["candidates"] == 1 + N - 4
+    assert plain(result)["identified"] >= 3
+
+
+def test_what_fails_beside_what_works_is_said() -> None:
+    row = audited(convnet(), defences=["signsgd"], attack=replace(QUICK, matching="l2")).rows[1]
+    assert row["status"] == "finished"
+    assert any("of the attacks failed" in remark for remark in row["remarks"])
+
+
 class Noisy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +371,15 @@ REFUSED: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
     "too many": (convnet(), {"evaluation": 30}, "Expected at least 31 images for evaluation=30"),
     "no defence": (convnet(), {"defences": ["powersgd:0"]}, "Expected rank=0"),
     "withheld": (convnet(), {"loss": F.cross_entropy, "labels_known": False}, "Expected labels_known=True"),
-    "mean": (convnet(), {"mean": [0.5, 0.5]}, "Expected mean=\\[0.5, 0.5\\] of 1 numbers, one a channel"),
+    "mean": (convnet(), {"mean": [0.5, 0.5], "std": [1.0]}, "Expected mean=\\[0.5, 0.5\\] of 1 numbers, one a channel"),
+    "bytes": (convnet(), {"mean": [127.0], "std": [60.0]}, "one a channel of images in \\[0, 1\\]"),
+    "mean alone": (convnet(), {"mean": [0.5]}, "std=None to be given together"),
+    "a column": (convnet(), {"y": labels()[:, None]}, "of a column labels\\[:, 0\\]|labels\\[:, 0\\] of a column"),
+    "a class": (convnet(), {"defences": [HookCompressor]}, "to be a name such as 'powersgd:4', or a compressor"),
+    "references": (convnet(), {"references": smooth(1)}, "Expected at least 2 references that are not private"),
+    "sizes": (convnet(), {"references": smooth(9, size=10)}, "Expected references of shape \\(1, 12, 12\\)"),
+    "device": (convnet(), {"device": "gpu"}, "Expected device='gpu' to be cpu, or cuda where torch can use it"),
+    "history": (convnet(), {"attack": InversionConfig(residual="avoid")}, "an audit grants no history"),
 }
 
 

@@ -62,6 +62,8 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
 def classifier_gradient(seen: Observation) -> tuple[Tensor, Tensor | None]:
     """(classes, features) and (classes,), or None without a bias: the decoded gradient of the last linear layer."""
     name, layer = _classifier(seen.build_model(), seen.classes)
+    if f"{name}.weight" not in seen.weights:
+        raise ValueError("Expected a classifier whose weight is sent, to recover labels: it is frozen or derived.")
     by_name = dict(zip(seen.weights, decoded(seen).gradient, strict=True))
     return by_name[f"{name}.weight"].cpu(), None if layer.bias is None else by_name[f"{name}.bias"].cpu()
 
@@ -101,5 +103,7 @@ def _on_noise(seen: Observation) -> tuple[Tensor, float]:
     white = torch.randn((NOISE_IMAGES // 2, *seen.image_shape), generator=generator)
     coarse = torch.randn((NOISE_IMAGES // 2, channels, 4, 4), generator=generator)
     logits = model(torch.cat([white, F.interpolate(coarse, size, mode="bilinear")]))
+    if not features:
+        raise ValueError("Expected the last linear layer of the model to be its classifier, to recover labels.")
     # The sum of features becomes a divisor, and a network may have no active feature on noise.
     return logits.softmax(1).mean(0), max(float(features[0].flatten(1).sum(1).mean()), torch.finfo(torch.float32).tiny)

@@ -6,6 +6,7 @@ without a cluster, and without accuracy, as nothing is tested.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -94,7 +95,7 @@ class Audit:
     def _capture(
         self, audited: Audited, victim: Victim, data: Private, start: State, training: Training | None
     ) -> None:
-        own = audited.method is not None
+        first = copy.deepcopy(audited.method)
         compressor = audited.method or compressor_of(audited.defence, start, self.seed)
         networks = [(0, victim.network)] if training is None else training.networks(victim, compressor)
         try:
@@ -102,7 +103,7 @@ class Audit:
                 # The untrained models of all defences are one, which is then attacked once for all.
                 state = start if step == 0 else State.of(network)
                 captured = victim.captures(
-                    network, compressor, audited.defence, own, self.threat, data, self.classes, state, step
+                    network, compressor, audited.defence, first, self.threat, data, self.classes, state, step
                 )
                 audited.captures[step] = captured
                 audited.sent_bytes += [sum(m.sent_bytes for m in c.seen.messages) for c in captured]
@@ -166,6 +167,10 @@ class Audit:
             remarks = [] if audited.understood else [NOT_UNDERSTOOD]
             named |= {"name": audited.name, "compressor": audited.name, "remarks": remarks}
             named["understood"] = audited.understood
+        if figures and audited.reasons:
+            # What failed is no evidence, and must not go unsaid beside what worked.
+            failed = f"{len(audited.reasons)} of the attacks failed: {audited.reasons[0]}"
+            named["remarks"] = [*named["remarks"], failed.rstrip(".")]
         return assemble(
             named | {"reason": reason, "seeds": [self.seed], "run": audited.name},
             self.threat, measured, figures, audited.figures("tuning"), self.tuning * self.threat.batch_size,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Private:
 
 def private(images: Any, labels: Any, inputs: Mapping[str, Any] | None, task: Task) -> Private:
     """Checked: ValueError for images that are no images in [0, 1], and for labels or inputs of another number."""
-    target = labels if isinstance(labels, tuple | list | dict) and not _is_numbers(labels) else _tensor(labels)
+    target = labels if isinstance(labels, tuple | dict) else _tensor(labels)
     # numpy's default integers and torch's class indices are both int64; others are taken for them.
     if isinstance(target, Tensor) and task.loss is None:
         if target.is_floating_point() or target.ndim != 1:
@@ -95,10 +96,6 @@ def images_of(images: Any) -> Tensor:
     return x
 
 
-def _is_numbers(values: Any) -> bool:
-    return isinstance(values, list | tuple) and all(isinstance(v, int | float) for v in values)
-
-
 def _tensor(value: Any) -> Tensor:
     try:
         return value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
@@ -114,6 +111,9 @@ class Victim:
     """
 
     def __init__(self, model: nn.Module, task: Task, mean: Tensor, std: Tensor, dropout: bool = False):
+        if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters()):
+            # A copy would lose them, and with them what they do to the gradient.
+            raise ValueError("Expected parameters without hooks of their own: make what they do a defence.")
         self.network, self.task, self.mean, self.std = copy_of(model).cpu(), task, mean, std
         modules = self.network.named_modules()
         self.dropouts = [name for name, m in modules if m.training and _drops(m)]
@@ -158,9 +158,10 @@ class Victim:
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss of a batch x, as the model sees it, and the gradients of the trained parameters, float32.
 
-        Buffers are left as they were. Raises ValueError as `Task.batch_loss`.
+        The network is left as it was. Raises ValueError for what the model and its loss can't take.
         """
-        before = [b.clone() for b in network.buffers()]
+        # On a copy: what a model keeps of its pass, in buffers or attributes, must not stay where an attacker looks.
+        network = copy_of(network)
         parameters = [p for p in network.parameters() if p.requires_grad]
         try:
             with sound_kernels(network), self._drawing(network, seed, drops), torch.enable_grad():
@@ -170,9 +171,6 @@ class Victim:
         except Exception as error:
             taken = f"Expected the model and its loss to take images {tuple(x.shape)} and their labels"
             raise ValueError(f"{taken}, but {_first_line(error)}") from error
-        with torch.no_grad():
-            for buffer, kept in zip(network.buffers(), before, strict=True):
-                buffer.copy_(kept)
         return loss.detach(), [
             torch.zeros_like(p, dtype=torch.float32) if g is None else g.float()
             for g, p in zip(grads, parameters, strict=True)
@@ -198,7 +196,7 @@ class Victim:
                 f"Expected a model that answers twice alike, got gradients of the same images that differ by "
                 f"{apart:.1%}: something in it, or in its loss, draws random numbers (of F.dropout: model.eval())."
             )
-        distance, _ = GradientMatcher(self.known, task=self.task)(
+        distance, _ = GradientMatcher(copy_of(self.known), task=self.task)(
             x[None], row_of(targets, None), lambda grads: identity_view(first).distance(self._sent(grads))
         )
         limit = AT_TRUTH if self.dtype.itemsize >= 4 else AT_TRUTH_HALF
@@ -238,16 +236,17 @@ class Victim:
         return output.shape[1]
 
     def captures(
-        self, network: nn.Module, compressor: Compressor, defence: Defence, own: bool, threat: Threat, data: Private,
-        classes: int, state: State, step: int,
+        self, network: nn.Module, compressor: Compressor, defence: Defence, first: Compressor | None, threat: Threat,
+        data: Private, classes: int, state: State, step: int,
     ) -> list[Capture]:  # fmt: skip
         """What each private batch would have sent at this step of the network's training, with this compressor.
 
-        own: whether the compressor is not what `defence` says. state: of the network, shared by all its captures.
+        first: the compressor in its first state, where it is not what `defence` says. state: of the network, shared by
+        all its captures.
         """
         captured = []
-        # A copy of now: training goes on with the compressor before the attacks begin.
-        twin = compressor.as_seen() if isinstance(compressor, HookCompressor) else copy.deepcopy(compressor)
+        # The attacker has the method and its public state of now, and no residual.
+        twin = compressor.as_seen() if isinstance(compressor, HookCompressor) else first
         for index in range(len(data.images) // threat.batch_size):
             batch = data.batch(index, threat.batch_size)
             labels = batch.targets if self.task.loss is None and isinstance(batch.targets, Tensor) else None
@@ -278,7 +277,7 @@ class Victim:
                 network=self.known,
                 task=self.task,
                 targets=batch.targets if labels is None else None,
-                method=twin if own else None,
+                method=twin,
             )
             captured.append(Capture(index, seen, Truth(batch.images, torch.empty(0) if labels is None else labels)))
         return captured
@@ -311,13 +310,22 @@ class Training:
     loader: Iterable[Any]
     steps: tuple[int, ...]
     optimiser: Any
+    _batches: list[Any] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        valid = isinstance(self.steps, tuple) and all(isinstance(s, int) and s >= 0 for s in self.steps)
+        if not valid or not self.steps or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError(f"Expected steps={self.steps!r} to be a tuple of steps from 0 on, in increasing order.")
 
     def networks(self, victim: Victim, compressor: Compressor) -> Iterator[tuple[int, nn.Module]]:
         """The network before each of the steps, trained with the compressor, which keeps what it remembers."""
         network = copy_of(victim.network)
         parameters = [p for p in network.parameters() if p.requires_grad]
         optimiser = self.optimiser(parameters)
-        batches = self._batches()
+        if len(self._batches) < self.steps[-1]:
+            # Once for all defences, which are compared on one training: a loader may shuffle anew, or be over.
+            self._batches.extend(islice(self._endless(), self.steps[-1]))
+        batches = iter(self._batches)
         for step in range(self.steps[-1] + 1):
             if step in self.steps:
                 yield step, network
@@ -336,7 +344,7 @@ class Training:
                 p.grad = mean.to(p.dtype)
             optimiser.step()
 
-    def _batches(self) -> Iterator[Any]:
+    def _endless(self) -> Iterator[Any]:
         while True:
             count = 0
             for count, batch in enumerate(self.loader, start=1):  # noqa: B007

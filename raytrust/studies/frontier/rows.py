@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raytrust.compress import expansion_remark
 from raytrust.config import (
@@ -93,7 +94,7 @@ def assemble(
         return cast(Row, base | dict.fromkeys(MEASURED))
     ssim = worst["ssim"]
     # The images are few and their SSIM skewed and bounded: the bootstrap stays within the values' range.
-    interval = bootstrap_interval(ssim)
+    interval = bootstrap_interval(_by_batch(ssim, threat.batch_size))
     measured = {
         **_accuracy(training),
         "leakage_ssim": float(np.mean(ssim)),
@@ -106,7 +107,7 @@ def assemble(
         "oracle_ssim": float(np.mean(worst["oracle_ssim"])),
         "attack": worst["attack"],
         **{name: None if worst[name] is None else float(np.mean(worst[name])) for name in _MEANS},
-        **_gain(by_objective["naive"], by_objective["aware"]),
+        **_gain(by_objective["naive"], by_objective["aware"], threat.batch_size),
         **_evidence(worst, by_objective["naive"], threat.batch_size),
     }
     return cast(Row, base | measured)
@@ -141,13 +142,18 @@ def evidence_of(figures: dict[str, Any], batch: int = 1) -> Evidence:
     return image_evidence(ssim, mean_image, other_image, identified, candidates, batch)
 
 
-def _gain(naive: dict[str, Any] | None, aware: dict[str, Any] | None) -> Row:
+def _by_batch(values: Sequence[float], batch: int) -> NDArray[np.float64]:
+    """Means of private batches, which are what is independent."""
+    return np.asarray(values, dtype=np.float64).reshape(-1, batch).mean(1)
+
+
+def _gain(naive: dict[str, Any] | None, aware: dict[str, Any] | None, batch: int) -> Row:
     """How much the best aware attack gains over the best naive one, image by image."""
     # Where both objectives are one attack, a gain of exactly 0 would look like a measured one.
     if naive is None or aware is None or naive is aware:
         return {"aware_gain": None, "aware_gain_interval": None, "aware_gain_p": None}
     # Both met the same images, which differ among each other more than the two attacks do on one of them.
-    gain = paired_difference(aware["ssim"], naive["ssim"])
+    gain = paired_difference(_by_batch(aware["ssim"], batch), _by_batch(naive["ssim"], batch))
     return {
         "aware_gain": gain.difference,
         "aware_gain_interval": gain.interval and list(gain.interval),
