@@ -146,6 +146,17 @@ def audit(
         title=f"What gradients of {name} tell of its images",
         summary=f"{name}, {parameters:,} trainable parameters; {len(data.images)} images of {size}, {len(others)} "
         f"others for floor and identification.{' Dropout is switched off.' * bool(victim.dropouts and not dropout)}",
+        settings={
+            "loss": "cross-entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__),
+            "inputs known besides": ", ".join(inputs or ()) or "none",
+            "mean": mean,
+            "std": std,
+            "dropout": "of the victim, masks unknown" if victim.drops else "off",
+            "tuning batches": tuning,
+            "evaluation batches": evaluation,
+            "steps attacked": (0,) if training is None else training.steps,
+            "seed": seed,
+        },
         seconds=time.perf_counter() - started,
     )
 
@@ -155,7 +166,7 @@ class AuditResult:
     """The answer of an audit: `print` shows it as a table, a notebook as a page, and `save` writes both.
 
     rows: one a defence, see `raytrust.studies.frontier.row.Row`. defences: with what was captured and reconstructed.
-    summary: of the model and the images, in a line. seconds: by the clock.
+    summary: of the model and the images, in a line. settings: what was asked for. seconds: by the clock.
     """
 
     rows: list[Row]
@@ -163,6 +174,7 @@ class AuditResult:
     study: Audit
     title: str
     summary: str
+    settings: Mapping[str, Any]
     seconds: float
 
     def __str__(self) -> str:

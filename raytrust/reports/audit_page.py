@@ -21,11 +21,15 @@ from raytrust.studies.audit.study import strongest
 def page_of(result: AuditResult) -> str:
     """As HTML, whole and without network."""
     study = result.study
-    attacks = {f"attack {i}": a.name for i, a in enumerate([*study.attacks, *study.further], start=1)}
+    attacks = {
+        f"attack {i}": f"{a.name}, {a.iterations} iterations"
+        for i, a in enumerate([*study.attacks, *study.further], start=1)
+    }
     context = FrontierContext(
         title=result.title,
         data_summary=result.summary,
         settings={
+            "Audit": result.settings,
             "Threat": {f.name: getattr(study.threat, f.name) for f in fields(study.threat)},
             "Attacks": attacks,
             "Versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -76,7 +76,7 @@ def test_it_attacks_the_network_as_it_is(folder: Path) -> None:
     [
         ("--checkpoint other.pt", "to be of this Sequential, but 0 of its 2 entries fit, and 'weight' does not"),
         ("--checkpoint nowhere.pt", "Expected checkpoint='nowhere.pt' to be a file, but there is none."),
-        ("--checkpoint images.npz", "to hold tensors alone, but"),
+        ("--checkpoint images.npz", "to hold tensors alone: save model.state_dict(), not the model."),
         ("--capture-steps 0,3", "Expected capture_steps=(0, 3) to lie below steps=0, the length of training."),
     ],
 )
