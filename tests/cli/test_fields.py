@@ -149,7 +149,8 @@ def test_a_configuration_is_its_options() -> None:
 def test_refusals_name_the_option(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         FRONTIER.TRAIN.make(FRONTIER.TRAIN.values(TrainConfig()) | values)
-    assert str(error.value) == message
+    # Other tests of the process may have registered more networks, which then stand behind the shipped ones.
+    assert str(error.value).startswith(message.removesuffix("."))
 
 
 @pytest.mark.parametrize("text", ["1,x", "1.5"])
