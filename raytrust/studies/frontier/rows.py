@@ -29,6 +29,11 @@ from raytrust.metrics.verdict import Evidence, image_evidence
 from raytrust.studies.frontier.row import MEASURED, Row
 from raytrust.studies.frontier.store import Store
 
+# What a row begins with, for whoever reads the file.
+FIRST = (
+    "name", "compressor", "rank", "level", "equal_to_rank", "equal_by", "error_feedback", "understood", "status",
+    "reason", "seeds", "threat", "run", "untrained", "remarks",
+)  # fmt: skip
 NOT_UNDERSTOOD = "no attack here knows this method, and one that does may see more: register a view of its messages"
 # Averaged with a case for None, as each may be unmeasured; SSIM and PSNR always are measured.
 _MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy")
@@ -89,6 +94,7 @@ def assemble(
         "attacks_tried": len({digest(f["attack"]) for f in [*tuned, *figures]}),
         "n_tuning_images": n_tuning,
     }
+    base = {name: base[name] for name in FIRST if name in base} | base
     if failed or training is None or worst is None:
         # None everywhere, never 0: a failure must not pass for a defence that leaks nothing.
         return cast(Row, base | dict.fromkeys(MEASURED))
