@@ -25,19 +25,6 @@ settings.load_profile("raytrust")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-# What starts Ray clusters: one after another, as each takes all cores.
-WITH_RAY = ("cluster", "test_sweep", "test_cli", "test_extend")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one folder go to one process, so that what its modules share is made once."""
-    for item in items:
-        folder = item.path.parent.name
-        ray = folder in WITH_RAY or item.path.stem in WITH_RAY
-        item.add_marker(pytest.mark.xdist_group("ray" if ray else folder))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
