@@ -24,7 +24,7 @@ _HOMES = {
     ),
     "raytrust.data": ("load",),
     "raytrust.reports.audit": ("AuditResult", "audit"),
-    "raytrust.studies.audit.victim": ("Training",),
+    "raytrust.studies.audit.training": ("Training",),
     "raytrust.wire.channel": ("GroupChannel", "LocalChannel", "Tap"),
     "raytrust.wire.recording": ("record",),
 }

@@ -26,7 +26,8 @@ from raytrust.networks.task import LossFunction, Task
 from raytrust.reports.frontier_table import frontier_table
 from raytrust.reports.summary import answer, control_sentence
 from raytrust.studies.audit.study import Audit, Audited, drawn_attacks
-from raytrust.studies.audit.victim import Private, Training, Victim, images_of, private
+from raytrust.studies.audit.training import Training
+from raytrust.studies.audit.victim import Private, Victim, images_of, private
 from raytrust.studies.frontier.row import Row, write_rows
 from raytrust.studies.frontier.verdicts import control_works
 

@@ -82,18 +82,11 @@ def row_texts(row: Row) -> dict[str, str]:
 
 def attack_text(attack: dict[str, Any] | None) -> str:
     """An attack's main settings in short: aware tv=0.01 lr=0.1 r=2 s=0."""
-    names = {
-        "objective": "",
-        "method": "",
-        "matching": "",
-        "tv": "tv=",
-        "step_size": "lr=",
-        "restarts": "r=",
-        "capture_step": "s=",
-    }
-    values = {label: attack.get(key) for key, label in names.items()} if attack else {}
+    names = ("objective", "method", "matching", "tv", "step_size", "restarts", "capture_step")
+    labels = {"tv": "tv=", "step_size": "lr=", "restarts": "r=", "capture_step": "s="}
+    values = [(labels.get(name, ""), attack.get(name)) for name in names] if attack else []
     plain = ("optimise", "cosine")  # what they are where nothing else is said
-    texts = [f"{label}{short(v)}" for label, v in values.items() if v is not None and v not in plain]
+    texts = [f"{label}{short(v)}" for label, v in values if v is not None and v not in plain]
     if attack and attack.get("residual", "ignore") != "ignore":
         texts.append(attack["residual"])
     return " ".join(texts) or "-"

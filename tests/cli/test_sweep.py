@@ -410,12 +410,12 @@ def test_a_defence_that_fails_is_a_row_without_numbers(interrupted: Interrupted,
     assert {name: row["status"] for name, row in rows.items()} == {"none": "finished", "PowerSGD rank 1": "failed"}
     failed = rows["PowerSGD rank 1"]
     path = store.run_directory(broken) / "step-000000" / "model.pt"
-    assert failed["reason"] == f"Expected a capture at {path}, but there is no such file."
+    assert failed["reason"] == f"No attack has a result: Expected a capture at {path}, but there is no such file."
     assert [failed[name] for name in MEASURED] == [None] * len(MEASURED)
     assert not failed["pareto"]
     assert failed["verdict"] is None
     assert f"PowerSGD rank 1: FAILED, {failed['reason']}" in resumed.output
-    assert "failed: Expected a capture at" in resumed.output.partition("done: ")[2]
+    assert "failed: No attack has a result: Expected a capture at" in resumed.output.partition("done: ")[2]
     assert f"--backend-store-uri {interrupted.uri}\n" in resumed.output
 
     logged = Logged(interrupted.uri, interrupted.root)

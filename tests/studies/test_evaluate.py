@@ -17,6 +17,7 @@ from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, Threat,
 from raytrust.leak import EarlierStep
 from raytrust.leak.observation import Capture, Observation
 from raytrust.metrics.images import mse, psnr
+from raytrust.studies import comparison
 from raytrust.studies import evaluate as module
 from raytrust.studies.comparison import match, perceptual_distance
 from raytrust.studies.evaluate import (
@@ -314,10 +315,10 @@ def test_lpips_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     package.LPIPS = build  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(module, "import_module", lambda name: package)
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(comparison, "import_module", lambda name: package)
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
     assert perceptual_distance() is None
-    monkeypatch.setattr(module, "find_spec", lambda name: package)
+    monkeypatch.setattr(comparison, "find_spec", lambda name: package)
     assert perceptual_distance() is None
     assert evaluate_inversion(captures(1), ATTACK).lpips is None
     (tmp_path / "checkpoints").mkdir()

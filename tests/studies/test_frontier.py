@@ -128,7 +128,8 @@ def test_a_defence_on_which_every_attack_failed_is_no_zero(store: Store) -> None
     found = attacked(store, IMPOSSIBLE)
     assert found["status"] == "failed"
     assert found["reason"] == (
-        "no attack has a result: Expected a model whose first layer is linear, with bias, on the flat image."
+        "no attack has a result: Expected a model whose first layer is linear, with bias, on the flat image, or a "
+        "patch embedding with a learned position embedding, for method='analytic'."
     )
     assert found["leakage_ssim"] is found["aware_gain"] is found["mean_image_ssim"] is None
     assert found["floor_ssim"] is found["excess_interval"] is found["identified"] is None

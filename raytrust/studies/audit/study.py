@@ -20,7 +20,8 @@ from raytrust.config import Defence, InversionConfig, Threat
 from raytrust.config.register import METHODS
 from raytrust.leak.observation import Capture
 from raytrust.leak.rules import is_understood
-from raytrust.studies.audit.victim import Private, State, Training, Victim, compressor_of
+from raytrust.studies.audit.training import Training
+from raytrust.studies.audit.victim import Private, State, Victim, compressor_of
 from raytrust.studies.evaluate import InversionFailure, InversionResult, evaluate_together
 from raytrust.studies.frontier.jobs import Split, figures_of
 from raytrust.studies.frontier.row import Row
