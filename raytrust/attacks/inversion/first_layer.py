@@ -8,6 +8,7 @@ itself: of a layer on the flat image the bias (Phong et al. 2018), of a patch em
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,7 +62,10 @@ def closed_form(
     # What a model raises for noise, or in another precision, is no reason to refuse it the other attacks.
     try:
         return _closed_form(model, image_shape, task, targets)
-    except Exception:
+    except Exception as error:
+        # Said, as a transformer that is not solved for may look private.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"No closed form of the model was looked for: {reason}", stacklevel=2)
         return None
 
 
