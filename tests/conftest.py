@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from matplotlib.figure import Figure
 from toys import synthetic
 
+from raytrust.config import register
 from raytrust.data import Dataset
 from raytrust.wire.processes import in_processes
 
@@ -28,6 +29,15 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Iterator[None]:
+    """What a test registers is its own: others compare lists of names."""
+    before = {r: dict(r._things) for r in vars(register).values() if isinstance(r, register.Registry)}
+    yield
+    for registry, things in before.items():
+        registry._things = things
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -102,8 +103,11 @@ def _maker(name: str) -> Callable[..., nn.Module]:
 
 def _of_torchvision(network: str, channels: int, classes: int, **options: Any) -> nn.Module:
     """One of `torchvision.models.list_models()`, untrained; its first convolution is made to fit the channels."""
-    from torchvision.models import get_model
+    from torchvision.models import get_model, list_models
 
+    if network not in list_models():
+        near = "".join(f", such as {n}" for n in get_close_matches(network, list_models(), n=1))
+        raise ValueError(f"Expected network='torchvision:{network}' to name a network of torchvision{near}.")
     model: nn.Module = get_model(network, weights=None, num_classes=classes, **options)
     # Only the first convolution sees the image, and so has to fit its channels.
     for name, layer in model.named_modules():

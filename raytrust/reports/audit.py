@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -121,12 +122,17 @@ def audit(
         labels="known" if labels_known else "unknown",
     )
     base = attack or InversionConfig(seed=seed)
+    # A model that is not solved for may look private: what kept it from being so stands on the page.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attacks = _portfolio(base, victim, data.batch(0, batch_size))
+    remarks = [str(w.message) for w in caught]
     listed = _audited([defences] if isinstance(defences, str) else defences)
     if hook is not None:
         listed.append(_hooked(hook, state, victim.network))
     study = Audit(
         threat=threat,
-        attacks=_portfolio(base, victim, data.batch(0, batch_size)),
+        attacks=attacks,
         further=drawn_attacks(search, base, seed),
         tuning=tuning,
         evaluation=evaluation,
@@ -140,13 +146,15 @@ def audit(
     parameters = sum(p.numel() for p in victim.network.parameters() if p.requires_grad)
     size = "x".join(map(str, data.images.shape[1:]))
     name = type(model).__name__
+    if victim.dropouts and not dropout:
+        remarks.append("Dropout is switched off.")
     return AuditResult(
         rows,
         listed,
         study,
         title=f"What gradients of {name} tell of its images",
         summary=f"{name}, {parameters:,} trainable parameters; {len(data.images)} images of {size}, {len(others)} "
-        f"others for floor and identification.{' Dropout is switched off.' * bool(victim.dropouts and not dropout)}",
+        f"others for floor and identification. {' '.join(remarks)}".rstrip(),
         settings={
             "loss": "cross-entropy" if loss is None else getattr(loss, "__name__", type(loss).__name__),
             "inputs known besides": ", ".join(inputs or ()) or "none",

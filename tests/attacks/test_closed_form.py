@@ -70,16 +70,20 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.drop(x)).mean(1))
 
 
-@register.network("closed_transformer")
 def transformer(channels: int, classes: int, **options: Any) -> nn.Module:
     return Transformer(channels, classes, **options)
 
 
-@register.network("closed_vit")
 def vit(channels: int, classes: int, dim: int = 96) -> nn.Module:
     model = VisionTransformer(32, 4, 2, 4, dim, 2 * dim, num_classes=classes)
     nn.init.normal_(model.heads.head.weight, std=0.1)  # type: ignore[arg-type, union-attr]
     return model
+
+
+@pytest.fixture(autouse=True)
+def _networks() -> None:
+    register.network("closed_transformer")(transformer)
+    register.network("closed_vit")(vit)
 
 
 def capture(network: str, defence: str = "none", images: int = 1, **options: Any) -> Capture:

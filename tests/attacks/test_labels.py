@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from test_inversion import seen
-from torch import Tensor
+from torch import Tensor, nn
 from toys import synthetic
 
 from raytrust.attacks.inversion import recover_labels
 from raytrust.attacks.inversion.labels import classifier_gradient
+from raytrust.compress import build
 from raytrust.config import (
     CaptureConfig,
     CompressorConfig,
@@ -25,6 +26,8 @@ from raytrust.config import (
 )
 from raytrust.data import Dataset
 from raytrust.leak.observation import Capture, Observation
+from raytrust.networks.task import CROSS_ENTROPY
+from raytrust.studies.audit.victim import State, Victim, private
 from raytrust.train.loop import train
 from raytrust.wire.channel import LocalChannel
 
@@ -150,3 +153,33 @@ def test_recovery_leaves_the_observation_as_it_was() -> None:
     before = {name: b.clone() for name, b in observation.buffers.items()}
     assert torch.equal(recover_labels(observation, "counts"), recover_labels(observation, "counts"))
     assert all(torch.equal(observation.buffers[name], b) for name, b in before.items())
+
+
+class TwoHeads(nn.Module):
+    """With a head of as many outputs, defined last and called first, that only a training step would use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten())
+        self.classifier = nn.Linear(8 * 49, 10)
+        self.auxiliary = nn.Linear(8 * 49, 10)
+        self.loss = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        self.loss = self.auxiliary(features).square().mean()
+        logits: Tensor = self.classifier(features)
+        return logits
+
+
+def test_the_classifier_is_the_layer_whose_outputs_are_the_logits() -> None:
+    torch.manual_seed(0)
+    victim = Victim(TwoHeads(), CROSS_ENTROPY, torch.zeros(3), torch.ones(3))
+    labels = torch.tensor([7, 2, 5])
+    images = torch.rand((3, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    state = State.of(victim.network)
+    captures = victim.captures(
+        victim.network, build(Defence(), [w.shape for w in state.weights.values()]), Defence(), None,
+        Threat(labels="unknown"), private(images, labels, None, CROSS_ENTROPY), 10, state, 0,
+    )  # fmt: skip
+    assert [recover_labels(c.seen, "counts").item() for c in captures] == [7, 2, 5]

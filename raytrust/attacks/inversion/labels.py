@@ -61,18 +61,31 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
 
 def classifier_gradient(seen: Observation) -> tuple[Tensor, Tensor | None]:
     """(classes, features) and (classes,), or None without a bias: the decoded gradient of the last linear layer."""
-    name, layer = _classifier(seen.build_model(), seen.classes)
+    name, layer = _classifier(seen.build_model(), seen)
     if f"{name}.weight" not in seen.weights:
         raise ValueError("Expected a classifier whose weight is sent, to recover labels: it is frozen or derived.")
     by_name = dict(zip(seen.weights, decoded(seen).gradient, strict=True))
     return by_name[f"{name}.weight"].cpu(), None if layer.bias is None else by_name[f"{name}.bias"].cpu()
 
 
-def _classifier(model: nn.Module, classes: int) -> tuple[str, nn.Linear]:
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not layers or layers[-1][1].out_features != classes:
-        raise ValueError(f"Expected a model that ends in a linear layer of classes={classes} outputs.")
-    return layers[-1]
+@torch.no_grad()
+def _classifier(model: nn.Module, seen: Observation) -> tuple[str, nn.Linear]:
+    """The linear layer whose outputs are the model's, else the one of as many outputs that is called last."""
+    # Not the one that is defined last: a network may have a head that only its training uses.
+    called: list[tuple[str, nn.Linear, Tensor]] = []
+    handles = [
+        module.register_forward_hook(lambda m, _, output, name=name: called.append((name, m, output)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == seen.classes
+    ]
+    # Two, as batch norm in training mode may refuse one.
+    logits = model(torch.zeros(2, *seen.image_shape))
+    for handle in handles:
+        handle.remove()
+    if not called:
+        raise ValueError(f"Expected a model that ends in a linear layer of classes={seen.classes} outputs.")
+    ends = [(name, layer) for name, layer, output in called if output.shape == logits.shape and output.equal(logits)]
+    return ends[-1] if ends else called[-1][:2]
 
 
 def _bias_gradient(weight: Tensor, bias: Tensor | None, feature_sum: float) -> Tensor:
@@ -96,14 +109,12 @@ def _on_noise(seen: Observation) -> tuple[Tensor, float]:
     # takes white noise for very few classes.
     model = seen.build_model()
     features: list[Tensor] = []
-    _classifier(model, seen.classes)[1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    _classifier(model, seen)[1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     # A fixed seed, as equal messages must give equal labels, and the global generator is the user's.
     generator = torch.Generator().manual_seed(0)
     channels, *size = seen.image_shape
     white = torch.randn((NOISE_IMAGES // 2, *seen.image_shape), generator=generator)
     coarse = torch.randn((NOISE_IMAGES // 2, channels, 4, 4), generator=generator)
     logits = model(torch.cat([white, F.interpolate(coarse, size, mode="bilinear")]))
-    if not features:
-        raise ValueError("Expected the last linear layer of the model to be its classifier, to recover labels.")
     # The sum of features becomes a divisor, and a network may have no active feature on noise.
     return logits.softmax(1).mean(0), max(float(features[0].flatten(1).sum(1).mean()), torch.finfo(torch.float32).tiny)
