@@ -1,4 +1,4 @@
-"""docs/extend.md runs as it stands: its file outside the package passes the contract, attacks, and sweeps on Ray."""
+"""docs/extend.md runs as it stands: its file outside the package passes the contract, attacks, and sweeps."""
 
 from __future__ import annotations
 
@@ -107,24 +107,26 @@ print(json.dumps(found))
 
 
 @pytest.mark.timeout(900)
-def test_it_runs_in_a_sweep_on_ray_by_the_command_of_the_page(folder: Path) -> None:
+@pytest.mark.parametrize("where", ["--local", pytest.param("--cpus=2", marks=pytest.mark.slow)])
+def test_it_runs_in_a_sweep_by_the_command_of_the_page(folder: Path, where: str) -> None:
     _, *options = shlex.split(COMMAND)
-    small = ("--data", "images.npz", "--workers", "1", "--tuning", "1", *TINY, "--output", "results")
+    root = folder / f"results{where}"
+    small = ("--data", "images.npz", "--workers", "1", "--tuning", "1", *TINY, "--output", root.name, where)
     output = run(folder, "-m", "raytrust", *options, *small)
-    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in load_rows(folder / "results" / "frontier.json")}
+    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in load_rows(root / "frontier.json")}
     assert {name: row["status"] for name, row in rows.items()} == {"none": "finished", "grid 7 + EF": "finished"}
     grid = rows["grid 7 + EF"]
     assert (grid["compressor"], grid["error_feedback"]) == ("grid", True)
     entries = rows["none"]["bytes_per_step"] / 4
     assert grid["bytes_per_step"] == entries + 4  # a byte an entry, and the largest
-    attacks = [json.loads(path.read_text())["attack"] for path in (folder / "results" / "captures").glob("*/*/*.json")]
+    attacks = [json.loads(path.read_text())["attack"] for path in (root / "captures").glob("*/*/*.json")]
     assert {a["matching"] for a in attacks if a["method"] == "optimise"} == {"huber"}
     assert "flat" in {a["method"] for a in attacks}
-    assert "mynext" in (folder / "results" / "report.html").read_text()
+    assert "mynext" in (root / "report.html").read_text()
     # What to do next, as it was called: with the file, without which the method is unknown.
     assert re.search(r"raytrust frontier --plugin \S*mine\.py --resume", output)
     # The directory brings in no code: the file is given again, or the method is unknown.
-    resume = ("-m", "raytrust", "frontier", "--resume", "results", "--attack-trials", "-1")
+    resume = ("-m", "raytrust", "frontier", "--resume", root.name, "--attack-trials", "-1")
     assert "Expected defence='grid:7:ef' to be METHOD" in run(folder, *resume, code=2)
     again = run(folder, *resume, "--plugin", "mine.py", code=2)
     assert again == "raytrust frontier: error: Expected attack_trials=-1 to be at least 0.\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -320,42 +321,70 @@ def test_mlflow_says_what_ran(whole: Whole) -> None:
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path, sweeps: list[Sweep]) -> None:
-    """And from another directory than it was begun in. The third defence is the choice of the search."""
+    """And from another directory than it was begun in. The fourth defence is the choice of the search.
+
+    A defence of which somebody has deleted the captures meanwhile, so that no attack on it can run, is a row without
+    numbers.
+    """
     save_images(tmp_path / "images.npz")
-    root = tmp_path / "results"
-    named = [f"--defence={name}" for name in ("none", "topk:0.1:ef")]
-    few = ("--workers", "1", "--trials", "3", *named, *TINY, "--attack-trials", "0")
+    root, uri = tmp_path / "results", default_uri(tmp_path)
+    named = [f"--defence={name}" for name in ("none", "topk:0.1:ef", "powersgd:1")]
+    few = ("--workers", "1", "--trials", "4", *named, *TINY, "--attack-trials", "0", "--tracking-uri", uri)
     killed = Sweep(("--data", "images.npz", "--output", "results", *few), tmp_path)
     sweeps.append(killed)
     killed.wait_for(lambda: trainings(root))
     os.kill(killed.process.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     killed.end()
-    finished = trainings(root)
     assert not list(root.glob("captures/*.failed.json"))
-    assert len(finished) < 3
+    assert len(trainings(root)) < 4
     assert not (root / "frontier.json").exists()
+
+    sweep, store = begun(root)
+    broken = replace(sweep.train, defence=Defence(PowerSGDConfig(1)))
+    figures = {"correct": 1, "n_test": 2, "test_loss": 1.0, "losses": [1.0, 1.0], "bytes_per_step": 100.0}
+    store.begin(broken)
+    store.finish_training(broken, figures | {"dense_bytes": 200, "seconds": 1.0, "total_seconds": 1.0})
+    shutil.rmtree(store.run_directory(broken) / "step-000000", ignore_errors=True)
+    finished = trainings(root)
 
     (tmp_path / "elsewhere").mkdir()
     resumed = Sweep(("--resume", str(root)), tmp_path / "elsewhere")
     sweeps.append(resumed)
     assert resumed.wait() == 0, resumed.output + resumed.errors
     assert finished.items() <= trainings(root).items()  # not trained again
-    none, topk, chosen = results(root).values()
-    assert [row["status"] for row in (none, topk, chosen)] == ["finished"] * 3
-    assert [none["name"], topk["name"]] == ["none", "Top-K 10 % + EF"]
+    none, topk, failed, chosen = results(root).values()
+    assert [row["status"] for row in (none, topk, failed, chosen)] == ["finished", "finished", "failed", "finished"]
+    assert [none["name"], topk["name"], failed["name"]] == ["none", "Top-K 10 % + EF", "PowerSGD rank 1"]
     assert topk["bytes_per_step"] == pytest.approx(0.2 * none["bytes_per_step"], rel=1e-3)  # a value and an index
     assert chosen["compressor"] in ("powersgd", "topk")
     assert 1 <= (chosen["rank"] or chosen["equal_to_rank"]) <= 64
     assert (chosen["equal_by"] == "bytes") == (chosen["compressor"] == "topk")
-    logged = Logged(default_uri(root), root)
+
+    path = store.run_directory(broken) / "step-000000" / "model.pt"
+    assert failed["reason"] == f"No attack has a result: Expected a capture at {path}, but there is no such file."
+    assert [failed[name] for name in MEASURED] == [None] * len(MEASURED)
+    assert not failed["pareto"]
+    assert failed["verdict"] is None
+    assert f"PowerSGD rank 1: FAILED, {failed['reason']}" in resumed.output
+    assert "failed: No attack has a result: Expected a capture at" in resumed.output.partition("done: ")[2]
+    assert f"--backend-store-uri {uri}\n" in resumed.output
+
+    logged = Logged(uri, root)
     assert len(logged.parents) == 1
-    assert logged.statuses() == {"FINISHED"}
+    assert logged.parent.info.status == "FINISHED"
     for name, row in results(root).items():
-        assert logged.defences[name].data.metrics["accuracy"] == row["accuracy"]
+        run = logged.defences[name]
+        assert run.info.status == row["status"].upper()
+        if row["status"] == "failed":
+            continue
+        assert run.data.metrics["accuracy"] == row["accuracy"]
         assert len(logged.history(name, "train_loss")) == 2
         tuned = list((root / "captures" / row["run"] / "tuning").glob("*.json"))
         assert len(logged.attacks(name)) == len(tuned) > 0
+    assert logged.defences["PowerSGD rank 1"].data.tags["raytrust.failure"] == failed["reason"]
+    assert "leakage_ssim" not in logged.defences["PowerSGD rank 1"].data.metrics
+    assert not (root / "mlflow.db").exists()  # it went where --tracking-uri said
     assert list((tmp_path / "elsewhere").glob("*/")) == []
 
 
@@ -393,41 +422,6 @@ def test_ctrl_c_ends_a_sweep_and_says_how_to_go_on(interrupted: Interrupted) -> 
     assert interrupted.statuses == {"KILLED"}
     assert interrupted.left_over == []
     assert not (interrupted.root / "frontier.json").exists()
-
-
-def test_a_defence_that_fails_is_a_row_without_numbers(interrupted: Interrupted, sweeps: list[Sweep]) -> None:
-    """Its training has finished, but somebody has deleted its captures, so that no attack on it can run."""
-    sweep, store = begun(interrupted.root)
-    broken = replace(sweep.train, defence=Defence(PowerSGDConfig(1)))
-    training = {"correct": 1, "n_test": 2, "test_loss": 1.0, "losses": [1.0, 1.0], "bytes_per_step": 100.0}
-    store.begin(broken)
-    store.finish_training(broken, training | {"dense_bytes": 200, "seconds": 1.0, "total_seconds": 1.0})
-    resumed = Sweep(("--resume", str(interrupted.root)), interrupted.folder)
-    sweeps.append(resumed)
-    assert resumed.wait() == 0, resumed.output + resumed.errors
-
-    rows = results(interrupted.root)
-    assert {name: row["status"] for name, row in rows.items()} == {"none": "finished", "PowerSGD rank 1": "failed"}
-    failed = rows["PowerSGD rank 1"]
-    path = store.run_directory(broken) / "step-000000" / "model.pt"
-    assert failed["reason"] == f"No attack has a result: Expected a capture at {path}, but there is no such file."
-    assert [failed[name] for name in MEASURED] == [None] * len(MEASURED)
-    assert not failed["pareto"]
-    assert failed["verdict"] is None
-    assert f"PowerSGD rank 1: FAILED, {failed['reason']}" in resumed.output
-    assert "failed: No attack has a result: Expected a capture at" in resumed.output.partition("done: ")[2]
-    assert f"--backend-store-uri {interrupted.uri}\n" in resumed.output
-
-    logged = Logged(interrupted.uri, interrupted.root)
-    assert len(logged.parents) == 1
-    assert logged.parent.info.status == "FINISHED"
-    assert {name: run.info.status for name, run in logged.defences.items()} == {
-        "none": "FINISHED",
-        "PowerSGD rank 1": "FAILED",
-    }
-    assert logged.defences["PowerSGD rank 1"].data.tags["raytrust.failure"] == failed["reason"]
-    assert "leakage_ssim" not in logged.defences["PowerSGD rank 1"].data.metrics
-    assert not (interrupted.root / "mlflow.db").exists()  # it went where --tracking-uri said
 
 
 @pytest.mark.slow
