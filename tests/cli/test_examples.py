@@ -12,17 +12,28 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(workers: int, program: Path, *options: str) -> str:
+# At the very end of a process, once in a few dozen runs on a busy machine: torch leaves threads of gloo behind, of any
+# model under DistributedDataParallel (pytorch/pytorch#190489). It says nothing of the example, which is then run again.
+RACE = "terminate called without an active exception"
+
+
+def torchrun(workers: int, program: Path, checkpoint: Path, *options: str) -> str:
+    before = checkpoint.read_bytes() if checkpoint.exists() else None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-    done = subprocess.run(
-        [*command, str(program), *options], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
+    command += [str(program), "--checkpoint", str(checkpoint), *options]
+    for _ in range(3):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+        if done.returncode == 0 or RACE not in done.stderr:
+            break
+        checkpoint.unlink(missing_ok=True)
+        if before is not None:
+            checkpoint.write_bytes(before)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_ddp_under_torchrun(tmp_path: Path) -> None:
-    output = torchrun(2, Path("examples/ddp.py"), "--steps", "60", "--checkpoint", str(tmp_path / "new" / "digits.pt"))
+    output = torchrun(2, Path("examples/ddp.py"), tmp_path / "new" / "digits.pt", "--steps", "60")
     found = re.fullmatch(r"step 60: (\d+) of 360 test images right; (\d+) bytes a step, uncompressed (\d+)\n", output)
     assert found is not None, output
     assert int(found[1]) > 250
@@ -47,11 +58,11 @@ def test_it_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
     """Three times, with more and with fewer: all replicas are equal, and no residual is dropped."""
     program, file = tmp_path / "replicas.py", tmp_path / "digits.pt"
     program.write_text(REPLICAS)
-    torchrun(1, Path("examples/ddp.py"), "--steps", "30", "--checkpoint", str(file))
+    torchrun(1, Path("examples/ddp.py"), file, "--steps", "30")
     for before, after in ((1, 2), (2, 1)):
         saved = torch.load(file, weights_only=True)
         assert len(saved["compressors"]) == before
-        output = torchrun(after, program, "--steps", "30", "--checkpoint", str(file), str(tmp_path))
+        output = torchrun(after, program, file, "--steps", "30", str(tmp_path))
         assert output.startswith(f"step {90 if before == 2 else 60}: ")
         assert int(output.split()[2]) > 250
         replicas = [torch.load(tmp_path / f"replica-{rank}.pt", weights_only=True) for rank in range(after)]
