@@ -25,7 +25,7 @@ from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.networks.build import build_model
 from raytrust.networks.checkpoint import load_checkpoint
-from raytrust.networks.kernels import sound_kernels
+from raytrust.train.gradient import gradient_of
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 
 
@@ -101,9 +101,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
             break
         images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
         model.train()
-        with sound_kernels(model):
-            loss = F.cross_entropy(model(images), labels)
-            grads = torch.autograd.grad(loss, parameters)
+        loss, grads = gradient_of(model, images, labels)
         _agree_to_go_on(step, loss, grads, compressor, channel)
         # A message of every step would fill the memory: only those that a later capture may hold as its history are
         # kept.
@@ -278,8 +276,7 @@ def _private_gradient(
     # In training mode a pass moves the running statistics, of which training itself must not notice anything.
     before = {name: b.clone() for name, b in model.named_buffers()}
     model.train(config.threat.batch_norm == "train")
-    with sound_kernels(model):
-        grads = torch.autograd.grad(F.cross_entropy(model(images), labels), list(model.parameters()))
+    _, grads = gradient_of(model, images, labels)
     after = _state(model)[1]
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])
