@@ -34,6 +34,7 @@ from raytrust.compress.hook import HookCompressor
 from raytrust.compress.interface import Compressor, Layout, Reduced, Vantage, payloads_by_worker
 from raytrust.compress.parts import InParts
 from raytrust.compress.state import redistribute
+from raytrust.compress.transformed import Transformed, for_private_batch
 from raytrust.config import Defence
 from raytrust.config.register import METHODS
 
@@ -45,10 +46,12 @@ __all__ = [
     "HookCompressor",
     "Layout",
     "Reduced",
+    "Transformed",
     "Vantage",
     "build",
     "ddp_comm_hook",
     "expansion_remark",
+    "for_private_batch",
     "payloads_by_worker",
     "redistribute",
 ]
@@ -78,4 +81,6 @@ def build(
     if defence.start_step:
         compressor = DenseStart(compressor, defence.start_step)
     compressor = ErrorFeedback(compressor) if defence.error_feedback else compressor
+    if defence.transforms:
+        compressor = Transformed(compressor, defence.transforms, seed)
     return InParts(compressor) if overlap else compressor

@@ -12,6 +12,7 @@ from torch.futures import Future
 
 from raytrust.compress.interface import Compressor, Layout
 from raytrust.compress.parts import InParts
+from raytrust.compress.transformed import Transformed
 from raytrust.wire.channel import Channel, GroupChannel
 
 Bucket: TypeAlias = Any  # torch.distributed.GradBucket: some gradients, one after the other in one vector
@@ -54,6 +55,8 @@ def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None) -> Hoo
     sparse, or, by the name of the parameter, if one holds NaN or infinity, before anything is sent; other workers then
     wait until this one ends. A loss scaled for float16 overflows on purpose: train in bfloat16 instead.
     """
+    if isinstance(compressor, Transformed) and compressor.per_image:
+        raise ValueError("Expected a defence without dp-sgd: DistributedDataParallel hands over means of images.")
     pending: list[tuple[Bucket, Future[Tensor]]] = []
     # Of each parameter in the layout. Kept from the first pass on: DDP then rebuilds its buckets in the order in which
     # gradients came, and theirs says nothing any more.

@@ -11,8 +11,6 @@ from raytrust.config import register
 from raytrust.config.attacks import InversionConfig, LearnedInverterConfig
 from raytrust.config.compressors import (
     AtomoConfig,
-    CompressorConfig,
-    Defence,
     DenseConfig,
     DGCConfig,
     HalfConfig,
@@ -25,11 +23,14 @@ from raytrust.config.compressors import (
     TopKConfig,
     VqSGDConfig,
 )
-from raytrust.config.membership import Arm, DPSGDConfig, MembershipConfig
+from raytrust.config.defence import Defence
+from raytrust.config.membership import Arm, MembershipConfig
+from raytrust.config.method import CompressorConfig, TransformConfig
 from raytrust.config.parsing import parse_defence
 from raytrust.config.spaces import Choice, LogInteger, LogUniform, Space
 from raytrust.config.sweeps import SweepConfig
 from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
+from raytrust.config.transforms import ClipConfig, DPSGDConfig, NoiseConfig, PruneConfig
 from raytrust.config.values import digest, from_dict, to_dict
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "AtomoConfig",
     "CaptureConfig",
     "Choice",
+    "ClipConfig",
     "CompressorConfig",
     "DGCConfig",
     "DPSGDConfig",
@@ -49,7 +51,9 @@ __all__ = [
     "LogUniform",
     "MembershipConfig",
     "ModelConfig",
+    "NoiseConfig",
     "PowerSGDConfig",
+    "PruneConfig",
     "QSGDConfig",
     "RandKConfig",
     "ScaledSignConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "ThresholdConfig",
     "TopKConfig",
     "TrainConfig",
+    "TransformConfig",
     "VqSGDConfig",
     "digest",
     "from_dict",

@@ -6,15 +6,8 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
-from raytrust.config.compressors import (
-    Defence,
-    DenseConfig,
-    DGCConfig,
-    QSGDConfig,
-    ScaledSignConfig,
-    SignSGDConfig,
-    VqSGDConfig,
-)
+from raytrust.config.compressors import DGCConfig, QSGDConfig, ScaledSignConfig, SignSGDConfig, VqSGDConfig
+from raytrust.config.defence import Defence
 from raytrust.config.register import ATTACKS, OBJECTIVES
 from raytrust.config.values import expect, expect_choices
 
@@ -118,10 +111,10 @@ class InversionConfig:
         return name
 
     def against(self, defence: Defence) -> InversionConfig:
-        """This attack as it applies to a defence: without a compressor the two objectives are one, called naive; what
-        has no effect is set to its default."""
+        """This attack as it applies to a defence: where all is sent the two objectives are one, called naive; what has
+        no effect is set to its default."""
         # One attack under two names would be run twice, and would stand in a table as two.
-        attack = replace(self, objective="naive") if isinstance(defence.compressor, DenseConfig) else self
+        attack = replace(self, objective="naive") if defence.shows_all else self
         # Whoever knows these compressors compares tensor by tensor in any case: see `matching`.
         by_tensor = (SignSGDConfig, ScaledSignConfig, QSGDConfig, VqSGDConfig)
         if self.method == "analytic":

@@ -1,10 +1,10 @@
-"""Compression methods, one class each, and `Defence`: a method with or without error feedback."""
+"""Compression methods, one class each."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from raytrust.config.method import CompressorConfig
 from raytrust.config.register import COMPRESSORS
@@ -264,49 +264,3 @@ def _expect_level(level: float) -> None:
 # The order of this file is that of error messages; classes register themselves where they are (raytrust/compress).
 for _kind in CompressorConfig.__subclasses__():
     COMPRESSORS.add(_kind.method, _kind)
-
-
-def compressor_types() -> tuple[type, ...]:
-    """The types that `Defence` takes for its compressor: of every method that is registered."""
-    return tuple(COMPRESSORS[method] for method in COMPRESSORS)
-
-
-@dataclass(frozen=True)
-class Defence:
-    """What stands between the private gradient and the wire: a compressor, with or without error feedback.
-
-    Refused with error feedback: DGC and Signum, which have a memory of their own, and unbiased Rand-K, whose residual
-    would grow without bound. So does that of other unbiased methods whose error exceeds the gradient: ATOMO, vqSGD, and
-    QSGD with the L2 norm and fewer levels than the square root of its bucket. They are for use without. Refused, too,
-    is what is no config of a method, such as its name: `parse_defence` makes a `Defence` of text.
-
-    start_step: how many steps of a training send the whole gradient before the method begins, as torch's
-        `start_powerSGD_iter` does. These steps are not protected.
-    """
-
-    compressor: Annotated[CompressorConfig, COMPRESSORS] = field(default_factory=DenseConfig)
-    error_feedback: bool = False
-    start_step: int = field(default=0, metadata=ADDED)
-
-    def __post_init__(self) -> None:
-        # The exact type: a subclass with options of its own would be built, hashed and saved as if it had none.
-        types = compressor_types()
-        names = ", ".join(sorted(kind.__name__ for kind in types))
-        expect(type(self.compressor) in types, "compressor", self.compressor, f"to be one of {names}")
-        expect(self.start_step >= 0, "start_step", self.start_step, "to be at least 0")
-        expect(isinstance(self.error_feedback, bool), "error_feedback", self.error_feedback, "to be True or False")
-        refused = self.error_feedback and not self.compressor.takes_error_feedback
-        expect(not refused, "error_feedback", self.error_feedback, f"to be False with {self.compressor}")
-
-    @property
-    def name(self) -> str:
-        """A short name for tables and plots, such as "PowerSGD rank 4 + EF"."""
-        return self.name_with(None)
-
-    def name_with(self, fraction: float | None) -> str:
-        """`name`, such as "Top-K 1.4 % (bytes of rank 4)", where it is known which fraction of the entries was sent."""
-        # The method's published name says that it has error feedback.
-        after = f" from step {self.start_step}" if self.start_step else ""
-        if isinstance(self.compressor, ScaledSignConfig) and self.error_feedback:
-            return f"EF-signSGD{after}"
-        return self.compressor.name_with(fraction) + (" + EF" if self.error_feedback else "") + after

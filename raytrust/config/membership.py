@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
-from raytrust.config.compressors import Defence
+from raytrust.config.defence import Defence
 from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
+from raytrust.config.transforms import DPSGDConfig
 from raytrust.config.values import expect
-
-
-@dataclass(frozen=True)
-class DPSGDConfig:
-    """Differentially private SGD (Abadi et al. 2016), the reference defence: each image's gradient is clipped to norm
-    `clip`, and Gaussian noise of standard deviation noise * clip is added to the sum over a Poisson sample."""
-
-    method: ClassVar[str] = "dp-sgd"
-    noise: float = 1.0
-    clip: float = 1.0
-
-    def __post_init__(self) -> None:
-        expect(0 < self.noise < math.inf, "noise", self.noise, "to be positive and finite")
-        expect(0 < self.clip < math.inf, "clip", self.clip, "to be positive and finite")
-
-    @property
-    def name(self) -> str:
-        return f"DP-SGD noise {self.noise:g}, clip {self.clip:g}"
-
 
 Arm: TypeAlias = Defence | DPSGDConfig
 

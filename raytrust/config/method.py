@@ -1,4 +1,4 @@
-"""What all options of compression methods are derived from; the registry knows them by it."""
+"""Bases of the options of compression methods and of gradient transforms, by which the registries know them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from dataclasses import fields
 from typing import ClassVar
 
 
-class CompressorConfig:
-    """Options of a compression method: what every method's frozen dataclass is derived from.
-
-    method: its name in files and on command lines. `raytrust.config.register.compressor` gives it to a class.
-    """
+class MethodConfig:
+    """Options of something that is chosen by name, `method`: what a frozen dataclass of them is derived from."""
 
     method: ClassVar[str]
 
@@ -22,6 +19,10 @@ class CompressorConfig:
         changed = [f"{name}={value}" for name, value, default in options[1:] if value != default]
         return " ".join([self.method, *first, *changed])
 
+
+class CompressorConfig(MethodConfig):
+    """Options of a compression method. `raytrust.config.register.compressor` gives them to a class."""
+
     def name_with(self, fraction: float | None) -> str:
         """`name`, where it is known which fraction of the entries was sent."""
         return self.name
@@ -30,3 +31,8 @@ class CompressorConfig:
     def takes_error_feedback(self) -> bool:
         """Whether error feedback may be put around it: not around a method with a memory of its own."""
         return True
+
+
+class TransformConfig(MethodConfig):
+    """Options of what is done to a gradient before it is compressed. `raytrust.config.register.transform` gives them to
+    a class."""

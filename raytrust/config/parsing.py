@@ -1,14 +1,17 @@
-"""Configurations as text, for command lines: "powersgd:4:ef", "topk:rank4:scope=layer", "qsgd:8:norm=max"."""
+"""Configurations as text, for command lines: "powersgd:4:ef", "clip:1+noise:0.01+topk:rank4"."""
 
 from __future__ import annotations
 
+import re
 import types
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from raytrust.config.compressors import Defence, TopKConfig
-from raytrust.config.register import COMPRESSORS
+from raytrust.config.compressors import DenseConfig, TopKConfig
+from raytrust.config.defence import Defence
+from raytrust.config.register import COMPRESSORS, TRANSFORMS, Registry
 from raytrust.config.values import from_dict, type_hints
 
 _SHORT = {"fp16": "half:dtype=float16", "bf16": "half:dtype=bfloat16", "ef-signsgd": "scaledsign:ef"}
@@ -16,49 +19,71 @@ _SHORT = {"fp16": "half:dtype=float16", "bf16": "half:dtype=bfloat16", "ef-signs
 
 def syntax() -> str:
     """What `parse_defence` takes, with every method and what may follow its name."""
-    mains = {method: _main(COMPRESSORS[method]) for method in COMPRESSORS}
+    transforms, methods = ", ".join(_named(TRANSFORMS)), ", ".join(sorted([*_SHORT, *_named(COMPRESSORS)]))
+    return (
+        f"METHOD[:VALUE][:NAME=VALUE ...][:ef][:start_step=N] with METHOD among {methods}; before it may stand, each "
+        f"with a plus behind it, TRANSFORM[:VALUE][:NAME=VALUE ...] with TRANSFORM among {transforms}"
+    )
+
+
+def _named(registry: Registry) -> list[str]:
+    mains = {method: _main(registry[method]) for method in registry}
     words = {method: main.upper() for method, main in mains.items() if main} | {"topk": "LEVEL or rankN"}
-    names = [f"{method} ({words[method]})" if method in words else method for method in mains]
-    among = ", ".join(sorted([*_SHORT, *names]))
-    return f"METHOD[:VALUE][:NAME=VALUE ...][:ef][:start_step=N] with METHOD among {among}"
+    return [f"{method} ({words[method]})" if method in words else method for method in mains]
 
 
 def parse_defence(text: str) -> Defence:
-    """METHOD[:VALUE][:NAME=VALUE ...][:ef][:start_step=N]: a method, its first option, further options, error feedback,
-    and how many steps send the whole gradient before.
+    """[TRANSFORM+ ...]METHOD[:VALUE][:NAME=VALUE ...][:ef][:start_step=N]: what is done to the gradient before, each
+    with its first option and further ones; a method, which may be left out behind a transform, its first option,
+    further options, error feedback, and how many steps send the whole gradient before.
 
     Raises ValueError for what is no defence.
     """
-    method, *rest = _SHORT.get(text.split(":")[0], text.split(":")[0]).split(":") + text.split(":")[1:]
-    if method not in COMPRESSORS or rest.count("ef") > 1:
+    # A number may have a plus in it, as 1e+3 has, which no letter follows.
+    parts = re.split(r"\+(?=[^\W\d])", text)
+    head = parts[-1].split(":")[0]
+    # What is known comes first: only after an unknown name entry points are looked into, which takes time.
+    if head in {*TRANSFORMS} or (head not in _SHORT and head not in COMPRESSORS and head in TRANSFORMS):
+        parts.append(DenseConfig.method)
+    transforms = [_options(text, part, TRANSFORMS) for part in parts[:-1]]
+    head, *rest = parts[-1].split(":")
+    last = ":".join([_SHORT.get(head, head), *rest])
+    compressor = _options(text, last, COMPRESSORS, ("ef", "start_step"))
+    own = {name: compressor.pop(name) for name in ("start_step",) if name in compressor}
+    values = {"compressor": compressor, "error_feedback": compressor.pop("ef", False), "transforms": transforms}
+    try:
+        return from_dict(Defence, values | own)
+    except ValueError as error:
+        raise ValueError(f"In defence={text!r}: {error}") from None
+
+
+def _options(text: str, part: str, registry: Registry, besides: Sequence[str] = ()) -> dict[str, Any]:
+    """The options of one method as builtins, with its name. besides: options of the defence that may stand here."""
+    method, *rest = part.split(":")
+    if method not in registry:
         raise ValueError(f"Expected defence={text!r} to be {syntax()}.")
-    kind = COMPRESSORS[method]
+    kind = registry[method]
     values: dict[str, Any] = {"method": method}
-    for part in rest:
-        name, equals, value = part.partition("=")
-        if part == "ef":
-            continue
-        if not equals:
+    for i, given in enumerate(rest):
+        name, equals, value = given.partition("=")
+        flag = given == "ef" and given in besides
+        if not equals and not flag:
             main = _main(kind)
-            if main is None or part != rest[0]:
+            if main is None or i > 0:
                 raise ValueError(f"Expected defence={text!r} to be {syntax()}.")
-            name, value = main, part
+            name, value = main, given
             # Top-K has two levels, of which exactly one is given: a prefix tells which of them a bare value means.
-            if kind is TopKConfig and part.startswith("rank"):
-                name, value = "equal_to_rank", part.removeprefix("rank")
+            if kind is TopKConfig and given.startswith("rank"):
+                name, value = "equal_to_rank", given.removeprefix("rank")
         if name in values:
             raise ValueError(f"Expected defence={text!r} to give {name} once.")
         try:
-            hints = type_hints(Defence if name == "start_step" else kind)
-            values[name] = parse_text(hints.get(name, str), value)
+            hints = type_hints(Defence if name in besides else kind)
+            values[name] = flag or parse_text(hints.get(name, str), value)
         except ValueError:
             # Left as it is, since `from_dict` says in the field's own terms what is wrong with it.
             values[name] = value
-    try:
-        start = {name: values.pop(name) for name in ("start_step",) if name in values}
-        return from_dict(Defence, {"compressor": values, "error_feedback": "ef" in rest} | start)
-    except ValueError as error:
-        raise ValueError(f"In defence={text!r}: {error}") from None
+    return values
 
 
 def parse_text(hint: Any, text: str) -> Any:

@@ -1,4 +1,4 @@
-"""What has a name: networks, compressors, matching distances and attacks; open to code outside the package.
+"""What has a name: networks, compressors, transforms, matching distances and attacks; open to code outside the package.
 
     @register.network("mine")
     def mine(channels: int, classes: int, depth: int = 3) -> nn.Module: ...
@@ -19,7 +19,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raytrust.config.method import CompressorConfig
+from raytrust.config.method import CompressorConfig, MethodConfig, TransformConfig
 
 # In the environment, as all processes that this one starts have it: files and modules, as PATH has directories.
 PLUGINS = "RAYTRUST_PLUGINS"
@@ -100,6 +100,8 @@ NETWORKS = Registry(
 # The options of a method, and its class, apart: options are checked before anything that takes time is imported.
 COMPRESSORS = Registry("raytrust.compressors", paths=False)
 METHODS = Registry("raytrust.compressors", paths=False)
+TRANSFORMS = Registry("raytrust.transforms", paths=False)
+TRANSFORM_METHODS = Registry("raytrust.transforms", paths=False)
 OBJECTIVES = Registry(
     "raytrust.objectives",
     {
@@ -125,16 +127,15 @@ def compressor(options: type) -> Callable[[C], C]:
     options: a frozen dataclass derived from `raytrust.config.CompressorConfig`. Its `method` is the name, its first
     field what may follow that on a command line without a name: "topk:0.1".
     """
-    frozen = is_dataclass(options) and options.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    if not frozen or not issubclass(options, CompressorConfig) or not isinstance(getattr(options, "method", None), str):
-        raise ValueError(f"Expected options={options!r} to be a frozen dataclass of CompressorConfig with a `method`.")
+    return _with_options(options, CompressorConfig, COMPRESSORS, METHODS)
 
-    def add(cls: C) -> C:
-        COMPRESSORS.add(options.method, options)
-        METHODS.add(options.method, cls)
-        return cls
 
-    return add
+def transform(options: type) -> Callable[[C], C]:
+    """Register a class (options) -> `raytrust.defend.Transform` for options of this type.
+
+    options: a frozen dataclass derived from `raytrust.config.TransformConfig`, as for `compressor`: "clip:1".
+    """
+    return _with_options(options, TransformConfig, TRANSFORMS, TRANSFORM_METHODS)
 
 
 def objective(name: str) -> Callable[[C], C]:
@@ -232,6 +233,19 @@ def _into(registry: Registry, name: str) -> Callable[[C], C]:
     def add(thing: C) -> C:
         registry.add(name, thing)
         return thing
+
+    return add
+
+
+def _with_options(options: type, base: type[MethodConfig], configs: Registry, classes: Registry) -> Callable[[C], C]:
+    frozen = is_dataclass(options) and options.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    if not frozen or not issubclass(options, base) or not isinstance(getattr(options, "method", None), str):
+        raise ValueError(f"Expected options={options!r} to be a frozen dataclass of {base.__name__} with a `method`.")
+
+    def add(cls: C) -> C:
+        configs.add(options.method, options)
+        classes.add(options.method, cls)
+        return cls
 
     return add
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from raytrust.config.attacks import InversionConfig
-from raytrust.config.compressors import Defence
+from raytrust.config.defence import Defence
 from raytrust.config.training import TrainConfig
 from raytrust.config.values import expect
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from raytrust.config.compressors import Defence
+from raytrust.config.defence import Defence
 from raytrust.config.register import NETWORKS
 from raytrust.config.values import ADDED, expect, expect_choices
 
@@ -24,6 +24,7 @@ class ModelConfig:
 
     name: one of these, one that is registered, package.module:function, or torchvision:NAME.
     stem: of resnet18: "cifar" is a 3x3 convolution of stride 1 and no max-pool, "imagenet" torchvision's 7x7 stem.
+    norm: of resnet18 and resnet20: batch norm, or group norm of 8 channels a group, which mixes no images.
     width: channels of the first stage; by default that of the paper, and 64 for convnet. Other networks are given it
         where it is set.
     options: further options of a network that is not shipped, on a command line as depth=3,bias=False.
@@ -34,6 +35,7 @@ class ModelConfig:
     name: Annotated[str, NETWORKS] = "resnet18"
     stem: Literal["cifar", "imagenet"] = "cifar"
     width: int | None = None
+    norm: Literal["batch", "group"] = field(default="batch", metadata=ADDED)
     options: tuple[tuple[str, int | float | bool | str], ...] = field(default=(), metadata=ADDED)
     checkpoint: str = field(default="", metadata=ADDED)
 
@@ -44,6 +46,8 @@ class ModelConfig:
             # else.
             object.__setattr__(self, "width", WIDTHS.get(self.name))
         expect(self.width is None or 1 <= self.width <= 1024, "width", self.width, "in [1, 1024]")
+        normed = self.norm == "batch" or self.name in ("resnet18", "resnet20")
+        expect(normed, "norm", self.norm, f"to be 'batch' for {self.name}: resnet18 and resnet20 have the choice")
         named = [name for name, _ in self.options]
         expect(len(set(named)) == len(named), "options", self.options, "to give each option once")
         # In one order, so that equal networks have one digest.
@@ -62,7 +66,8 @@ class ModelConfig:
         options = ", ".join(f"{name} {value}" for name, value in self.options)
         width = "" if self.width is None else f" of width {self.width}"
         weights = f", weights of {self.checkpoint.rpartition('/')[2].partition('#')[0]}" * bool(self.checkpoint)
-        return f"{self.name}{width}" + (f" ({options})" if options else "") + weights
+        norm = ", group norm" * (self.norm == "group")
+        return f"{self.name}{width}{norm}" + (f" ({options})" if options else "") + weights
 
 
 @dataclass(frozen=True)

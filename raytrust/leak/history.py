@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raytrust.compress import Compressor, ErrorFeedback, HookCompressor, Vantage
+from raytrust.compress import Compressor, ErrorFeedback, HookCompressor, Transformed, Vantage
 from raytrust.compress.dense import Dense
 from raytrust.compress.dgc import DGC
 from raytrust.compress.parts import InParts
@@ -37,8 +37,7 @@ from raytrust.leak.views import LinearView, SparseView, View
 
 def holds_residual(compressor: Compressor) -> bool:
     """Whether, after its first step, its messages hold what earlier ones did not send."""
-    if isinstance(compressor, InParts):
-        compressor = compressor.whole
+    compressor = _sent_by(compressor)
     return isinstance(compressor, (ErrorFeedback, DGC)) or (
         isinstance(compressor, HookCompressor) and compressor.holds_residual
     )
@@ -138,9 +137,16 @@ def weighed_view(
     )
 
 
-def _method(compressor: Compressor) -> Compressor:
+def _sent_by(compressor: Compressor) -> Compressor:
+    """What makes the messages, with its error feedback."""
     if isinstance(compressor, InParts):
         compressor = compressor.whole
+    # What transforms take away is gone: the residual is of what was left, and so are views of the gradient alone.
+    return compressor.inner if isinstance(compressor, Transformed) else compressor
+
+
+def _method(compressor: Compressor) -> Compressor:
+    compressor = _sent_by(compressor)
     return compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
 
 

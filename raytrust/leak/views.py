@@ -36,11 +36,13 @@ class LinearView:
     measure: (batch, *shape) a parameter -> (batch, *measurement) a measurement; measure(true gradient) == observed.
     adjoint: (batch, *measurement) a measurement -> (batch, *shape) a parameter;
         <measure(g), m> == <g, adjoint(m)>.
+    noise: the variance of the noise that is known to be in each entry of the measurements.
     """
 
     observed: Sequence[Tensor]
     measure: Callable[[Sequence[Tensor]], list[Tensor]]
     adjoint: Callable[[Sequence[Tensor]], list[Tensor]]
+    noise: float = 0.0
 
     def distance(self, grads: Sequence[Tensor]) -> Tensor:
         """1 - cosine of the candidate's measurements with the observed ones, in [0, 2] (Geiping et al. 2020, eq. 4).
@@ -160,7 +162,8 @@ class SparseView(LinearView):
 class TensorwiseView:
     """A linear view whose measurements are compared one by one, for gradients that were quantised.
 
-    weights: of each measurement, of which their shares are kept; by default the number of its entries.
+    weights: of each measurement, of which their shares are kept; by default the number of its entries, where there is
+        noise times the share of its square that is not noise.
     """
 
     # A cosine over the whole gradient is dominated by the few tensors of large gradients. Noise of quantisation is as
@@ -168,8 +171,7 @@ class TensorwiseView:
     def __init__(self, view: LinearView, weights: Sequence[float] | None = None):
         self.view = view
         self._parts = [identity_view([o]) for o in view.observed]
-        sizes = [o.numel() for o in view.observed]
-        self.weights = _shares(sizes if weights is None else weights)
+        self.weights = _shares([_signal(o, view.noise) for o in view.observed] if weights is None else weights)
 
     def distance(self, grads: Sequence[Tensor]) -> Tensor:
         """1 - cosine of each measurement, weighted; in [0, 2], 0 at the observed ones, 1 where nothing was observed."""
@@ -220,6 +222,12 @@ def orthant_distance(
 def rows(x: Tensor) -> Tensor:
     """(batch, *shape) -> (batch, entries), for any shape: without entries, or a scalar's."""
     return x.flatten(1) if x.ndim > 1 else x[:, None]
+
+
+def _signal(observed: Tensor, noise: float) -> float:
+    """How many entries of a measurement are signal, and not noise of this variance, as far as its square says."""
+    n, square = observed.numel(), float(observed.square().sum())
+    return float(n) if not noise or not square else n * max(0.0, 1 - n * noise / square)
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -35,6 +36,8 @@ def build_model(config: ModelConfig, channels: int, classes: int, seed: int) -> 
         options["width"] = config.width
     if config.name == "resnet18":
         options["stem"] = config.stem
+    if config.norm != "batch":
+        options["norm"] = config.norm
     make = _maker(config.name)
     # Asked of the signature, as a TypeError of the call may be a fault inside the network.
     try:
@@ -120,7 +123,15 @@ def _of_torchvision(network: str, channels: int, classes: int, **options: Any) -
     return model
 
 
-def resnet18(channels: int, classes: int, width: int = 64, stem: str = "cifar") -> nn.Module:
+def _group_norm(channels: int) -> nn.GroupNorm:
+    # A divisor of the channels, near an eighth of them.
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "group": _group_norm}
+
+
+def resnet18(channels: int, classes: int, width: int = 64, stem: str = "cifar", norm: str = "batch") -> nn.Module:
     # The import takes 1.5 s, and an attack on a ConvNet does not need it.
     from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -133,7 +144,7 @@ def resnet18(channels: int, classes: int, width: int = 64, stem: str = "cifar") 
                 self.inplanes = width
             return super()._make_layer(block, planes // 64 * width, *args, **kwargs)
 
-    model = ScaledResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes)
+    model = ScaledResNet(BasicBlock, [2, 2, 2, 2], num_classes=classes, norm_layer=_NORMS[norm])
     if stem == "cifar":
         model.conv1 = nn.Conv2d(channels, width, kernel_size=3, stride=1, padding=1, bias=False)
         model.maxpool = nn.Identity()
@@ -141,7 +152,7 @@ def resnet18(channels: int, classes: int, width: int = 64, stem: str = "cifar") 
         model.conv1 = nn.Conv2d(channels, width, kernel_size=7, stride=2, padding=3, bias=False)
     # As torchvision does in its constructor, which is over by now: a new layer has torch's other default.
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.bn1 = nn.BatchNorm2d(width)
+    model.bn1 = _NORMS[norm](width)
     model.fc = nn.Linear(8 * width, classes)
     return model
 
@@ -171,12 +182,12 @@ class ResNet20(nn.Module):
     """He et al. 2016, section 4.2, with n = 3: 3x3 convolutions in three stages of `width`, 2 and 4 times as many
     channels, shortcuts without parameters (option A), and a linear layer on the mean over all positions."""
 
-    def __init__(self, channels: int, classes: int, width: int):
+    def __init__(self, channels: int, classes: int, width: int, norm: str = "batch"):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = _NORMS[norm](width)
         sizes = [width] * 4 + [2 * width] * 3 + [4 * width] * 3
-        self.blocks = nn.Sequential(*(_BasicBlock(a, b) for a, b in pairwise(sizes)))
+        self.blocks = nn.Sequential(*(_BasicBlock(a, b, _NORMS[norm]) for a, b in pairwise(sizes)))
         self.fc = nn.Linear(4 * width, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -189,13 +200,13 @@ class ResNet20(nn.Module):
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, which takes every other pixel and adds channels of zeros where it must."""
 
-    def __init__(self, before: int, after: int):
+    def __init__(self, before: int, after: int, norm: Callable[[int], nn.Module]):
         super().__init__()
         self.stride = 1 if before == after else 2
         self.conv1 = nn.Conv2d(before, after, 3, stride=self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(after)
+        self.bn1 = norm(after)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(after)
+        self.bn2 = norm(after)
         self.more = after - before
 
     def forward(self, x: Tensor) -> Tensor:

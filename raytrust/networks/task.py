@@ -97,6 +97,11 @@ def row_of(targets: Any, i: Any) -> Any:
     return pytree.tree_map(lambda t: t[i] if isinstance(t, Tensor) else t, targets)
 
 
+def stacked_alone(targets: Any) -> Any:
+    """Of one batch, (n, ...) each, those of n batches of one image, (n, 1, ...)."""
+    return pytree.tree_map(lambda t: t.unsqueeze(1) if isinstance(t, Tensor) else t, targets)
+
+
 def flat(targets: Any) -> Any:
     """Of several batches, (n, batch, ...) each, those of all their images, (n * batch, ...)."""
     return pytree.tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, targets)

@@ -35,8 +35,14 @@ class PerSampleGradients:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, task: Task = CROSS_ENTROPY):
         self.task, self._precision = task, precision_of(model)
         self._dtype, self._shapes = dtype or self._precision, [p.shape for p in model.parameters()]
+        self._model = model
         self._path: FastPath | PlainPath = PlainPath(model, self._precision, task)
         self.fast = True
+
+    def refresh(self) -> None:
+        """Take over the weights and buffers that the model has now, as after a step of training."""
+        if isinstance(self._path, FastPath):
+            self._path.refresh(self._model)
 
     def dense(self, x: Tensor, labels: Targets) -> list[Tensor]:
         """The gradients themselves, one tensor a parameter, (n, *shape).
@@ -45,6 +51,14 @@ class PerSampleGradients:
         the task takes, (n, batch, ...) each.
         """
         return self._formed(self._checked(x, labels).gradients(x, labels)[1], x)
+
+    def squared_norms(self, x: Tensor, labels: Targets) -> Tensor:
+        """Of each candidate's gradient, (n,); x, labels: as in `dense`. No more than one layer's gradients are held."""
+        squared = x.new_zeros(len(x))
+        if len(x):
+            for _, gradient in self._checked(x, labels).gradients(x, labels)[1]:
+                squared += gradient.reshape(len(x), -1).square().sum(1)
+        return squared
 
     def products_and_norms(
         self, x: Tensor, labels: Targets, direction: Sequence[Tensor]

@@ -87,8 +87,19 @@ class FastPath:
         self._watch = Watch(self.tape, weights, FUNCTIONS)
         for layer in ruled:
             vars(layer).update(_watch=self._watch)
+        self._keep_buffers()
+
+    def _keep_buffers(self) -> None:
         # Spectral norm in training mode, for one, improves an estimate in every pass; the model is to be left as it is.
         self._buffers = {b: (b.clone(), b._version) for b in self._model.buffers()}
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Take over the weights and buffers of a model like that of which this is."""
+        own, others = ([*m.parameters(), *m.buffers()] for m in (self._model, model))
+        for kept, value in zip(own, others, strict=True):
+            kept.copy_(value)
+        self._keep_buffers()
 
     def gradients(self, x: Tensor, labels: Targets) -> tuple[Tensor, Iterable[tuple[int, Tensor]]]:
         """The losses (n,), and the gradients (n, *shape) by their parameter's place in the model, if they are not

@@ -20,7 +20,7 @@ from torch import nn
 from raytrust.attacks.inversion import closed_form
 from raytrust.compress import Compressor, HookCompressor, ddp_comm_hook
 from raytrust.compress.hook import AnyHook
-from raytrust.config import Defence, DenseConfig, InversionConfig, Threat, parse_defence
+from raytrust.config import Defence, InversionConfig, Threat, parse_defence
 from raytrust.config.attacks import ANALYTIC
 from raytrust.jobs.files import write_file
 from raytrust.networks.task import LossFunction, Task
@@ -240,7 +240,7 @@ def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:
     for one in defences:
         if isinstance(one, str | Defence):
             defence = parse_defence(one) if isinstance(one, str) else one
-            if not isinstance(defence.compressor, DenseConfig) or defence.start_step:
+            if not defence.plain or defence.start_step:
                 listed.setdefault(defence.name, Audited(defence, name=defence.name))
             continue
         if not hasattr(one, "reduce") or isinstance(one, type):

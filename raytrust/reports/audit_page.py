@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from raytrust.config import DenseConfig
 from raytrust.jobs.files import write_file
 from raytrust.reports.audit import AuditResult
 from raytrust.reports.drawing import Array
@@ -64,7 +63,7 @@ def _drawn(result: AuditResult) -> list[Drawn]:
     drawn = []
     for audited in result.defences if _originals(result) is not None else []:
         best, naive = strongest(audited), strongest(audited, "naive")
-        plain = audited.method is None and isinstance(audited.defence.compressor, DenseConfig)
+        plain = audited.method is None and audited.defence.shows_all
         for reached in [r for r in (naive if naive is not best else None, best) if r is not None]:
             objective = "" if plain else reached.attack.objective
             images = reached.reconstructions.numpy()

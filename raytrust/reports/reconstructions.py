@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raytrust.config import DenseConfig, InversionConfig, SweepConfig, from_dict
+from raytrust.config import InversionConfig, SweepConfig, from_dict
 from raytrust.metrics.statistics import Figure
 from raytrust.reports.drawing import Array, Tile, save, tiles_figure
 from raytrust.studies.frontier.row import Row
@@ -68,7 +68,7 @@ def _drawn(store: Store, sweep: SweepConfig, finished: Row, attack: dict[str, An
     figures = store.attack(train, config, "evaluation")
     assert figures is not None
     # Without a compressor there is nothing to know or to ignore.
-    objective = "" if isinstance(train.defence.compressor, DenseConfig) else attack["objective"]
+    objective = "" if train.defence.shows_all else attack["objective"]
     objective = "naive" if objective and finished.get("understood") is False else objective
     drawn = Drawn(finished["name"], images.numpy(), figures["ssim"], figures["identified_ssim"], objective)
     return drawn, originals.numpy()

@@ -8,7 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raytrust.config import TrainConfig
 from raytrust.networks.kernels import sound_kernels
+from raytrust.train.clipped import ClippedGradients, noise_generator
+
+
+class WorkerGradient:
+    """The gradient that a worker hands to its compressor, as the training's defence has it made."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        self._model, self._config, dp_sgd = model, config, config.defence.dp_sgd
+        self._clipped = None if dp_sgd is None else ClippedGradients(model, dp_sgd)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, step: int, rank: int, private: int | None = None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The mean loss of a batch (nats), and the gradient, one tensor a parameter; images, labels: as `gradient_of`.
+
+        private: the index of a private batch, whose noise is its own; None for the worker's batch of this step.
+        """
+        if self._clipped is None:
+            return gradient_of(self._model, images, labels)
+        noise = noise_generator(self._config.seed, step, rank, 0 if private is None else 1 + private, images.device)
+        expected = self._config.batch_size if private is None else len(images)
+        return self._clipped(images, labels, noise, expected)
 
 
 def gradient_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

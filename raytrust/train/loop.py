@@ -6,18 +6,18 @@ and step by the same mean gradient.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.compress import Compressor, HookCompressor, build
+from raytrust.compress import Compressor, HookCompressor, build, for_private_batch
 from raytrust.config import TrainConfig
 from raytrust.data import Dataset
 from raytrust.leak import EarlierStep
@@ -25,7 +25,7 @@ from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.networks.build import build_model
 from raytrust.networks.checkpoint import load_checkpoint
-from raytrust.train.gradient import gradient_of
+from raytrust.train.gradient import WorkerGradient
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 
 
@@ -90,6 +90,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: learning_rate_factor(t, max(1, config.steps)))
     batches = _batches(config, len(data.train_labels), channel)
+    gradient = WorkerGradient(model, config)
     history: deque[EarlierStep] = deque(maxlen=config.threat.history)
     for step in range(max(1, config.steps)):
         if step in config.capture.steps:
@@ -101,7 +102,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
             break
         images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
         model.train()
-        loss, grads = gradient_of(model, images, labels)
+        loss, grads = gradient(images, labels, step, channel.rank)
         _agree_to_go_on(step, loss, grads, compressor, channel)
         # A message of every step would fill the memory: only those that a later capture may hold as its history are
         # kept.
@@ -176,10 +177,16 @@ def private_batches(config: TrainConfig, n_train: int) -> Tensor:
 
 
 def _batches(config: TrainConfig, n_train: int, channel: Channel) -> Iterator[Tensor]:
-    """Endless epochs of shuffled indices, the same order on all workers, of which each takes its share."""
+    """Endless epochs of shuffled indices, the same order on all workers, of which each takes its share; for DP-SGD
+    endless Poisson samples of `batch_size` on average, each worker's own."""
     # Not the seed of the private batches, whose images would then be the very first that the model is trained on.
     generator = torch.Generator().manual_seed(config.seed + 1)
     share = config.batch_size * channel.world_size
+    if config.defence.dp_sgd is not None:
+        # What its accountant counts with: each worker draws each image by itself, so that batches differ in size.
+        own = torch.Generator().manual_seed((config.seed + 1) * 2**16 + channel.rank)
+        while True:
+            yield (torch.rand(n_train, generator=own) < config.batch_size / n_train).nonzero().flatten()
     while True:
         order = torch.randperm(n_train, generator=generator)
         for start in range(0, n_train - share + 1, share):
@@ -231,15 +238,16 @@ def _captures(
     images, labels, indices = private
     weights, buffers = _state(model)
     state = _public_state(compressor)
+    gradient_of = WorkerGradient(model, config)
     for first in range(0, len(indices), channel.world_size):
         index = first + channel.rank
         # In a last, short round some workers have no batch left, but must take part in the collective.
         mine = indices[index % len(indices)]
         x, y = _fetch(images, labels, mine, data, device)
         tap = Tap(channel, keep=True)
-        gradient, after = _private_gradient(model, x, y, config)
+        gradient, after = _private_gradient(model, config, partial(gradient_of, x, y, step, channel.rank, index))
         # A copy, or error feedback would carry what the private batch left into training.
-        copy.deepcopy(compressor).reduce(gradient, tap)
+        for_private_batch(compressor, index).reduce(gradient, tap)
         if index >= len(indices):
             continue
         granted = config.threat.batch_statistics == "known" and config.threat.batch_norm == "train"
@@ -268,15 +276,15 @@ def _captures(
 
 
 def _private_gradient(
-    model: nn.Module, images: Tensor, labels: Tensor, config: TrainConfig
+    model: nn.Module, config: TrainConfig, gradient: Callable[[], tuple[Tensor, Sequence[Tensor]]]
 ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-    """The gradient of the mean loss over the private batch, in the threat's batch-norm mode, and the buffers that a
-    worker would have afterwards; those of the model stay unchanged.
+    """A private batch's gradient, in the threat's batch-norm mode, and the buffers that a worker would have afterwards;
+    those of the model stay unchanged.
     """
     # In training mode a pass moves the running statistics, of which training itself must not notice anything.
     before = {name: b.clone() for name, b in model.named_buffers()}
     model.train(config.threat.batch_norm == "train")
-    _, grads = gradient_of(model, images, labels)
+    _, grads = gradient()
     after = _state(model)[1]
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])

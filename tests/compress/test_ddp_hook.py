@@ -35,7 +35,7 @@ from raytrust.config import (
     VqSGDConfig,
     parse_defence,
 )
-from raytrust.config.compressors import compressor_types
+from raytrust.config.defence import compressor_types
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 from raytrust.wire.processes import in_processes
 

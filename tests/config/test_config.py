@@ -16,6 +16,7 @@ from raytrust.compress import build
 from raytrust.config import (
     AtomoConfig,
     CaptureConfig,
+    ClipConfig,
     CompressorConfig,
     Defence,
     DenseConfig,
@@ -23,7 +24,9 @@ from raytrust.config import (
     HalfConfig,
     InversionConfig,
     ModelConfig,
+    NoiseConfig,
     PowerSGDConfig,
+    PruneConfig,
     QSGDConfig,
     RandKConfig,
     ScaledSignConfig,
@@ -34,12 +37,11 @@ from raytrust.config import (
     TopKConfig,
     TrainConfig,
     VqSGDConfig,
-    compressors,
     digest,
     from_dict,
     to_dict,
 )
-from raytrust.config.compressors import compressor_types
+from raytrust.config.defence import compressor_types
 
 positive = st.integers(1, 2**31)
 seeds = st.integers(0, 2**31 - 1)
@@ -404,6 +406,8 @@ def variations(config: Any) -> list[Any]:
             others = variations(value)
         elif (type(config), field.name) == (ModelConfig, "options"):
             others = []  # a network that is shipped has none
+        elif field.name == "transforms":
+            others = [(*value, t) for t in (ClipConfig(), NoiseConfig(), PruneConfig())]
         elif isinstance(value, bool):
             others = [not value]
         elif isinstance(value, int):
@@ -543,7 +547,7 @@ def test_what_is_no_defence_is_not_built(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(ValueError, match=r"^Expected defence=.* to be a Defence, which config.parse_defence makes"):
             build(value, [torch.Size((3,))])  # type: ignore[arg-type]
     known = compressor_types()
-    monkeypatch.setattr(compressors, "compressor_types", lambda: (*known, Registered))
-    defence = Defence(Registered())  # type: ignore[arg-type]
+    monkeypatch.setattr("raytrust.config.defence.compressor_types", lambda: (*known, Registered))
+    unknown = Defence(Registered())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^Expected compressor=.*Registered\(\) to be of a method that can be built"):
-        build(defence, [torch.Size((3,))])
+        build(unknown, [torch.Size((3,))])

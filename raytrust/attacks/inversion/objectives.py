@@ -12,6 +12,7 @@ from raytrust.config.register import OBJECTIVES
 from raytrust.leak import LinearView, SparseView, View, identity_view, view_of
 from raytrust.leak.history import pure_view, weighed_view
 from raytrust.leak.observation import Observation, decoded
+from raytrust.leak.transformed import noise_variance
 from raytrust.leak.views import SignView, TensorwiseView
 from raytrust.persample.ghost import as_plain
 from raytrust.persample.matcher import Distance
@@ -38,7 +39,12 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
         history = [step.to(device) for step in seen.history]
         told_apart = pure_view if config.residual == "avoid" else weighed_view
         return told_apart(compressor, messages, seen.threat.vantage, seen.victim, history)
-    return view_of(compressor, messages, seen.threat.vantage, seen.victim)
+    view = view_of(compressor, messages, seen.threat.vantage, seen.victim)
+    if isinstance(view, LinearView) and seen.defence.transforms:
+        # A tensor of which next to all is noise then counts for next to nothing, see `TensorwiseView`.
+        workers = decoded(seen).images // seen.threat.batch_size
+        view.noise = noise_variance(seen.defence.transforms, seen.threat.batch_size) / workers
+    return view
 
 
 def matching_distance(view: View, config: InversionConfig) -> Distance:

@@ -5,7 +5,6 @@ All that would make an attack on it meaningless is refused here in a line, befor
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from raytrust.compress import Compressor, HookCompressor, build
+from raytrust.compress import Compressor, HookCompressor, build, for_private_batch
 from raytrust.config import Defence, Threat
 from raytrust.leak import identity_view
 from raytrust.leak.history import holds_residual
@@ -255,7 +254,7 @@ class Victim:
                 raise FloatingPointError(f"The gradient of private batch {index} is not finite at step {step}.")
             tap = Tap(LocalChannel(), keep=True)
             # A copy, or error feedback would carry what a private batch left into the next.
-            copy.deepcopy(compressor).reduce(gradient, tap)
+            for_private_batch(compressor, index).reduce(gradient, tap)
             seen = Observation(
                 step=step,
                 weights=state.weights,

@@ -19,6 +19,7 @@ from raytrust.jobs.captures import load_captures, save_capture
 from raytrust.jobs.files import write_json
 from raytrust.jobs.job import Figures, Job, Place, Result, Results
 from raytrust.leak.observation import Capture
+from raytrust.metrics.accountant import DELTA, epsilon
 from raytrust.studies.evaluate import InversionFailure, InversionResult, evaluate_together
 from raytrust.train.loop import Evaluation, Step, train
 from raytrust.wire.channel import Channel, LocalChannel
@@ -124,7 +125,8 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
 
     Keys: "correct", "n_test", "test_loss" (nats), "losses" (of this worker, nats, one a step), "bytes_per_step" (mean
     payload bytes that a worker handed to collectives), "dense_bytes" (of the gradient), "seconds" (in the training
-    loop) and "cpu_seconds" (of all workers meanwhile).
+    loop) and "cpu_seconds" (of all workers meanwhile); of DP-SGD "epsilon" and "delta", for all messages of all
+    workers.
     """
     steps: list[Step] = []
     sent, dense = [], 0
@@ -141,6 +143,7 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
                 evaluation = {"correct": correct, "n_test": n, "test_loss": loss}
     return {
         **evaluation,
+        **_guarantee(config, len(data.train_labels)),
         "losses": [s.loss for s in steps],
         # A mean, as threshold dropping sends another number of entries at every step. Without any step, that of the
         # private batches is what there is.
@@ -150,6 +153,15 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
         # The other workers run in processes of their own, but do the same: one is measured for all.
         "cpu_seconds": config.workers * (time.process_time() - cpu),
     }
+
+
+def _guarantee(config: TrainConfig, n_train: int) -> Figures:
+    private = config.defence.dp_sgd
+    if private is None:
+        return {}
+    # Each worker's message of each step is a sum over a Poisson sample of its own, and what follows is made of these.
+    rate, releases = config.batch_size / n_train, config.steps * config.workers
+    return {"epsilon": epsilon(private.noise, rate, releases), "delta": DELTA}
 
 
 def references(store: Results) -> torch.Tensor | None:

@@ -34,6 +34,9 @@ class Row(TypedDict, total=False):
     equal_to_rank: int | None
     equal_by: str | None
     error_feedback: bool
+    transforms: list[str]  # what is done to the gradient before it is compressed
+    epsilon: float | None  # of DP-SGD, for all messages of the training, with delta
+    delta: float | None
     seeds: list[int] | None
     threat: dict[str, Any]
     understood: bool  # whether attacks know the method; see `raytrust.leak.rules.is_understood`
@@ -158,7 +161,7 @@ def split(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
 
 def is_plain(row: Row) -> bool:
     """Whether it is training without compression: no defence, but the control."""
-    return row.get("compressor") == "none"
+    return row.get("compressor") == "none" and not row.get("transforms")
 
 
 def accuracy(row: Row) -> Figure:

@@ -31,8 +31,8 @@ from raytrust.studies.frontier.store import Store
 
 # What a row begins with, for whoever reads the file.
 FIRST = (
-    "name", "compressor", "rank", "level", "equal_to_rank", "equal_by", "error_feedback", "understood", "status",
-    "reason", "seeds", "threat", "run", "untrained", "remarks",
+    "name", "compressor", "rank", "level", "equal_to_rank", "equal_by", "error_feedback", "transforms",
+    "epsilon", "delta", "understood", "status", "reason", "seeds", "threat", "run", "untrained", "remarks",
 )  # fmt: skip
 NOT_UNDERSTOOD = "no attack here knows this method, and one that does may see more: register a view of its messages"
 # Averaged with a case for None, as each may be unmeasured; SSIM and PSNR always are measured.
@@ -78,7 +78,7 @@ def assemble(
     """
     by_objective = {o: best(figures, o) for o in ("naive", "aware")}
     # Without a compressor there is nothing to know: the two objectives are one.
-    if named["compressor"] == DenseConfig.method:
+    if by_objective["aware"] is None and named["compressor"] == DenseConfig.method:
         by_objective["aware"] = by_objective["naive"]
     # Both took what is decoded for the gradient: none of them knows more.
     if named.get("understood") is False:
@@ -209,6 +209,9 @@ def naming(defence: Defence, training: dict[str, Any] | None) -> Row:
         "equal_to_rank": None,
         "equal_by": None,
         "error_feedback": defence.error_feedback,
+        "transforms": [transform.name for transform in defence.transforms],
+        "epsilon": (training or {}).get("epsilon"),
+        "delta": (training or {}).get("delta"),
     }
     if isinstance(compressor, TopKConfig) and compressor.level is None:
         columns |= {"equal_to_rank": compressor.equal_to_rank, "equal_by": compressor.equal_by}

@@ -1,0 +1,91 @@
+"""What is done to a gradient before it is compressed, one class each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from raytrust.config.method import TransformConfig
+from raytrust.config.register import TRANSFORMS
+from raytrust.config.values import expect, expect_choices
+
+
+@dataclass(frozen=True)
+class ClipConfig(TransformConfig):
+    """The worker's whole gradient is scaled down to this L2 norm, where it is longer."""
+
+    method: ClassVar[str] = "clip"
+    norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        expect(0 < self.norm < math.inf, "norm", self.norm, "to be positive and finite")
+
+    @property
+    def name(self) -> str:
+        return f"clip {self.norm:g}"
+
+
+@dataclass(frozen=True)
+class NoiseConfig(TransformConfig):
+    """Every entry gets independent noise of mean zero and this standard deviation (Zhu et al. 2019, sec. 5.1)."""
+
+    method: ClassVar[str] = "noise"
+    deviation: float = 0.01
+    kind: Literal["gaussian", "laplace"] = "gaussian"
+
+    def __post_init__(self) -> None:
+        expect(0 < self.deviation < math.inf, "deviation", self.deviation, "to be positive and finite")
+        expect_choices(self)
+
+    @property
+    def name(self) -> str:
+        return ("noise" if self.kind == "gaussian" else "Laplace noise") + f" {self.deviation:g}"
+
+
+@dataclass(frozen=True)
+class PruneConfig(TransformConfig):
+    """Gradient pruning (Zhu et al. 2019, sec. 5.2; Huang et al. 2021): this fraction of the entries, those of the least
+    magnitude, becomes zero; of each tensor, or of the whole gradient.
+
+    It saves no bytes by itself.
+    """
+
+    method: ClassVar[str] = "prune"
+    fraction: float = 0.9
+    scope: Literal["layer", "global"] = "layer"
+
+    def __post_init__(self) -> None:
+        expect(0 < self.fraction < 1, "fraction", self.fraction, "in (0, 1), of the entries that become zero")
+        expect_choices(self)
+
+    @property
+    def name(self) -> str:
+        return f"prune {100 * self.fraction:g} %" + (" globally" if self.scope == "global" else "")
+
+
+@dataclass(frozen=True)
+class DPSGDConfig(TransformConfig):
+    """Differentially private SGD (Abadi et al. 2016), the reference defence: each image's gradient is clipped to norm
+    `clip`, and Gaussian noise of standard deviation noise * clip is added to the sum over a Poisson sample."""
+
+    method: ClassVar[str] = "dp-sgd"
+    noise: float = 1.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        expect(0 < self.noise < math.inf, "noise", self.noise, "to be positive and finite")
+        expect(0 < self.clip < math.inf, "clip", self.clip, "to be positive and finite")
+
+    @property
+    def name(self) -> str:
+        return f"DP-SGD noise {self.noise:g}, clip {self.clip:g}"
+
+
+for _kind in TransformConfig.__subclasses__():
+    TRANSFORMS.add(_kind.method, _kind)
+
+
+def transform_types() -> tuple[type, ...]:
+    """The types that `Defence` takes for its transforms."""
+    return tuple(TRANSFORMS[method] for method in TRANSFORMS)

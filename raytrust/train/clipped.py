@@ -1,0 +1,78 @@
+"""DP-SGD's gradient: of each image by itself, clipped, summed, and noise added (Abadi et al. 2016, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from raytrust.config import DPSGDConfig
+from raytrust.networks.kernels import sound_kernels
+from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, stacked_alone
+from raytrust.persample.engine import PerSampleGradients
+
+
+class ClippedGradients:
+    """The gradients that DP-SGD hands to the compressor, of a model while it is trained.
+
+    The sum over images of g min(1, clip / ||g||), for the gradient g of the image's own loss over the trained
+    parameters, plus Gaussian noise of standard deviation noise x clip in each entry, all divided by the expected number
+    of images. One image adds or takes away at most `clip` of the sum, in L2 norm.
+
+    Two passes instead of one for each image: the first gives the norms, by ghost norms where the model allows it
+    (Li et al. 2022), the second the gradient of the losses weighted by what was clipped.
+
+    Raises ValueError, when it is called, for a model in which images have a part in each other's gradients, or that
+    drops out.
+    """
+
+    def __init__(self, model: nn.Module, config: DPSGDConfig, task: Task = CROSS_ENTROPY):
+        self._model, self._config, self._task = model, config, task
+        self._engine = PerSampleGradients(model, task=task)
+
+    def __call__(
+        self, x: Tensor, targets: Targets, generator: torch.Generator, expected: int
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The mean loss (nats), 0 of no images, and the gradient, one tensor a trained parameter.
+
+        x: (images, channels, height, width), as the model sees them; there may be none. targets: (images, ...).
+        generator: of the noise. expected: images of a batch on average, by which a Poisson sample's sum is divided.
+        """
+        self._check()
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        loss, grads = x.new_zeros(()), [torch.zeros_like(p) for p in trained]
+        if len(x):
+            self._engine.refresh()
+            alone = stacked_alone(targets)
+            lengths = self._engine.squared_norms(x[:, None], alone).sqrt()
+            weights = self._config.clip / lengths.clamp_min(self._config.clip)
+            with sound_kernels(self._model):
+                losses = self._task.losses(self._task.output(self._model, x, targets), alone, (len(x), 1))
+                found = torch.autograd.grad((losses * weights).sum(), trained, allow_unused=True)
+            loss = losses.detach().mean()
+            grads = [zero if g is None else g for g, zero in zip(found, grads, strict=True)]
+        deviation = self._config.noise * self._config.clip
+        for g in grads:
+            g.add_(torch.randn(g.shape, generator=generator, device=g.device), alpha=deviation).div_(expected)
+        return loss, grads
+
+    def _check(self) -> None:
+        for module in self._model.modules():
+            if module.training and isinstance(module, _BatchNorm):
+                raise ValueError(
+                    "Expected a model without batch norm in training mode for dp-sgd, which clips the gradient of each "
+                    "image, as a batch norm mixes them: --norm group."
+                )
+            if module.training and isinstance(module, _DropoutNd) and module.p > 0:
+                raise ValueError("Expected a model without dropout in training mode for dp-sgd.")
+
+
+def noise_generator(seed: int, step: int, rank: int, batch: int, device: str | torch.device) -> torch.Generator:
+    """A generator for the noise of one step of one worker; batch: 0 in training, and 1 + its index of a private one."""
+    # With a first number of its own, as the noise must not repeat what a transform draws with the same others.
+    key = np.random.SeedSequence([0xD9, seed, step, rank, batch])
+    return torch.Generator(device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
