@@ -20,7 +20,7 @@ HOMES = {  # the only place that may import it
 # The rooms of the house, from the ground up: a room imports rooms of lower floors alone.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "metrics"),
-    ("data", "networks", "wire"),
+    ("data", "defend", "networks", "wire"),
     ("compress",),
     ("leak", "persample"),
     ("train",),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raytrust.compress.interface import Compressor, FlatGradients, Layout, Reduced, Scratch, Vantage
 from raytrust.compress.state import State, expect_tensors, metadata_of
-from raytrust.config import to_dict
+from raytrust.config import DPSGDConfig, to_dict
 from raytrust.config.method import TransformConfig
 from raytrust.config.register import TRANSFORM_METHODS
 from raytrust.defend import PerImage, Transform
@@ -39,9 +39,9 @@ class Transformed:
         return self.inner.layout
 
     @property
-    def per_image(self) -> bool:
-        """Whether it is to be handed gradients that were clipped image by image, and noise added."""
-        return any(isinstance(transform, PerImage) for transform in self.transforms)
+    def per_image(self) -> DPSGDConfig | None:
+        """How the gradients that it is handed have to be clipped, image by image, if they have to be."""
+        return next((t.config for t in self.transforms if isinstance(t, PerImage)), None)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         device = grads[0].device if grads else torch.device("cpu")

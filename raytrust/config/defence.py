@@ -8,7 +8,7 @@ from typing import Annotated
 from raytrust.config.compressors import DenseConfig, ScaledSignConfig
 from raytrust.config.method import CompressorConfig, TransformConfig
 from raytrust.config.register import COMPRESSORS, TRANSFORMS
-from raytrust.config.transforms import ClipConfig, DPSGDConfig, transform_types
+from raytrust.config.transforms import ClipConfig, DPSGDConfig, NoiseConfig, transform_types
 from raytrust.config.values import ADDED, expect
 
 
@@ -66,6 +66,11 @@ class Defence:
         """Whether what is decoded is all that can be known of the gradient, but for its length and for noise."""
         exact = all(isinstance(transform, ClipConfig) for transform in self.transforms)
         return exact and isinstance(self.compressor, DenseConfig)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether noise is added to the gradient."""
+        return any(isinstance(transform, NoiseConfig | DPSGDConfig) for transform in self.transforms)
 
     @property
     def dp_sgd(self) -> DPSGDConfig | None:

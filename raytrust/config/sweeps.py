@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from raytrust.config.attacks import InversionConfig
+from raytrust.config.attacks import InversionConfig, against_each
 from raytrust.config.defence import Defence
 from raytrust.config.training import TrainConfig
 from raytrust.config.values import expect
@@ -33,6 +33,9 @@ class SweepConfig:
         expect(len(self.portfolio) >= 1, "portfolio", self.portfolio, "to hold at least one attack")
         expect(self.attack_trials >= 0, "attack_trials", self.attack_trials, "to be at least 0")
         expect(len(set(self.defences)) == len(self.defences), "defences", self.defences, "to differ from each other")
+        for defence in self.defences:
+            # For what it refuses: not each network can be trained with each defence.
+            replace(self.train, defence=defence)
         # Tables and plots know a defence by its name alone.
         names = [defence.name for defence in self.defences]
         expect(len(set(names)) == len(names), "defences", names, "to have names that tell them apart")
@@ -43,4 +46,4 @@ class SweepConfig:
 
     def portfolio_against(self, defence: Defence) -> list[InversionConfig]:
         """The attacks of the portfolio as they apply to a defence, each once."""
-        return list(dict.fromkeys(attack.against(defence) for attack in self.portfolio))
+        return against_each(self.portfolio, defence)

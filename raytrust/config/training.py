@@ -158,6 +158,9 @@ class TrainConfig:
         expect(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         expect(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "to be at least 0 and finite")
         expect(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
+        mixes = self.model.name in ("resnet18", "resnet20") and self.model.norm == "batch"
+        without = "to be 'group' with dp-sgd, which clips the gradient of each image, as a batch norm mixes them"
+        expect(self.defence.dp_sgd is None or not mixes, "norm", self.model.norm, without)
         # Steps are in increasing order, so that the last is the largest.
         within = self.capture.steps[-1] < max(1, self.steps)
         expect(within, "capture.steps", self.capture.steps, f"to lie below steps={self.steps}, the length of training")

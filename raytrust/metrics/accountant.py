@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import logsumexp
 
 ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 65), *range(72, 513, 8))
 DELTA = 1e-5
@@ -19,8 +18,8 @@ def epsilon(noise: float, rate: float, releases: int, delta: float = DELTA) -> f
     probability with which each image is in a release, by itself, in (0, 1]. releases: how many are made; of several
     workers, of all.
 
-    Mironov, Talwar & Zhang 2019 (theorem 4 and sec. 3.1) for the divergence, Canonne, Kamath & Steinke 2020 (prop. 12) for what
-    follows from it. Raises ValueError for values out of range.
+    Mironov, Talwar & Zhang 2019 (theorem 4 and sec. 3.1) for the divergence, Canonne, Kamath & Steinke 2020 (prop. 12)
+    for what follows from it. Raises ValueError for values out of range.
     """
     for name, value, valid, words in (
         ("noise", noise, 0 < noise < math.inf, "to be positive and finite"),
@@ -46,4 +45,4 @@ def _divergence(noise: float, rate: float, order: float) -> float:
     z = np.arange(-12 * noise, order + 12 * noise, step)
     ratio = np.logaddexp(math.log1p(-rate) if rate < 1 else -np.inf, math.log(rate) + (2 * z - 1) / (2 * noise**2))
     density = -(z**2) / (2 * noise**2) - math.log(noise * math.sqrt(2 * math.pi))
-    return float(logsumexp(density + order * ratio) + math.log(step)) / (order - 1)
+    return float(np.logaddexp.reduce(density + order * ratio) + math.log(step)) / (order - 1)

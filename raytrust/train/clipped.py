@@ -30,17 +30,26 @@ class ClippedGradients:
     drops out.
     """
 
-    def __init__(self, model: nn.Module, config: DPSGDConfig, task: Task = CROSS_ENTROPY):
-        self._model, self._config, self._task = model, config, task
+    def __init__(self, model: nn.Module, config: DPSGDConfig, seed: int, task: Task = CROSS_ENTROPY):
+        """seed: of the noise, which is private."""
+        self._model, self._config, self._seed, self._task = model, config, seed, task
         self._engine = PerSampleGradients(model, task=task)
 
     def __call__(
-        self, x: Tensor, targets: Targets, generator: torch.Generator, expected: int
+        self,
+        x: Tensor,
+        targets: Targets,
+        step: int,
+        rank: int = 0,
+        private: int | None = None,
+        expected: int | None = None,
     ) -> tuple[Tensor, Sequence[Tensor]]:
         """The mean loss (nats), 0 of no images, and the gradient, one tensor a trained parameter.
 
         x: (images, channels, height, width), as the model sees them; there may be none. targets: (images, ...).
-        generator: of the noise. expected: images of a batch on average, by which a Poisson sample's sum is divided.
+        step, rank: of the worker's noise. private: the index of a private batch, whose noise is its own; None for the
+        worker's batch of this step. expected: images of a batch on average, by which a Poisson sample's sum is divided;
+        by default as many as there are.
         """
         self._check()
         trained = [p for p in self._model.parameters() if p.requires_grad]
@@ -55,10 +64,16 @@ class ClippedGradients:
                 found = torch.autograd.grad((losses * weights).sum(), trained, allow_unused=True)
             loss = losses.detach().mean()
             grads = [zero if g is None else g for g, zero in zip(found, grads, strict=True)]
-        deviation = self._config.noise * self._config.clip
+        deviation, noise = self._config.noise * self._config.clip, self._generator(step, rank, private, x.device)
         for g in grads:
-            g.add_(torch.randn(g.shape, generator=generator, device=g.device), alpha=deviation).div_(expected)
+            g.add_(torch.randn(g.shape, generator=noise, device=g.device), alpha=deviation).div_(expected or len(x))
         return loss, grads
+
+    def _generator(self, step: int, rank: int, private: int | None, device: torch.device) -> torch.Generator:
+        # With a first number of its own, as the noise must not repeat what a transform draws with the same others.
+        batch = 0 if private is None else 1 + private
+        key = np.random.SeedSequence([0xD9, self._seed, step, rank, batch])
+        return torch.Generator(device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
     def _check(self) -> None:
         for module in self._model.modules():
@@ -69,10 +84,3 @@ class ClippedGradients:
                 )
             if module.training and isinstance(module, _DropoutNd) and module.p > 0:
                 raise ValueError("Expected a model without dropout in training mode for dp-sgd.")
-
-
-def noise_generator(seed: int, step: int, rank: int, batch: int, device: str | torch.device) -> torch.Generator:
-    """A generator for the noise of one step of one worker; batch: 0 in training, and 1 + its index of a private one."""
-    # With a first number of its own, as the noise must not repeat what a transform draws with the same others.
-    key = np.random.SeedSequence([0xD9, seed, step, rank, batch])
-    return torch.Generator(device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))

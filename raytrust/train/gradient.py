@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from raytrust.config import TrainConfig
 from raytrust.networks.kernels import sound_kernels
-from raytrust.train.clipped import ClippedGradients, noise_generator
+from raytrust.train.clipped import ClippedGradients
 
 
 class WorkerGradient:
     """The gradient that a worker hands to its compressor, as the training's defence has it made."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
-        self._model, self._config, dp_sgd = model, config, config.defence.dp_sgd
-        self._clipped = None if dp_sgd is None else ClippedGradients(model, dp_sgd)
+        self._model, self._config, private = model, config, config.defence.dp_sgd
+        self._clipped = None if private is None else ClippedGradients(model, private, config.seed)
 
     def __call__(
         self, images: Tensor, labels: Tensor, step: int, rank: int, private: int | None = None
@@ -29,9 +29,8 @@ class WorkerGradient:
         """
         if self._clipped is None:
             return gradient_of(self._model, images, labels)
-        noise = noise_generator(self._config.seed, step, rank, 0 if private is None else 1 + private, images.device)
-        expected = self._config.batch_size if private is None else len(images)
-        return self._clipped(images, labels, noise, expected)
+        expected = self._config.batch_size if private is None else None
+        return self._clipped(images, labels, step, rank, private, expected)
 
 
 def gradient_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

@@ -426,6 +426,7 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
     return {
         (ModelConfig, "name"): ("resnet18", "convnet", "resnet20", "lenet"),
         (ModelConfig, "stem"): ("cifar", "imagenet"),
+        (ModelConfig, "norm"): ("batch", "group"),
         (ModelConfig, "checkpoint"): ("", "/model.pt#0123456789abcdef"),
         (Threat, "vantage"): ("link", "peer"),
         (Threat, "batch_norm"): ("eval", "train"),

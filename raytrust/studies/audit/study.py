@@ -17,6 +17,7 @@ from torch import Tensor
 from raytrust.attacks.inversion.stacks import LARGEST
 from raytrust.compress import Compressor, HookCompressor
 from raytrust.config import Defence, InversionConfig, Threat
+from raytrust.config.attacks import against_each
 from raytrust.config.register import METHODS
 from raytrust.leak.observation import Capture
 from raytrust.leak.rules import is_understood
@@ -151,6 +152,8 @@ class Audit:
 
     def _portfolio(self, audited: Audited, step: int) -> list[InversionConfig]:
         attacks = [replace(a, capture_step=step) for a in (*self.attacks, *self.further)]
+        if audited.method is None:
+            attacks = against_each(attacks, audited.defence)
         return list(dict.fromkeys(_against(audited, a) for a in attacks))
 
     def _finalists(self, audited: Audited, step: int) -> list[InversionConfig]:

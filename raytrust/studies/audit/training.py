@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raytrust.compress import Compressor
 from raytrust.networks.build import copy_of
@@ -44,7 +44,7 @@ class Training:
         if len(self._batches) < self.steps[-1]:
             # Once for all defences, which are compared on one training: a loader may shuffle anew, or be over.
             self._batches.extend(islice(self._endless(), self.steps[-1]))
-        batches = iter(self._batches)
+        batches, clipped = iter(self._batches), victim.clipped(network, compressor)
         for step in range(self.steps[-1] + 1):
             if step in self.steps:
                 yield step, network
@@ -52,9 +52,13 @@ class Training:
                 return
             x, labels, *inputs = next(batches)
             targets = Sample(labels, inputs[0]) if inputs else labels
+            x, targets = x.to(victim.dtype), victim._in_dtype(targets)
             with sound_kernels(network), victim.drawing(network, step):
-                loss = victim.task.batch_loss(network, x.to(victim.dtype), victim._in_dtype(targets))
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                if clipped is None:
+                    loss = victim.task.batch_loss(network, x, targets)
+                    grads: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
+                else:
+                    loss, grads = clipped(x, targets, step)
             whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
             if not all(bool(t.isfinite().all()) for t in (loss, *whole)):
                 raise FloatingPointError(f"The training loss or gradient is not finite at step {step}.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from raytrust.compress import Compressor, HookCompressor, build, for_private_batch
+from raytrust.compress import Compressor, HookCompressor, Transformed, build, for_private_batch
 from raytrust.config import Defence, Threat
 from raytrust.leak import identity_view
 from raytrust.leak.history import holds_residual
@@ -26,6 +26,7 @@ from raytrust.networks.build import copy_of
 from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import Sample, Targets, Task, row_of
 from raytrust.persample.matcher import GradientMatcher
+from raytrust.train.clipped import ClippedGradients
 from raytrust.wire.channel import LocalChannel, Tap
 
 # Of two gradients of the same batch, relative: more than kernels that add in another order make of it, in float32.
@@ -174,6 +175,21 @@ class Victim:
             for g, p in zip(grads, parameters, strict=True)
         ]
 
+    def _handed_over(
+        self, network: nn.Module, compressor: Compressor, x: Tensor, targets: Targets, step: int, index: int
+    ) -> Sequence[Tensor]:
+        """What the owner would hand to this compressor for private batch `index`."""
+        clipped = self.clipped(network, compressor)
+        if clipped is None:
+            return self.gradient(network, x, targets, seed=index, drops=self.drops)[1]
+        return [g.float() for g in clipped(x.to(self.dtype), self._in_dtype(targets), step, private=index)[1]]
+
+    def clipped(self, network: nn.Module, compressor: Compressor) -> ClippedGradients | None:
+        """What makes the gradients of a network for a compressor that wants them clipped image by image."""
+        if not isinstance(compressor, Transformed) or compressor.per_image is None:
+            return None
+        return ClippedGradients(network, compressor.per_image, compressor.seed, self.task)
+
     def check(self, data: Private, size: int) -> int:
         """How many classes there are, 0 where the loss is the owner's. Raises ValueError for a model that can't be
         audited: a gradient of zero or not finite, that differs from one time to the next, or that the attacker, who has
@@ -249,7 +265,7 @@ class Victim:
             batch = data.batch(index, threat.batch_size)
             labels = batch.targets if self.task.loss is None and isinstance(batch.targets, Tensor) else None
             x = self.seen(batch.images)
-            _, gradient = self.gradient(network, x, batch.targets, seed=index, drops=self.drops)
+            gradient = self._handed_over(network, compressor, x, batch.targets, step, index)
             if not all(bool(g.isfinite().all()) for g in gradient):
                 raise FloatingPointError(f"The gradient of private batch {index} is not finite at step {step}.")
             tap = Tap(LocalChannel(), keep=True)
