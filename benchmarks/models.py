@@ -312,7 +312,7 @@ def attacked(entry: Entry, data: str, iterations: int) -> str:
     compressor = build(defence, [p.shape for p in model.parameters()])
     threat = Threat(batch_size=1, labels="known")
     batch = private(image, targets, None, task)
-    (capture,) = victim.captures(model, compressor, defence, False, threat, batch, CLASSES, state, 0)
+    (capture,) = victim.captures(model, compressor, defence, None, threat, batch, CLASSES, state, 0)
     (candidates,) = invert([(capture.seen, InversionConfig(iterations=iterations))])
     best = candidates.images[candidates.objective.argmin()]
     return f"{ssim_table(best, image)[0, 0]:.2f}"
