@@ -13,7 +13,12 @@ from raytrust.config import ClipConfig, DPSGDConfig, NoiseConfig, PruneConfig, r
 
 
 class Transform(Protocol):
-    """What a worker does to its own gradient, without a word to others."""
+    """What a worker does to its own gradient, without a word to others.
+
+    One that adds noise, and nothing besides that an attacker would mind, has a method `variance(images)`: of the noise
+    in each entry, for a batch of so many images. Of one from outside the package that has none, nobody knows what it
+    does, and it never "resists".
+    """
 
     def __call__(self, grads: Sequence[Tensor], generator: torch.Generator) -> None:
         """Change the gradients, float32, one tensor a parameter, in place.
@@ -53,6 +58,9 @@ class Noise:
                 g.add_(torch.randn(g.shape, generator=generator, device=g.device), alpha=self.deviation)
             else:
                 g.add_(laplace(g, generator), alpha=self.deviation / math.sqrt(2))
+
+    def variance(self, images: int) -> float:
+        return self.deviation**2
 
 
 def laplace(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -96,3 +104,6 @@ class PerImage:
 
     def __call__(self, grads: Sequence[Tensor], generator: torch.Generator) -> None:
         """Nothing: see `raytrust.train.clipped`."""
+
+    def variance(self, images: int) -> float:
+        return (self.config.noise * self.config.clip / images) ** 2

@@ -8,7 +8,8 @@ import torch
 
 from raytrust.compress import ErrorFeedback, Transformed, Vantage
 from raytrust.compress.dense import Dense
-from raytrust.config import DPSGDConfig, NoiseConfig, PruneConfig, TransformConfig
+from raytrust.config import PruneConfig, TransformConfig
+from raytrust.config.register import TRANSFORM_METHODS
 from raytrust.leak.rules import Messages, decoded_of, view_of
 from raytrust.leak.views import SparseView, View
 
@@ -35,15 +36,16 @@ def transformed_view(compressor: Transformed, messages: Messages, vantage: Vanta
     return SparseView(values, positions, [x.shape for x in decoded], bound)
 
 
-def noise_variance(transforms: Sequence[TransformConfig], images: int) -> float:
-    """The variance of the noise that these put into each entry of a gradient.
+def noise_variance(configs: Sequence[TransformConfig], images: int) -> float:
+    """The variance of the noise that these put into each entry of a gradient of so many images.
 
-    images: of the batch, by which DP-SGD's sum is divided. After a noise that is clipped, at most that.
+    After a noise that is clipped, at most that.
     """
-    variance = 0.0
-    for transform in transforms:
-        if isinstance(transform, NoiseConfig):
-            variance += transform.deviation**2
-        elif isinstance(transform, DPSGDConfig):
-            variance += (transform.noise * transform.clip / images) ** 2
-    return variance
+    transforms = [TRANSFORM_METHODS[config.method](config) for config in configs]
+    return sum(t.variance(images) for t in transforms if hasattr(t, "variance"))
+
+
+def are_understood(configs: Sequence[TransformConfig]) -> bool:
+    """Whether attacks know what all of these do: ours, and others that say how much noise they add."""
+    kinds = [TRANSFORM_METHODS[config.method] for config in configs]
+    return all(kind.__module__.startswith("raytrust.defend.") or hasattr(kind, "variance") for kind in kinds)

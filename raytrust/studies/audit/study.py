@@ -21,6 +21,7 @@ from raytrust.config.attacks import against_each
 from raytrust.config.register import METHODS
 from raytrust.leak.observation import Capture
 from raytrust.leak.rules import is_understood
+from raytrust.leak.transformed import are_understood
 from raytrust.studies.audit.training import Training
 from raytrust.studies.audit.victim import Private, State, Victim, compressor_of
 from raytrust.studies.evaluate import InversionFailure, InversionResult, evaluate_together
@@ -51,7 +52,9 @@ class Audited:
         """Whether attacks know what its messages reveal."""
         if isinstance(self.method, HookCompressor):
             return self.method.torch_hook is not None
-        return is_understood(type(self.method) if self.method else METHODS[self.defence.compressor.method])
+        if self.method is not None:
+            return is_understood(type(self.method))
+        return is_understood(METHODS[self.defence.compressor.method]) and are_understood(self.defence.transforms)
 
     def figures(self, split: Split) -> list[dict[str, Any]]:
         return [figures_of(r, split) for r in (self.tuned if split == "tuning" else self.reported)]

@@ -24,6 +24,7 @@ from raytrust.config import (
 )
 from raytrust.config.register import METHODS
 from raytrust.leak.rules import is_understood
+from raytrust.leak.transformed import are_understood
 from raytrust.metrics.statistics import bootstrap_interval, paired_difference, proportion_interval
 from raytrust.metrics.verdict import Evidence, image_evidence
 from raytrust.studies.frontier.row import MEASURED, Row
@@ -219,7 +220,7 @@ def naming(defence: Defence, training: dict[str, Any] | None) -> Row:
             # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
             columns["level"] = training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
     remark = training and expansion_remark(defence, training["bytes_per_step"], training["dense_bytes"])
-    understood = is_understood(METHODS[compressor.method])
+    understood = is_understood(METHODS[compressor.method]) and are_understood(defence.transforms)
     remarks = [*([remark] if remark else []), *([] if understood else [NOT_UNDERSTOOD])]
     named: Row = {"name": defence.name_with(columns["level"]), "remarks": remarks, "understood": understood}
     return columns | named
