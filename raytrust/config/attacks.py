@@ -134,13 +134,24 @@ class InversionConfig:
 PRIORS_THROUGH_NOISE = (3, 10, 30)
 
 
-def against_each(attacks: Iterable[InversionConfig], defence: Defence) -> list[InversionConfig]:
-    """The attacks as they apply to a defence, each once; where it adds noise, those that know it also with a heavier
-    weight of total variation."""
+def against_each(
+    attacks: Iterable[InversionConfig], defence: Defence, compared: Iterable[Defence] = ()
+) -> list[InversionConfig]:
+    """The attacks as they apply to a defence, each once; where it, or one that it is compared with, adds noise, those
+    that know it also with a heavier weight of total variation.
+
+    All that are compared meet them: an attack that is tried on one defence alone would make the others look better.
+    """
     applied = [attack.against(defence) for attack in attacks]
-    known = [a for a in applied if (a.method, a.matching, a.objective) == ("optimise", "cosine", "aware") and a.tv > 0]
-    heavier = [replace(a, tv=a.tv * by) for a in known * defence.noisy for by in PRIORS_THROUGH_NOISE]
-    return list(dict.fromkeys([*applied, *heavier]))
+    if any(d.noisy for d in (defence, *compared)):
+        applied += through_noise(applied, "naive" if defence.shows_all else "aware")
+    return list(dict.fromkeys(applied))
+
+
+def through_noise(attacks: Iterable[InversionConfig], objective: str) -> list[InversionConfig]:
+    """Of the attacks by the cosine that have this objective, those with a heavier weight of total variation."""
+    known = [a for a in attacks if (a.method, a.matching, a.objective) == ("optimise", "cosine", objective)]
+    return [replace(a, tv=a.tv * by) for a in known if a.tv > 0 for by in PRIORS_THROUGH_NOISE]
 
 
 GEIPING = InversionConfig("naive", step_size=0.1, signed="hard", schedule="steps")

@@ -46,4 +46,4 @@ class SweepConfig:
 
     def portfolio_against(self, defence: Defence) -> list[InversionConfig]:
         """The attacks of the portfolio as they apply to a defence, each once."""
-        return against_each(self.portfolio, defence)
+        return against_each(self.portfolio, defence, self.defences)

@@ -91,9 +91,13 @@ def test_attacks_through_noise_weigh_the_prior_more() -> None:
     attacks = [InversionConfig(o, tv=0.01) for o in ("naive", "aware")]  # type: ignore[arg-type]
     assert against_each(attacks, parse_defence("none")) == [attacks[0]]
     assert against_each(attacks, parse_defence("clip:1+none")) == [attacks[0]]
+    heavier = [0.01 * by for by in PRIORS_THROUGH_NOISE]
+    # What is compared with it meets the same.
+    control = against_each(attacks, parse_defence("none"), [parse_defence("noise:1")])
+    assert [(a.objective, a.tv) for a in control] == [("naive", pytest.approx(tv)) for tv in (0.01, *heavier)]
     through = against_each(attacks, parse_defence("clip:1+noise:0.1+powersgd:4"))
     assert through[:2] == attacks
-    assert [a.tv for a in through[2:]] == pytest.approx([0.01 * by for by in PRIORS_THROUGH_NOISE])
+    assert [a.tv for a in through[2:]] == pytest.approx(heavier)
 
 
 def test_a_residual_is_seen_through_transforms() -> None:

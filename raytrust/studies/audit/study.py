@@ -17,7 +17,7 @@ from torch import Tensor
 from raytrust.attacks.inversion.stacks import LARGEST
 from raytrust.compress import Compressor, HookCompressor
 from raytrust.config import Defence, InversionConfig, Threat
-from raytrust.config.attacks import against_each
+from raytrust.config.attacks import against_each, through_noise
 from raytrust.config.register import METHODS
 from raytrust.leak.observation import Capture
 from raytrust.leak.rules import is_understood
@@ -129,7 +129,7 @@ class Audit:
         part = slice(0, self.tuning) if split == "tuning" else slice(self.tuning, None)
         asked = []
         for audited in defences:
-            attacks = self._portfolio(audited, step) if split == "tuning" else self._finalists(audited, step)
+            attacks = self._portfolio(audited, step, defences) if split == "tuning" else self._finalists(audited, step)
             if attacks and step in audited.captures:
                 asked.append((audited, audited.captures[step][part], attacks))
         entries = sum(w.numel() for w in asked[0][1][0].seen.weights.values()) if asked else 0
@@ -153,10 +153,13 @@ class Audit:
             else:
                 (audited.tuned if split == "tuning" else audited.reported).append(result)
 
-    def _portfolio(self, audited: Audited, step: int) -> list[InversionConfig]:
+    def _portfolio(self, audited: Audited, step: int, defences: Sequence[Audited]) -> list[InversionConfig]:
         attacks = [replace(a, capture_step=step) for a in (*self.attacks, *self.further)]
+        compared = [other.defence for other in defences]
         if audited.method is None:
-            attacks = against_each(attacks, audited.defence)
+            attacks = against_each(attacks, audited.defence, compared)
+        elif any(defence.noisy for defence in compared):
+            attacks += through_noise(attacks, "aware")
         return list(dict.fromkeys(_against(audited, a) for a in attacks))
 
     def _finalists(self, audited: Audited, step: int) -> list[InversionConfig]:
