@@ -20,6 +20,8 @@ def finished(name="PowerSGD rank 4 + EF", accuracy=0.93, leakage=0.41, **changes
         "equal_to_rank": None,
         "equal_by": None,
         "error_feedback": True,
+        "transforms": [],
+        "noisy": False,
         "status": "finished",
         "reason": None,
         "accuracy": accuracy,

@@ -17,6 +17,7 @@ from raytrust.reports.drawing import Tile, picture, to_png
 from raytrust.reports.frontier_figure import draw_frontier
 from raytrust.reports.frontier_table import provenance, reason_of, row_texts
 from raytrust.reports.html import png_uri, render
+from raytrust.reports.protection import noise_or_compression
 from raytrust.reports.reconstructions import MOST_SHOWN, Drawn, check_drawn
 from raytrust.reports.summary import (
     NEAR_CHANCE,
@@ -93,6 +94,7 @@ def page(rows: Sequence[Row], context: FrontierContext) -> str:
         warnings=_warnings(rows, context.classes),
         cards=[(verdict, LONG[verdict], _card(rows, verdict)) for verdict in VERDICTS],
         figure=png_uri(to_png(draw_frontier(rows, ""))),
+        protection=noise_or_compression(rows),
         blocks=list(_blocks(rows, context)),
         shown=min(MOST_SHOWN, 0 if context.originals is None else len(context.originals)),
         lines=lines,

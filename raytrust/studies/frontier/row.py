@@ -35,6 +35,7 @@ class Row(TypedDict, total=False):
     equal_by: str | None
     error_feedback: bool
     transforms: list[str]  # what is done to the gradient before it is compressed
+    noisy: bool  # whether one of them adds noise
     epsilon: float | None  # of DP-SGD, for all messages of the training, with delta
     delta: float | None
     seeds: list[int] | None

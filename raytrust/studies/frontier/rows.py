@@ -32,7 +32,7 @@ from raytrust.studies.frontier.store import Store
 
 # What a row begins with, for whoever reads the file.
 FIRST = (
-    "name", "compressor", "rank", "level", "equal_to_rank", "equal_by", "error_feedback", "transforms",
+    "name", "compressor", "rank", "level", "equal_to_rank", "equal_by", "error_feedback", "transforms", "noisy",
     "epsilon", "delta", "understood", "status", "reason", "seeds", "threat", "run", "untrained", "remarks",
 )  # fmt: skip
 NOT_UNDERSTOOD = "no attack here knows this method, and one that does may see more: register a view of its messages"
@@ -211,6 +211,7 @@ def naming(defence: Defence, training: dict[str, Any] | None) -> Row:
         "equal_by": None,
         "error_feedback": defence.error_feedback,
         "transforms": [transform.name for transform in defence.transforms],
+        "noisy": defence.noisy,
         "epsilon": (training or {}).get("epsilon"),
         "delta": (training or {}).get("delta"),
     }
@@ -220,6 +221,9 @@ def naming(defence: Defence, training: dict[str, Any] | None) -> Row:
             # What was sent says which fraction it was: 8 bytes an entry sent, of 4 bytes an entry.
             columns["level"] = training["bytes_per_step"] / 8 / (training["dense_bytes"] / 4)
     remark = training and expansion_remark(defence, training["bytes_per_step"], training["dense_bytes"])
+    if columns["epsilon"] is not None:
+        spent = f"epsilon {columns['epsilon']:.3g} at delta {columns['delta']:g} for all messages of all workers"
+        remark = f"{spent}, {remark}" if remark else spent
     understood = is_understood(METHODS[compressor.method]) and are_understood(defence.transforms)
     remarks = [*([remark] if remark else []), *([] if understood else [NOT_UNDERSTOOD])]
     named: Row = {"name": defence.name_with(columns["level"]), "remarks": remarks, "understood": understood}
