@@ -169,7 +169,7 @@ def test_an_integer_will_do_for_a_float() -> None:
             TrainConfig,
             {"threat": {"batchsize": 3}},
             "Expected the keys of threat to be among vantage, batch_size, batch_norm, labels, batch_statistics, "
-            "history, got 'batchsize'.",
+            "history, auxiliary, got 'batchsize'.",
         ),
         (
             Defence,

@@ -15,7 +15,7 @@ import torch
 from raytrust.attacks.inversion.engine import same_model
 from raytrust.config import InversionConfig, TrainConfig, to_dict
 from raytrust.data import Dataset
-from raytrust.jobs.captures import load_captures, save_capture
+from raytrust.jobs.captures import AUXILIARY, load_captures, save_capture
 from raytrust.jobs.files import write_json
 from raytrust.jobs.job import Figures, Job, Place, Result, Results
 from raytrust.leak.observation import Capture
@@ -116,6 +116,7 @@ def begin(store: Results, train: TrainConfig) -> Path:
     # Captures of an interrupted run may belong to other weights than the new ones.
     for stale in folder.glob("step-*"):
         shutil.rmtree(stale)
+    (folder / AUXILIARY).unlink(missing_ok=True)
     return folder
 
 
