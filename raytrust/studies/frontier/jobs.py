@@ -196,4 +196,5 @@ def figures_of(outcome: InversionResult, split: Split) -> Figures:
         **{name: getattr(outcome, name) for name in names},
         # A perfect copy has an infinite PSNR (in dB), which JSON can't hold.
         "psnr": [min(p, 100.0) for p in outcome.psnr],
+        "registered_psnr": outcome.registered_psnr and [min(p, 100.0) for p in outcome.registered_psnr],
     }
