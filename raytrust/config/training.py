@@ -98,7 +98,7 @@ class Threat:
         expect(self.auxiliary >= 0, "auxiliary", self.auxiliary, "to be at least 0")
         # Statistics are estimated from batches of the private batch's size, of which there must be one.
         enough = self.batch_statistics != "proxy" or self.auxiliary >= self.batch_size
-        least = f"to be at least batch_size={self.batch_size} for batch_statistics='proxy'"
+        least = f"to be at least the size of the private batch, {self.batch_size}, for batch_statistics='proxy'"
         expect(enough, "auxiliary", self.auxiliary, least)
 
 

@@ -71,7 +71,7 @@ def test_an_attacker_with_images_of_the_kind() -> None:
     audited(model, defences=[], attack=quick, batch_size=2, auxiliary=smooth()[11:])
     with pytest.raises(ValueError, match=r"^Expected auxiliary images without the private .* at 1\.$"):
         audited(model, batch_size=2, auxiliary=torch.cat([extra[:1], smooth()[9:]]))
-    with pytest.raises(ValueError, match=r"^Expected auxiliary=1 to be at least batch_size=2"):
+    with pytest.raises(ValueError, match=r"^Expected auxiliary=1 to be at least the size of the private batch, 2, for"):
         audited(model, batch_size=2, auxiliary=extra[:1])
     with pytest.raises(ValueError, match=r"^Expected auxiliary of shape"):
         audited(model, auxiliary=smooth(channels=3))
