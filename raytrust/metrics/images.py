@@ -92,11 +92,10 @@ def psnr(a: ArrayLike, b: ArrayLike) -> float:
 def registered_psnr(a: ArrayLike, b: ArrayLike) -> float:
     """:func:`psnr` in dB once ``a`` is shifted onto ``b``, or the plain one where that is greater, so never below it.
 
-    A shift by a few pixels, of which the gradient of a convolution knows little, costs pixelwise measures everything.
-    The shift is one for the whole image, to a tenth of a pixel, by phase correlation of the mean channel in a Hann
-    window (scikit-image's ``phase_cross_correlation``; Guizar-Sicairos et al., 2008), at most an eighth of the height
-    and of the width; compared is where the two then overlap. In the manner of breaching, which fits a similarity
-    transform instead.
+    A shift by a few pixels shows as much, and costs pixelwise measures everything. The shift is one for the whole
+    image, to a tenth of a pixel, by phase correlation of the mean channel in a Hann window (scikit-image's
+    ``phase_cross_correlation``; Guizar-Sicairos et al., 2008), at most an eighth of the height and of the width;
+    compared is where the two then overlap. In the manner of breaching, which fits a similarity transform instead.
 
     Raises:
         ValueError: as in :func:`mse`, and where scikit-image is missing.

@@ -22,7 +22,6 @@ from raytrust.networks.classifier import final_linear
 CHUNK = 25  # images in one pass
 SMALLEST = 24  # pixels a side that ST-LPIPS takes
 
-
 Features: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -142,9 +141,9 @@ def perceptual_distance() -> Callable[[Tensor, Tensor], list[float]] | None:
 
 
 def shift_tolerant_distance(size: tuple[int, int]) -> Callable[[Tensor, Tensor], list[float]] | None:
-    """ST-LPIPS (Ghildyal & Liu 2022) with AlexNet: as `perceptual_distance`, and blind to shifts by a pixel or two.
+    """ST-LPIPS (Ghildyal & Liu 2022) with AlexNet: as `perceptual_distance`, but hardly sees a shift by a pixel.
 
-    It is no LPIPS, whose values are others, but the one such metric that a package installs with all of its weights:
+    It is no LPIPS, whose values are others, but the one such metric found that a package installs with all its weights:
     pip install "raytrust[lpips]". None without it, and for images (height, width) too small for its layers.
     """
     # The last two it imports without asking for them.
