@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"Expected seeds={options.seeds} to be at least 1, and defence to be in the table.")
         from raytrust.data import load
         from raytrust.studies.frontier.store import open_store
-        from raytrust.train.loop import check_sizes
+        from raytrust.train.private import check_sizes
 
         data = load(options.data)
         check_sizes(table[0][1][0], len(data.train_labels))

@@ -171,12 +171,14 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     cli.check_cpus("workers", options.workers, options.address)
     from raytrust.data import load
     from raytrust.networks.build import check_network
-    from raytrust.train.loop import check_sizes
+    from raytrust.train.private import auxiliary_images, check_sizes
 
     data = load(options.data, image_size=options.image_size, seed=options.seed)
     check_sizes(sweep.train, len(data.train_labels))
+    auxiliary_images(sweep.train, data)  # there may be too few that are no copies of private ones
     check_network(sweep.train.model, data.train_images.shape[1:], data.classes)
-    return data, replace(sweep, portfolio=(*sweep.portfolio, *_closed_forms(sweep, data)))
+    further = (*_on_statistics(options, sweep, data), *_closed_forms(sweep, data))
+    return data, replace(sweep, portfolio=(*sweep.portfolio, *further))
 
 
 def _portfolio(options: argparse.Namespace, steps: tuple[int, ...]) -> tuple[InversionConfig, ...]:
@@ -191,6 +193,19 @@ def _portfolio(options: argparse.Namespace, steps: tuple[int, ...]) -> tuple[Inv
         attacks.append(replace(strong, capture_step=steps[-1], residual="avoid"))  # step 0 has no residual
     own = {"iterations": options.iterations, "seed": options.seed}
     return (*attacks, *(replace(named_attack(name), **own) for name in options.attack or ()))
+
+
+def _on_statistics(options: argparse.Namespace, sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
+    """The attacks with a prior on the private batch's statistics, where the threat tells of them."""
+    threat = sweep.train.threat
+    # To look costs the import of the attacks.
+    if threat.batch_statistics == "unknown" or "bn" in options.chosen:
+        return ()
+    from raytrust.attacks.inversion.priors import attacks_on_statistics
+    from raytrust.networks.build import build_model
+
+    network = build_model(sweep.train.model, data.channels, data.classes, seed=0)
+    return tuple(a for a in attacks_on_statistics(sweep.portfolio, threat, network) if a not in sweep.portfolio)
 
 
 def _closed_forms(sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:

@@ -80,22 +80,31 @@ class Threat:
         knows as buffers of the model; "train" uses the statistics of the private batch itself.
     labels: "known" grants the private labels to the attacker; "unknown" does not.
     batch_statistics: "known" grants the batch-norm buffers as the private batch left them, as a server that collects
-        them has it, and with them the statistics of that batch; without effect in mode "eval".
+        them has it, and with them the statistics of that batch; without effect in mode "eval". "proxy" has them
+        estimated from the auxiliary images instead, in either mode.
     history: of how many preceding steps the attacker also holds the same worker's training messages, as the vantage
         shows them. Under error feedback they tell parts of the gradient from the residual of earlier steps.
+    auxiliary: how many other images of the data set the attacker holds, none of them private: training images that are
+        drawn by the seed, see `raytrust.train.private.auxiliary_images`.
     """
 
     vantage: Literal["link", "peer"] = "link"
     batch_size: int = 1
     batch_norm: Literal["eval", "train"] = "eval"
     labels: Literal["known", "unknown"] = "known"
-    batch_statistics: Literal["unknown", "known"] = "unknown"
+    batch_statistics: Literal["unknown", "known", "proxy"] = "unknown"
     history: int = 0
+    auxiliary: int = field(default=0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         expect_choices(self)
         expect(self.history >= 0, "history", self.history, "to be at least 0")
         expect(self.batch_size >= 1, "batch_size", self.batch_size, "to be at least 1")
+        expect(self.auxiliary >= 0, "auxiliary", self.auxiliary, "to be at least 0")
+        # Statistics are estimated from batches of the private batch's size, of which there must be one.
+        enough = self.batch_statistics != "proxy" or self.auxiliary >= self.batch_size
+        least = f"to be at least the size of the private batch, {self.batch_size}, for batch_statistics='proxy'"
+        expect(enough, "auxiliary", self.auxiliary, least)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 They lie under one directory a training run, in a step's directory: `model.pt` (weights, buffers and public compressor
 state, shared by the step's batches), `seen-000.pt` (the messages and what the threat grants) and `truth-000.pt` (images
 and labels, apart, so that the seen half can be handed to an attacker as it is); where the threat grants a history,
-`history-0.pt` (the messages of the steps before, of the worker of that rank). All are written whole or not at all,
+`history-0.pt` (the messages of the steps before, of the worker of that rank). Beside the steps lies `auxiliary.pt`, the
+other images that the threat grants, the same for all captures of a training. All are written whole or not at all,
 readable by their owner alone, and loaded without unpickling code.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ from raytrust.leak.observation import Capture, Observation, Truth
 from raytrust.wire.channel import Message
 
 FORMAT = 4
+AUXILIARY = "auxiliary.pt"
 # Fields of an observation that a file of its own holds as they are, without a conversion.
 AS_THEY_ARE = ("step", "labels", "classes", "mean", "std", "victim", "world_size", "residual", "buffers_after")
 
 
 def save_capture(directory: Path, capture: Capture) -> None:
-    """Write the capture under `directory`; the files of the model and of a worker's history are written once a step.
+    """Write the capture under `directory`; the files of the model and of a worker's history are written once a step,
+    that of the auxiliary images once.
 
     Raises ValueError for a model in memory and for messages of a communication hook, which no file can name.
     """
@@ -45,6 +49,9 @@ def save_capture(directory: Path, capture: Capture) -> None:
     if seen.history and not history.exists():
         steps = [{"messages": _packed(p.messages), "compressor_state": p.compressor_state} for p in seen.history]
         _save(history, {"steps": steps})
+    auxiliary = directory / AUXILIARY
+    if seen.auxiliary is not None and not auxiliary.exists():
+        _save(auxiliary, {"images": seen.auxiliary})
     body = {
         **{name: getattr(seen, name) for name in AS_THEY_ARE},
         "messages": _packed(seen.messages),
@@ -59,12 +66,16 @@ def save_capture(directory: Path, capture: Capture) -> None:
 
 
 def load_captures(directory: Path, step: int, indices: Sequence[int]) -> list[Capture]:
-    """Read captures of one step, which share one copy of the model. Raises ValueError if one is missing, damaged or of
-    another format."""
+    """Read captures of one step, which share one copy of the model and of the auxiliary images. Raises ValueError if
+    one is missing, damaged or of another format."""
     folder = directory / f"step-{step:06d}"
     model = _load(folder / "model.pt")
     histories: dict[int, tuple[EarlierStep, ...]] = {}
-    return [_read(folder, model, histories, index) for index in indices]
+    captures = [_read(folder, model, histories, index) for index in indices]
+    if not any(c.seen.threat.auxiliary for c in captures):
+        return captures
+    auxiliary = _load(directory / AUXILIARY)["images"]
+    return [replace(c, seen=replace(c.seen, auxiliary=auxiliary)) for c in captures]
 
 
 def _read(folder: Path, model: dict[str, Any], histories: dict[int, tuple[EarlierStep, ...]], index: int) -> Capture:

@@ -22,7 +22,7 @@ from raytrust.config import digest, to_dict
 from raytrust.jobs.files import atomic_write, read_json, write_json
 from raytrust.jobs.job import Figures, Job, Result
 
-FORMAT = 2  # of the layout above; 1 was a layout for each program
+FORMAT = 3  # of the layout above and of what the figures hold; 1 was a layout for each program
 
 J = TypeVar("J", bound=Job)
 

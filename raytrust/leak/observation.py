@@ -35,6 +35,8 @@ class Observation:
     residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
     buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
     history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
+    auxiliary: other images of the kind, (n, channels, height, width) in [0, 1], none of them private: as many as the
+    threat grants, the same in all captures of a training; None where it grants none.
     """
 
     step: int
@@ -59,6 +61,7 @@ class Observation:
     task: Task = CROSS_ENTROPY
     targets: Targets | None = None
     method: Compressor | None = None
+    auxiliary: Tensor | None = None
 
     def build_model(self) -> nn.Module:
         """The model under attack, with its weights and buffers, in the mode that the threat says."""

@@ -18,12 +18,13 @@ import torch
 from torch import nn
 
 from raytrust.attacks.inversion import closed_form
+from raytrust.attacks.inversion.priors import attacks_on_statistics
 from raytrust.compress import Compressor, HookCompressor, ddp_comm_hook
 from raytrust.compress.hook import AnyHook
 from raytrust.config import Defence, InversionConfig, Threat, parse_defence
 from raytrust.config.attacks import ANALYTIC
 from raytrust.jobs.files import write_file
-from raytrust.networks.task import LossFunction, Task
+from raytrust.networks.task import LossFunction, Sample, Task
 from raytrust.reports.frontier_table import frontier_table
 from raytrust.reports.summary import answer, control_sentence
 from raytrust.studies.audit.study import Audit, Audited, drawn_attacks
@@ -53,6 +54,7 @@ def audit(
     evaluation: int = 8,
     tuning: int = 2,
     references: Any = None,
+    auxiliary: Any = None,
     attack: InversionConfig | None = None,
     search: int = 0,
     training: Training | None = None,
@@ -78,6 +80,8 @@ def audit(
     dropout: whether the victim drops out, in layers that are in training mode; the attacker does not know the masks.
         Without, dropout is switched off, which is the worst case.
     batch_size: images of one private batch. labels_known: whether the attacker has the labels; else he recovers them.
+    auxiliary: other images of the kind, which the attacker has, too, to estimate a batch's batch-norm statistics from;
+        none unless they are given. They may be the references, but none of the images that are attacked.
     attack: the settings from which the attacks are made: ignoring and knowing the compressor, by the cosine of the
         whole gradient and tensor by tensor, and a closed form where the model has one. search: how many more are drawn.
     hook: a communication hook, anybody's, as `DistributedDataParallel.register_comm_hook` takes it, with its state: one
@@ -116,16 +120,19 @@ def audit(
     victim = Victim(model, task, mean_, std_, dropout)
     classes = victim.check(data, batch_size)
     others = _others(data, references, tuning * batch_size, total, batch_size)
+    extra = None if auxiliary is None else _auxiliary(auxiliary, data.images[:total])
     threat = Threat(
         batch_size=batch_size,
         batch_norm="train" if victim.trains_norms else "eval",
         labels="known" if labels_known else "unknown",
+        batch_statistics="unknown" if extra is None else "proxy",
+        auxiliary=0 if extra is None else len(extra),
     )
     base = attack or InversionConfig(seed=seed)
     # A model that is not solved for may look private: what kept it from being so stands on the page.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attacks = _portfolio(base, victim, data.batch(0, batch_size))
+        attacks = _portfolio(base, victim, data.batch(0, batch_size), threat)
     remarks = [str(w.message) for w in caught]
     listed = _audited([defences] if isinstance(defences, str) else defences)
     if hook is not None:
@@ -139,6 +146,7 @@ def audit(
         seed=seed,
         device=str(device),
         classes=classes,
+        auxiliary=extra,
     )
     say = progress if callable(progress) else (print if progress else lambda _: None)
     # The tuning batches come first in every capture's order, as the sweep has it.
@@ -234,6 +242,17 @@ def _others(data: Private, references: Any, tuning: int, total: int, batch_size:
     return others[:REFERENCES]
 
 
+def _auxiliary(images: Any, attacked: torch.Tensor) -> torch.Tensor:
+    """Images for the attacker. Raises ValueError if one of them is attacked, which would be known then."""
+    granted = images_of(images)
+    if granted.shape[1:] != attacked.shape[1:]:
+        raise ValueError(f"Expected auxiliary of shape {tuple(attacked.shape[1:])}, got {tuple(granted.shape[1:])}.")
+    private = {x.numpy().tobytes() for x in attacked}
+    if (index := next((i for i, x in enumerate(granted) if x.numpy().tobytes() in private), None)) is not None:
+        raise ValueError(f"Expected auxiliary images without the private ones, got one of them at {index}.")
+    return granted
+
+
 def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:
     """Each once, the control first."""
     listed: dict[str, Audited] = {"none": Audited(parse_defence("none"), name="none")}
@@ -265,12 +284,16 @@ def _hooked(hook: AnyHook, state: Any, network: nn.Module) -> Audited:
     return Audited(parse_defence("none"), compressor, name)
 
 
-def _portfolio(base: InversionConfig, victim: Victim, data: Private) -> tuple[InversionConfig, ...]:
-    """Attacks that ignore and that know the compressor, by two distances; and those that solve for the image, where the
-    model has a closed form: on many transformers no other works."""
+def _portfolio(base: InversionConfig, victim: Victim, data: Private, threat: Threat) -> tuple[InversionConfig, ...]:
+    """Attacks that ignore and that know the compressor, by two distances; with a prior on the batch's statistics, where
+    the threat tells of them; and those that solve for the image, where the model has a closed form: on many
+    transformers no other works."""
     attacks = [replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
     if base.matching not in ("cosine", "tensors") or base.method != "optimise":
         attacks = [base, *(replace(a, method="optimise") for a in attacks)]
+    # The prior's passes are of images alone.
+    if victim.task.argument is None and not (isinstance(data.targets, Sample) and data.targets.inputs):
+        attacks += attacks_on_statistics(attacks, threat, victim.known)
     shape = (data.images.shape[1], data.images.shape[2], data.images.shape[3])
     if len(data.images) == 1 and closed_form(victim.known, shape, 1, victim.task, data.targets) is not None:
         attacks += [replace(ANALYTIC, objective=o, seed=base.seed) for o in ("naive", "aware")]

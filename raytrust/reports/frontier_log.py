@@ -24,9 +24,9 @@ from raytrust.studies.frontier.rows import audited_defences, naming, train_of, t
 from raytrust.studies.frontier.store import Store
 
 _METRICS = (
-    "accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "attacks_tried",
-    "n_images", "mse", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "aware_gain",
-    "floor_ssim", "excess", "identified", "label_accuracy",
+    "accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr",
+    "registered_psnr", "attacks_tried", "n_images", "mse", "identified_mse", "identified_ssim", "identified_features",
+    "mean_image_ssim", "other_image_ssim", "aware_gain", "floor_ssim", "excess", "identified", "label_accuracy",
 )  # fmt: skip
 
 

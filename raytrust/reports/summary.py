@@ -147,6 +147,7 @@ def threat_sentence(threat: Mapping[str, Any]) -> str:
     vantage, size = rest.pop("vantage", "link"), rest.pop("batch_size", 1)
     mode, labels = rest.pop("batch_norm", "eval"), rest.pop("labels", "known")
     statistics, history = rest.pop("batch_statistics", "unknown"), rest.pop("history", 0)
+    auxiliary = rest.pop("auxiliary", 0)
     sees = "what one worker sends" if vantage == "link" else "what the collective returns to every worker"
     parts = [
         f"The attacker sees {sees} in one training step",
@@ -159,6 +160,9 @@ def threat_sentence(threat: Mapping[str, Any]) -> str:
     else:
         knows = "known" if statistics == "known" else "unknown"
         parts.append(f"and batch norm is in training mode, with statistics {knows} to the attacker")
+    if auxiliary:
+        use = ", from which it estimates the batch's statistics" if statistics == "proxy" else ""
+        parts.append(f"with {auxiliary} other images of the kind at hand{use}")
     if history:
         parts.append(f"with the messages of {history} steps before at hand")
     return ", ".join(parts) + "." + "".join(f" {name}: {value}." for name, value in rest.items())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,15 +15,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytrust.attacks.inversion import Candidates
-from raytrust.leak.observation import Capture
+from raytrust.leak.observation import Capture, Observation
 from raytrust.metrics.images import mse, ssim_table
+from raytrust.networks.classifier import final_linear
+
+CHUNK = 25  # images in one pass
+SMALLEST = 24  # pixels a side that ST-LPIPS takes
+
+Features: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class Floors:
-    """What is known of the private images without any attack. batches: each (batch, ...); references: (m, ...)."""
+    """What is known of the private images without any attack. batches: each (batch, ...); references: (m, ...).
 
-    def __init__(self, batches: Sequence[NDArray[np.float32]], references: NDArray[np.float32]):
+    features: images -> (n, features), see `features_of`; None where the network has none.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[NDArray[np.float32]],
+        references: NDArray[np.float32],
+        features: Features | None = None,
+    ):
         self.references = references
+        self._features = features
+        # Once for all attacks: passes of a hundred images through a large network take seconds.
+        self._feature_tables = features and (features(np.concatenate(batches)), features(references))
         self.mean_image = ssim_table(np.concatenate(batches), references.mean(0, keepdims=True))[:, 0].tolist()
         self.other_image = [value for batch in batches for value in self._others(ssim_table(batch, references))]
 
@@ -50,6 +68,43 @@ class Floors:
     def identified_by_mse(self, reconstructions: NDArray[np.float32], truth: list[float]) -> list[bool]:
         rivals = [min(mse(image, r) for r in self.references) for image in reconstructions]
         return [t < rival for t, rival in zip(truth, rivals, strict=True)]
+
+    def identified_by_features(self, reconstructions: NDArray[np.float32]) -> list[bool] | None:
+        """The reconstructions in the order of the private images; None without features."""
+        if self._features is None or self._feature_tables is None:
+            return None
+        private, references = self._feature_tables
+        found = self._features(reconstructions)
+        rivals = [np.linalg.norm(references - one, axis=1).min() for one in found]
+        truth = np.linalg.norm(private - found, axis=1)
+        return [bool(t < rival) for t, rival in zip(truth, rivals, strict=True)]
+
+
+def features_of(seen: Observation) -> Features | None:
+    """What the attacked network makes of images in [0, 1] before its last linear layer; None where it has none.
+
+    In evaluation mode, so that an image's features are its own, whatever else is in its batch.
+    """
+    if seen.classes == 0 or seen.targets is not None or seen.task.argument is not None:
+        return None
+    network = seen.build_model().eval()
+    try:
+        _, layer = final_linear(network, seen.image_shape, seen.classes)
+    except ValueError:
+        return None
+    mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
+
+    @torch.no_grad()
+    def features(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        parts: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0].flatten(1)))
+        # A few at a time, as a hundred large images would fill the memory with their activations.
+        for some in torch.from_numpy(images).split(CHUNK):
+            network((some - mean) / std)
+        handle.remove()
+        return torch.cat(parts).numpy()
+
+    return features
 
 
 def match(images: Tensor, truth: Tensor) -> tuple[Tensor, list[float]]:
@@ -82,7 +137,26 @@ def perceptual_distance() -> Callable[[Tensor, Tensor], list[float]] | None:
     # Without its weights the network would download them; a measurement must not hang on a server.
     if find_spec("lpips") is None or not list(weights.glob("alexnet-*.pth")):
         return None
-    network = import_module("lpips").LPIPS(net="alex", verbose=False).eval()
+    return _distance("lpips", net="alex")
+
+
+def shift_tolerant_distance(size: tuple[int, int]) -> Callable[[Tensor, Tensor], list[float]] | None:
+    """ST-LPIPS (Ghildyal & Liu 2022) with AlexNet: as `perceptual_distance`, but hardly sees a shift by a pixel.
+
+    It is no LPIPS, whose values are others, but the one such metric found that a package installs with all its weights:
+    pip install "raytrust[lpips]". None without it, and for images (height, width) too small for its layers.
+    """
+    # The last two it imports without asking for them.
+    installed = all(find_spec(name) for name in ("stlpips_pytorch", "torchsummary", "IPython"))
+    if not installed or min(size) < SMALLEST:
+        return None
+    return _distance("stlpips_pytorch.stlpips", net="alex", variant="shift_tolerant")
+
+
+def _distance(module: str, **options: str) -> Callable[[Tensor, Tensor], list[float]]:
+    # Both draw random weights first, which the file's replace: the caller's generator must not notice.
+    with torch.random.fork_rng(devices=[]):
+        network = import_module(module).LPIPS(verbose=False, **options).eval()
 
     def distance(a: Tensor, b: Tensor) -> list[float]:
         with torch.no_grad():

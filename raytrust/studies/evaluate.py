@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TypeAlias
 
 import numpy as np
@@ -15,8 +16,15 @@ from raytrust.attacks.inversion import Candidates, invert
 from raytrust.attacks.learned import Auxiliary, train_inverter
 from raytrust.config import InversionConfig, LearnedInverterConfig
 from raytrust.leak.observation import Capture
-from raytrust.metrics.images import mse, psnr
-from raytrust.studies.comparison import Floors, label_accuracy, match, perceptual_distance
+from raytrust.metrics.images import mse, psnr, registered_psnr
+from raytrust.studies.comparison import (
+    Floors,
+    features_of,
+    label_accuracy,
+    match,
+    perceptual_distance,
+    shift_tolerant_distance,
+)
 
 # With the true image that makes a hundred candidates, of which guessing finds one in a hundred.
 DISTRACTORS = 99
@@ -28,13 +36,17 @@ Request: TypeAlias = tuple[Sequence[Capture], Sequence[InversionConfig]]
 class Reconstructions:
     """What an attack reached on n private images, image by image in the order of the captures.
 
-    ssim, psnr (dB), mse, lpips: of the restart that the attacker picked by its own objective. lpips (AlexNet, lower is
-        closer) only where the package `lpips` and the weights it needs are installed, see `studies.comparison`.
+    ssim, psnr (dB), registered_psnr, mse, lpips: of the restart that the attacker picked by its own objective.
+        registered_psnr is the greater of psnr and that of the image shifted onto its original; None without
+        scikit-image. lpips (AlexNet, lower is closer) only where the package `lpips` and the weights it needs are
+        installed, and st_lpips (its shift-tolerant kin) with the extra [lpips], see `studies.comparison`.
     oracle_ssim: the greatest over all restarts, for each image by itself: an upper bound that no attacker has.
     label_accuracy: one a batch, how many of its labels were recovered, as multisets; None where they were granted or
         the attack needs none.
-    identified_mse, identified_ssim: whether the reconstruction is nearer to its true image than to each of the
-        `candidates` - 1 other images; ties are lost. Guessing reaches 1 / candidates.
+    identified_mse, identified_ssim, identified_features: whether the reconstruction is nearer to its true image than to
+        each of the `candidates` - 1 other images; ties are lost. Guessing reaches 1 / candidates. Features are what
+        goes into the last linear layer of the attacked network in evaluation mode, compared by their L2 distance; None
+        where it has no such layer.
     mean_image_ssim, other_image_ssim: floors, from other images of the data set: SSIM of their mean to the private
         image, and the mean of their SSIM to it, which is what a random other image can expect.
     history: of how many preceding steps the attacker had the messages, too.
@@ -45,12 +57,15 @@ class Reconstructions:
 
     ssim: list[float]
     psnr: list[float]
+    registered_psnr: list[float] | None
     mse: list[float]
     lpips: list[float] | None
+    st_lpips: list[float] | None
     oracle_ssim: list[float]
     label_accuracy: list[float] | None
     identified_mse: list[bool] | None
     identified_ssim: list[bool] | None
+    identified_features: list[bool] | None
     candidates: int
     mean_image_ssim: list[float] | None
     other_image_ssim: list[float] | None
@@ -227,7 +242,9 @@ def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candida
 
 def _floors(captures: Sequence[Capture], references: Tensor | None) -> Floors | None:
     originals = [c.truth.images.numpy() for c in captures]
-    return None if references is None else Floors(originals, references[:DISTRACTORS].numpy())
+    if references is None:
+        return None
+    return Floors(originals, references[:DISTRACTORS].numpy(), features_of(captures[0].seen))
 
 
 def _compare(
@@ -244,17 +261,21 @@ def _compare(
     reconstructions = torch.cat([images for images, _ in picked])
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(reconstructions, originals, strict=True)]
     ssim, errors = [s for _, values in picked for s in values], [mse(a, b) for a, b in pairs]
-    lpips = perceptual_distance()
+    lpips, tolerant = perceptual_distance(), shift_tolerant_distance((originals.shape[2], originals.shape[3]))
     matching = [None if c.matching is None else c.matching[c.pick()] for c in candidates]
     return Reconstructions(
         ssim=ssim,
         psnr=[psnr(a, b) for a, b in pairs],
+        # Audits run in environments without it.
+        registered_psnr=[registered_psnr(a, b) for a, b in pairs] if find_spec("skimage") else None,
         mse=errors,
         lpips=None if lpips is None else lpips(reconstructions, originals),
+        st_lpips=None if tolerant is None else tolerant(reconstructions, originals),
         oracle_ssim=oracle,
         label_accuracy=label_accuracy(captures, candidates),
         identified_mse=None if floors is None else floors.identified_by_mse(reconstructions.numpy(), errors),
         identified_ssim=None if floors is None else floors.identified(reconstructions.numpy(), ssim),
+        identified_features=None if floors is None else floors.identified_by_features(reconstructions.numpy()),
         candidates=1 if floors is None else 1 + len(floors.references),
         mean_image_ssim=None if floors is None else floors.mean_image,
         other_image_ssim=None if floors is None else floors.other_image,

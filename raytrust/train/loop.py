@@ -26,6 +26,7 @@ from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.networks.build import build_model
 from raytrust.networks.checkpoint import load_checkpoint
 from raytrust.train.gradient import WorkerGradient
+from raytrust.train.private import auxiliary_images, check_sizes, private_batches
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 
 
@@ -92,12 +93,15 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     batches = _batches(config, len(data.train_labels), channel)
     gradient = WorkerGradient(model, config)
     history: deque[EarlierStep] = deque(maxlen=config.threat.history)
+    auxiliary = auxiliary_images(config, data)
     for step in range(max(1, config.steps)):
         if step in config.capture.steps:
             # Workers have seen other images, so that their batch-norm statistics differ, but the attacker knows one.
             _average_buffers(model, channel)
             private = data.train_images, data.train_labels, private_batches(config, len(data.train_labels))
-            yield from _captures(config, step, model, compressor, data, channel, device, private, tuple(history))
+            yield from _captures(
+                config, step, model, compressor, data, channel, device, private, tuple(history), auxiliary
+            )
         if step == config.steps:
             break
         images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
@@ -137,8 +141,11 @@ def capture_images(
     images: uint8 (n, channels, height, width), each a private batch of its own, normalised as `data`. labels: (n,).
     state: weights and buffers of the model by name, by default of the untrained one; `step` says how long it was
     trained. The compressor is that of the defence in its first state, or `hook` in its present one, which stays as it
-    is. Raises ValueError where the model can't have a gradient: a batch norm in training mode of one value a channel.
+    is. Raises ValueError where the model can't have a gradient: a batch norm in training mode of one value a channel;
+    and for a threat with auxiliary images, as the caller alone knows what else the chosen ones are compared with.
     """
+    if config.threat.auxiliary:
+        raise ValueError(f"Expected auxiliary={config.threat.auxiliary} to be 0 for captures of chosen images.")
     model = build_model(config.model, data.channels, data.classes, config.seed)
     if state is not None:
         model.load_state_dict(state)
@@ -151,29 +158,6 @@ def learning_rate_factor(step: int, steps: int) -> float:
     """Share of the peak learning rate at a step: a linear rise over the first tenth, then a linear fall to zero."""
     rise = max(1, steps // 10)
     return min((step + 1) / rise, (steps - step) / max(1, steps - rise + 1))
-
-
-def check_sizes(config: TrainConfig, n_train: int) -> None:
-    """Raises ValueError if there are too few training images for one step or for the private batches."""
-    step = config.batch_size * config.workers
-    if step > n_train:
-        raise ValueError(
-            f"Expected batch_size={config.batch_size} x workers={config.workers} to be at most the number of training "
-            f"images, {n_train}."
-        )
-    private = (config.capture.tuning + config.capture.evaluation) * config.threat.batch_size
-    if private > n_train:
-        raise ValueError(f"Expected at least {private} training images for the private batches, got {n_train}.")
-
-
-def private_batches(config: TrainConfig, n_train: int) -> Tensor:
-    """Indices of training images, (tuning + evaluation, threat.batch_size): no image twice.
-
-    They depend on the seed and the sizes alone, so every defence is attacked on the same images.
-    """
-    count = config.capture.tuning + config.capture.evaluation
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.randperm(n_train, generator=generator)[: count * config.threat.batch_size].view(count, -1)
 
 
 def _batches(config: TrainConfig, n_train: int, channel: Channel) -> Iterator[Tensor]:
@@ -230,6 +214,7 @@ def _captures(
     device: str,
     private: tuple[Tensor, Tensor, Tensor],
     history: tuple[EarlierStep, ...] = (),
+    auxiliary: Tensor | None = None,
 ) -> Iterator[Capture]:
     """This worker's share of the private batches, one in each round; all workers take part in all rounds.
 
@@ -271,6 +256,7 @@ def _captures(
             buffers_after=after if granted else None,
             history=history,
             method=compressor.as_seen() if isinstance(compressor, HookCompressor) else None,
+            auxiliary=auxiliary,
         )
         yield Capture(index, seen, Truth(images[mine].float() / 255, labels[mine]))
 

@@ -44,7 +44,8 @@ from raytrust.networks.build import build_model
 from raytrust.persample.matcher import Distance
 from raytrust.persample.products import Product
 from raytrust.studies.evaluate import evaluate_inversion
-from raytrust.train.loop import private_batches, train
+from raytrust.train.loop import train
+from raytrust.train.private import private_batches
 from raytrust.wire.channel import LocalChannel
 
 VIVID = synthetic(vivid=True)

@@ -237,6 +237,55 @@ def test_statistics_of_the_private_batch_only_where_the_threat_grants_them() -> 
             torch.testing.assert_close(a, b[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_statistics_by_proxy_are_those_of_the_auxiliary_batches(mode: Literal["eval", "train"]) -> None:
+    threat = Threat(batch_size=3, batch_norm=mode, batch_statistics="proxy", auxiliary=8)
+    observation = seen(threat=threat, model="resnet18", steps=(0, 1))[4]
+    assert observation.auxiliary is not None
+    mean, std = (s.view(-1, 1, 1) for s in (observation.mean, observation.std))
+    prior = BatchNormPrior(observation.build_model())
+    # By the book: two batches of three, and two images that fill none.
+    batches = ((observation.auxiliary[:6] - mean) / std).unflatten(0, (2, 3))
+    for found, each in zip(known_statistics(observation), prior.statistics(batches), strict=True):
+        for a, b in zip(found, each, strict=True):
+            torch.testing.assert_close(a, b.mean(0))
+    with pytest.raises(ValueError, match=r"^Expected at least 3 auxiliary images"):
+        known_statistics(replace(observation, auxiliary=None))
+    without = seen(threat=threat, model="convnet")[0]
+    with pytest.raises(ValueError, match=r"^Expected a model with batch norm"):
+        known_statistics(without)
+
+
+def test_the_nearer_the_granted_statistics_the_less_the_prior_at_the_truth() -> None:
+    """Of an untrained model in training mode: exact ones, by proxy, and the initial values that it runs with."""
+    known, by_proxy = (
+        captures(threat=threat, model="resnet18")[1]
+        for threat in (
+            Threat(batch_size=4, batch_norm="train", batch_statistics="known"),
+            Threat(batch_size=4, batch_norm="train", batch_statistics="proxy", auxiliary=40),
+        )
+    )
+    x = (known.truth.images - known.seen.mean.view(-1, 1, 1)) / known.seen.std.view(-1, 1, 1)
+    prior = BatchNormPrior(known.seen.build_model())
+
+    def at_truth(statistics: Any) -> float:
+        return float(prior(x[None], [(m[None], v[None]) for m, v in statistics]))
+
+    # Of a proxy that is the private batch itself nothing is left but rounding.
+    same = known_statistics(replace(by_proxy.seen, auxiliary=known.truth.images))
+    for found, true in zip(same, known_statistics(known.seen), strict=True):
+        for a, b in zip(found, true, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    running = [
+        (known.seen.buffers[name], known.seen.buffers[name.replace("mean", "var")])
+        for name in known.seen.buffers
+        if name.endswith("running_mean")
+    ]
+    exact, proxy = at_truth(known_statistics(known.seen)), at_truth(known_statistics(by_proxy.seen))
+    assert exact < 0.05 * proxy
+    assert proxy < 0.5 * at_truth(running)
+
+
 def test_priors_pull_where_they_should() -> None:
     """Each prior, given a large weight, makes its own term smaller than the attack without it does."""
     observation = seen(model="resnet18", threat=Threat(batch_size=2), steps=(0, 2))[4]

@@ -412,6 +412,28 @@ def test_a_network_with_a_closed_form_meets_it_unasked(
         assert [a.objective for a in sweep.portfolio if a.method == "analytic"] == expected
 
 
+def test_known_statistics_of_the_batch_are_used_unasked(
+    begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
+) -> None:
+    """Where the network has batch norm, and no option says how they are weighed."""
+    proxy = ("--batch-statistics", "proxy", "--auxiliary", "8", "--image-size", "8")
+    known = ("--batch-norm", "train", "--private-batch", "2", "--batch-statistics", "known", "--image-size", "8")
+    for number, (arguments, expected) in enumerate(
+        (
+            (proxy, ["naive", "aware"]),
+            (known, ["naive", "aware"]),
+            ((*proxy, "--objective", "aware"), ["aware"]),
+            ((*proxy, "--network", "convnet"), []),
+            ((*known, "--batch-norm", "eval"), []),
+        )
+    ):
+        _, sweep, _ = begin("--output", str(tmp_path / str(number)), *arguments)
+        assert [a.objective for a in sweep.portfolio if a.bn > 0] == expected
+    _, given, _ = begin("--output", str(tmp_path / "given"), *proxy, "--bn", "0.5")
+    assert [a.bn for a in given.portfolio] == [0.5] * 4
+    assert (given.train.threat.batch_statistics, given.train.threat.auxiliary) == ("proxy", 8)
+
+
 def test_all_defences_that_are_given_are_audited(
     begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
 ) -> None:

@@ -71,10 +71,13 @@ COLUMNS: dict[str, type | tuple[type, ...]] = {
     "aware_ssim": float,
     "oracle_ssim": float,
     "attack": dict,
+    "registered_psnr": float,
     "mse": float,
     "lpips": (float, type(None)),
+    "st_lpips": (float, type(None)),
     "identified_mse": float,
     "identified_ssim": float,
+    "identified_features": float,
     "mean_image_ssim": float,
     "other_image_ssim": float,
     "label_accuracy": type(None),  # labels were granted

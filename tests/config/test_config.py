@@ -171,7 +171,7 @@ def test_an_integer_will_do_for_a_float() -> None:
             TrainConfig,
             {"threat": {"batchsize": 3}},
             "Expected the keys of threat to be among vantage, batch_size, batch_norm, labels, batch_statistics, "
-            "history, got 'batchsize'.",
+            "history, auxiliary, got 'batchsize'.",
         ),
         (
             Defence,
@@ -271,6 +271,12 @@ NAN, INF = float("nan"), float("inf")
         (ModelConfig, {"width": 1025}, "Expected width=1025 in [1, 1024]."),
         (Threat, {"vantage": "lnik"}, "Expected vantage='lnik' to be one of 'link', 'peer'."),
         (Threat, {"batch_norm": "test"}, "Expected batch_norm='test' to be one of 'eval', 'train'."),
+        (Threat, {"auxiliary": -1}, "Expected auxiliary=-1 to be at least 0."),
+        (
+            Threat,
+            {"batch_statistics": "proxy", "batch_size": 4, "auxiliary": 3},
+            "Expected auxiliary=3 to be at least the size of the private batch, 4, for batch_statistics='proxy'.",
+        ),
         (Threat, {"labels": "none"}, "Expected labels='none' to be one of 'known', 'unknown'."),
         (Threat, {"batch_size": 0}, "Expected batch_size=0 to be at least 1."),
         (Threat, {"history": -1}, "Expected history=-1 to be at least 0."),

@@ -368,6 +368,27 @@ def test_the_buffers_that_the_batch_left_behind_survive(data: Dataset, tmp_path:
     assert_equal(load_captures(tmp_path, 0, [capture.index])[0].seen, capture.seen)
 
 
+def test_auxiliary_images_survive_and_are_written_once(data: Dataset, tmp_path: Path) -> None:
+    threat = Threat(batch_size=2, batch_norm="train", batch_statistics="proxy", auxiliary=5)
+    found = captured(data, DenseConfig(), threat, "resnet18", steps=(0, 1))
+    for capture in found:
+        save_capture(tmp_path, capture)
+        assert_equal(load_captures(tmp_path, capture.seen.step, [capture.index])[0], capture)
+    assert [p.name for p in tmp_path.rglob("*.pt") if "auxiliary" in p.name] == ["auxiliary.pt"]
+    first, second = load_captures(tmp_path, 0, [c.index for c in found if c.seen.step == 0])
+    assert first.seen.auxiliary is second.seen.auxiliary
+    assert found[0].seen.auxiliary is not None
+    # Nothing of it is written with each capture.
+    one = (tmp_path / "step-000000" / "seen-000.pt").stat().st_size
+    (tmp_path / "auxiliary.pt").unlink()
+    with pytest.raises(ValueError, match="no such file"):
+        load_captures(tmp_path, 0, [0])
+    plain = captured(data, DenseConfig(), replace(threat, batch_statistics="unknown", auxiliary=0), "resnet18")[0]
+    save_capture(tmp_path / "plain", plain)
+    assert one < (tmp_path / "plain" / "step-000000" / "seen-000.pt").stat().st_size + 256
+    assert not (tmp_path / "plain" / "auxiliary.pt").exists()
+
+
 def test_a_hidden_payload_of_any_type_survives(capture: Capture, tmp_path: Path) -> None:
     hidden = Message(
         "all_gather",

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import ndimage, stats
 from skimage.metrics import structural_similarity
 
 from raytrust.metrics import images as metrics
@@ -70,7 +70,50 @@ def test_mse_and_psnr_limits():
     assert metrics.psnr(zeros, ones) == 0.0
 
 
-@pytest.mark.parametrize("metric", [metrics.mse, metrics.psnr])
+def smooth_image(seed, size=32, margin=8):
+    """Larger than it is looked at, so that it can be moved without an end."""
+    rng = np.random.default_rng(seed)
+    field = ndimage.gaussian_filter(rng.random((3, size + 2 * margin, size + 2 * margin)), (0, 1.5, 1.5))
+    return (field - field.min()) / (field.max() - field.min())
+
+
+def window(field, dy=0, dx=0, size=32, margin=8):
+    return field[:, margin - dy : margin - dy + size, margin - dx : margin - dx + size]
+
+
+@pytest.mark.parametrize(("dy", "dx"), [(2, 0), (-3, 4), (0, -1), (4, 4)])
+def test_a_shifted_copy_is_registered(dy, dx):
+    field = smooth_image(0)
+    assert metrics.psnr(window(field, dy, dx), window(field)) < 26
+    assert metrics.registered_psnr(window(field, dy, dx), window(field)) > 60
+    assert metrics.registered_psnr(window(field), window(field, dy, dx)) > 60
+
+
+def test_a_copy_that_is_shifted_by_parts_of_a_pixel_is_registered():
+    field = smooth_image(1)
+    moved = np.clip(ndimage.shift(field, (0, 1.4, -0.7), order=3), 0, 1)
+    plain = metrics.psnr(window(moved), window(field))
+    assert metrics.registered_psnr(window(moved), window(field)) > plain + 10
+
+
+def test_no_registration_makes_noise_a_copy_nor_an_image_worse():
+    truth = window(smooth_image(2))
+    rng = np.random.default_rng(3)
+    others = [rng.random(truth.shape) for _ in range(8)] + [window(smooth_image(seed)) for seed in range(4, 12)]
+    others += [np.full_like(truth, 0.5), np.zeros_like(truth), np.clip(truth + 0.1, 0, 1), truth[:, ::-1].copy()]
+    for other in others:
+        gain = metrics.registered_psnr(other, truth) - metrics.psnr(other, truth)
+        assert 0 <= gain < 1.5
+    assert metrics.registered_psnr(truth, truth) == math.inf
+    # Beyond an eighth of the side it is another image: what overlaps would be less and less.
+    field = smooth_image(0)
+    assert (
+        metrics.registered_psnr(window(field, 6, 0), window(field))
+        < metrics.psnr(window(field, 6, 0), window(field)) + 1.5
+    )
+
+
+@pytest.mark.parametrize("metric", [metrics.mse, metrics.psnr, metrics.registered_psnr])
 def test_bad_images_are_refused(metric):
     good = np.full((1, 8, 8), 0.5)
     for bad in (np.full((1, 8, 9), 0.5), np.full((1, 1, 8, 8), 0.5), good + 0.6, good - 0.6, good * np.nan):

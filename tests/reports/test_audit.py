@@ -51,6 +51,32 @@ def plain(result: raytrust.AuditResult) -> dict[str, Any]:
     return dict(next(row for row in result.rows if row["name"] == "none"))
 
 
+def test_an_attacker_with_images_of_the_kind() -> None:
+    """He tries a prior on the batch's statistics, too; what is attacked he must not have."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, 4))
+    extra = smooth(8, seed=1)
+    quick = replace(QUICK, iterations=4)
+    granted = audited(model, defences=[], attack=quick, batch_size=2, auxiliary=extra)
+    without = audited(model, defences=[], attack=quick, batch_size=2)
+    assert plain(granted)["attacks_tried"] == plain(without)["attacks_tried"] + 1
+    assert {r.attack.bn > 0 for r in granted.defences[0].tuned} == {True, False}
+    threat = plain(granted)["threat"]
+    assert (threat["batch_statistics"], threat["auxiliary"]) == ("proxy", 8)
+    for capture in granted.defences[0].captures[0]:
+        assert capture.seen.auxiliary is not None
+        assert torch.equal(capture.seen.auxiliary, extra)
+    assert without.defences[0].captures[0][0].seen.auxiliary is None
+    # Five batches of two are attacked, and the twelfth image is none of them.
+    audited(model, defences=[], attack=quick, batch_size=2, auxiliary=smooth()[11:])
+    with pytest.raises(ValueError, match=r"^Expected auxiliary images without the private .* at 1\.$"):
+        audited(model, batch_size=2, auxiliary=torch.cat([extra[:1], smooth()[9:]]))
+    with pytest.raises(ValueError, match=r"^Expected auxiliary=1 to be at least the size of the private batch, 2, for"):
+        audited(model, batch_size=2, auxiliary=extra[:1])
+    with pytest.raises(ValueError, match=r"^Expected auxiliary of shape"):
+        audited(model, auxiliary=smooth(channels=3))
+
+
 def test_it_says_what_leaks_and_writes_it(tmp_path: Path) -> None:
     model, said = convnet(), []
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -119,3 +119,6 @@ def test_a_threat_in_words():
     for part in parts:
         assert part in words
     assert words.endswith(" noise: 0.1.")
+    proxy = threat_sentence({"batch_norm": "train", "batch_statistics": "proxy", "auxiliary": 64})
+    assert proxy.endswith("with 64 other images of the kind at hand, from which it estimates the batch's statistics.")
+    assert "with statistics unknown to the attacker" in proxy

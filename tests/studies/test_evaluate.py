@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import ssim, synthetic
 
 from raytrust.attacks.inversion import Candidates
@@ -17,9 +18,10 @@ from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, Threat,
 from raytrust.leak import EarlierStep
 from raytrust.leak.observation import Capture, Observation
 from raytrust.metrics.images import mse, psnr
+from raytrust.networks.build import build_model
 from raytrust.studies import comparison
 from raytrust.studies import evaluate as module
-from raytrust.studies.comparison import match, perceptual_distance
+from raytrust.studies.comparison import features_of, match, perceptual_distance, shift_tolerant_distance
 from raytrust.studies.evaluate import (
     InversionFailure,
     InversionResult,
@@ -243,7 +245,7 @@ def test_identification_is_by_the_nearest_of_all_candidates(monkeypatch: pytest.
     near = [t.lerp(noise(t), 0.2) for t in truth]
     claim(monkeypatch, [restarts(x, objective=[0.0]) for x in (near[0], REFERENCES[3:4], near[2])])
     result = evaluate_inversion(private, ATTACK, references=REFERENCES)
-    assert result.identified_mse == result.identified_ssim == [True, False, True]
+    assert result.identified_mse == result.identified_ssim == result.identified_features == [True, False, True]
     twin = torch.cat([REFERENCES, truth[0]])  # the very image is among the others: a tie
     assert evaluate_inversion(private, ATTACK, references=twin).identified_mse == [False, False, True]
     many = REFERENCES.repeat(5, 1, 1, 1)
@@ -259,6 +261,58 @@ def test_another_image_is_not_identified(monkeypatch: pytest.MonkeyPatch) -> Non
         result = evaluate_inversion(private, ATTACK, references=REFERENCES)
         hits += sum([*(result.identified_mse or []), *(result.identified_ssim or [])])
     assert hits == 0
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_features_are_those_of_the_attacked_network(
+    mode: Literal["eval", "train"], batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are identified; what the network can't tell from another image is not, however near its pixels are."""
+    private = [replace(c, seen=with_batch_norm(c.seen, mode)) for c in captures(batch_size)]
+    claim(monkeypatch, [restarts(c.truth.images, objective=[0.0]) for c in private])
+    result = evaluate_inversion(private, ATTACK, references=REFERENCES)
+    assert result.identified_features == [True] * 3 * batch_size
+    # By the book, of one image after another.
+    network = private[0].seen.build_model().eval()
+    found: list[Tensor] = []
+    network.fc.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][0]))
+    scale = [s.view(-1, 1, 1) for s in (private[0].seen.mean, private[0].seen.std)]
+    for image in REFERENCES:
+        network(((image - scale[0]) / scale[1])[None])
+    features = features_of(private[0].seen)
+    assert features is not None
+    assert features(REFERENCES.numpy()) == pytest.approx(torch.stack(found).detach().numpy(), rel=1e-4, abs=1e-6)
+
+
+def with_batch_norm(seen: Observation, mode: Literal["eval", "train"]) -> Observation:
+    model = ModelConfig("resnet18", width=2)
+    network = build_model(model, seen.image_shape[0], seen.classes, seed=0)
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    threat = replace(seen.threat, batch_norm=mode)
+    return replace(seen, model=model, weights=weights, buffers=dict(network.named_buffers()), threat=threat)
+
+
+def test_without_a_linear_layer_at_its_end_a_network_has_no_features() -> None:
+    seen = captures(1)[0].seen
+    assert features_of(seen) is not None
+    convolutional = nn.Sequential(nn.Conv2d(3, seen.classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert features_of(replace(seen, network=convolutional, weights={}, buffers={})) is None
+    # Of a loss that is not of classes, nothing says which layer is the last.
+    assert features_of(replace(seen, classes=0)) is None
+
+
+def test_registered_psnr_is_of_the_pick_and_no_less_than_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    private = captures(1)
+    moved = [restarts(c.truth.images.roll((1, -1), (2, 3)), objective=[0.0]) for c in private]
+    claim(monkeypatch, moved)
+    result = evaluate_inversion(private, ATTACK)
+    assert result.registered_psnr is not None
+    assert min(result.registered_psnr) > 40
+    assert max(result.psnr) < 30
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    claim(monkeypatch, moved)
+    assert evaluate_inversion(private, ATTACK).registered_psnr is None
 
 
 def test_a_result_says_what_history_the_attack_had() -> None:
@@ -294,6 +348,47 @@ def test_an_attack_that_fails_does_so_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(one, InversionResult)
     assert isinstance(other, InversionFailure)
     assert isinstance(other.error, FloatingPointError)
+
+
+def test_st_lpips_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, which draws random weights, and takes images of 24 pixels a side."""
+    package = ModuleType("stlpips_pytorch.stlpips")
+    asked: list[dict[str, Any]] = []
+
+    class Network(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, normalize: bool) -> Tensor:
+            assert normalize
+            assert a.shape[1:] == (3, 24, 24)
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    def build(**options: Any) -> Network:
+        asked.append(options)
+        torch.rand(1)
+        return Network()
+
+    package.LPIPS = build  # type: ignore[attr-defined]
+    monkeypatch.setattr(comparison, "import_module", lambda name: package)
+    missing = {"torchsummary"}
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None if name in missing else package)
+    assert shift_tolerant_distance((24, 24)) is None
+    missing.clear()
+    assert shift_tolerant_distance((23, 30)) is None
+    distance = shift_tolerant_distance((24, 24))
+    assert distance is not None
+    assert asked == [{"verbose": False, "net": "alex", "variant": "shift_tolerant"}]
+    assert distance(torch.zeros(1, 1, 24, 24), torch.ones(1, 1, 24, 24)) == [1.0]
+    monkeypatch.setattr(module, "shift_tolerant_distance", lambda size: lambda a, b: [0.5] * len(a))
+    assert evaluate_inversion(captures(1), ATTACK).st_lpips == [0.5] * 3
+
+
+@pytest.mark.skipif(find_spec("stlpips_pytorch") is None, reason="needs the extra [lpips]")
+def test_st_lpips_of_the_package_itself() -> None:
+    distance = shift_tolerant_distance((32, 32))
+    assert distance is not None
+    images = synthetic(size=32, vivid=True).test_images[:4].float() / 255
+    copy, moved, other = (distance(images, x) for x in (images, images.roll(1, 3), images.roll(1, 0)))
+    assert copy == pytest.approx([0] * 4, abs=1e-5)
+    assert max(moved) < 0.5 * min(other)
 
 
 def test_lpips_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def test_a_row_has_the_strongest_attack_s_figures(store: Store) -> None:
     best = max(figures, key=lambda f: np.mean(f["ssim"]))
     assert found["leakage_ssim"] == np.mean(best["ssim"])
     assert tuple(found["leakage_interval"]) == bootstrap_interval(best["ssim"])
-    for name in ("mse", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy"):
+    names = ("registered_psnr", "mse", "identified_mse", "identified_ssim", "identified_features", "mean_image_ssim")
+    for name in (*names, "other_image_ssim", "label_accuracy"):
         assert found[name] == pytest.approx(np.mean(best[name]))
     assert found["lpips"] is None
     by_objective = {f["attack"]["objective"]: f["ssim"] for f in figures}

@@ -51,7 +51,7 @@ def test_rows_may_be_none_at_all(tmp_path):
 MEASURED = ["accuracy", "leakage_ssim", "naive_ssim", "aware_ssim", "oracle_ssim", "ssim_std", "psnr", "mse"]
 MEASURED += ["lpips", "label_accuracy", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim"]
 MEASURED += ["aware_gain", "aware_gain_p", "floor_ssim", "excess", "excess_interval", "identified", "verdict"]
-MEASURED += ["naive_excess_interval", "naive_identified"]
+MEASURED += ["naive_excess_interval", "naive_identified", "registered_psnr", "identified_features", "st_lpips"]
 BAD_ROWS = {
     **{f"failed with {key}": failed() | {key: 0.0} for key in MEASURED},
     "finished without accuracy": finished(accuracy=0.9) | {"accuracy": None},

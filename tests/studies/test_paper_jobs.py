@@ -20,7 +20,8 @@ from raytrust.studies.paper.plan import BUDGETS, STRONG_STEP, Setting, Victim
 from raytrust.studies.paper.selection import AWARE, NAIVE, Found, Plan, common_nearest, join, nearest, strongest
 from raytrust.studies.paper.theory import compare
 from raytrust.studies.published import CELLS
-from raytrust.train.loop import capture_images, private_batches, train
+from raytrust.train.loop import capture_images, train
+from raytrust.train.private import private_batches
 from raytrust.wire.channel import LocalChannel
 
 ATTACK = InversionConfig("naive", iterations=2)

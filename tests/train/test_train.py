@@ -29,7 +29,8 @@ from raytrust.data import Dataset
 from raytrust.leak import view_of
 from raytrust.leak.observation import Capture, Observation
 from raytrust.networks.build import build_model
-from raytrust.train.loop import Evaluation, Record, Step, check_sizes, learning_rate_factor, private_batches, train
+from raytrust.train.loop import Evaluation, Record, Step, capture_images, learning_rate_factor, train
+from raytrust.train.private import auxiliary_images, check_sizes, private_batches
 from raytrust.wire.channel import LocalChannel, Tap
 
 CONVNET = TrainConfig(
@@ -196,6 +197,36 @@ def test_private_batches_share_no_image(data: Dataset) -> None:
     assert len(set(indices.flatten().tolist())) == 32
     assert set(indices.flatten().tolist()) <= set(range(64))
     assert private_batches(config, 32).unique().tolist() == list(range(32))
+
+
+def test_auxiliary_images_are_training_images_and_none_of_them_is_private(data: Dataset) -> None:
+    threat = Threat(batch_size=4, batch_norm="train", auxiliary=20)
+    config = replace(CONVNET, steps=2, threat=threat, capture=CaptureConfig((0, 1), tuning=3, evaluation=5))
+    # Each image twice: a copy of a private one is private.
+    twice = replace(
+        data,
+        train_images=torch.cat([data.train_images, data.train_images]),
+        train_labels=torch.cat([data.train_labels, data.train_labels]),
+    )
+    key = lambda x: (x * 255).round().byte().numpy().tobytes()  # noqa: E731
+    for images in (data, twice):
+        found = captures(run(config, images))
+        granted = found[0].seen.auxiliary
+        assert granted is not None
+        assert granted.shape == (20, *data.train_images.shape[1:])
+        assert all(c.seen.auxiliary is granted for c in found)
+        private = {key(x) for c in found for x in c.truth.images}
+        training = {x.numpy().tobytes() for x in data.train_images}
+        assert {key(x) for x in granted} <= training - private
+    assert auxiliary_images(replace(config, threat=replace(threat, auxiliary=0)), data) is None
+    other = auxiliary_images(replace(config, seed=1), data)
+    again = auxiliary_images(replace(config, defence=Defence(PowerSGDConfig(1))), data)
+    assert torch.equal(again, auxiliary_images(config, data))
+    assert not torch.equal(again, other)
+    with pytest.raises(ValueError, match=r"^Expected auxiliary=97 .* training images that are not private, 68\.$"):
+        auxiliary_images(replace(config, threat=replace(threat, auxiliary=97)), twice)
+    with pytest.raises(ValueError, match=r"^Expected auxiliary=20 to be 0 for captures of chosen images\.$"):
+        capture_images(config, data, data.test_images, data.test_labels)
 
 
 def test_private_batches_are_the_same_for_every_defence_and_step(data: Dataset) -> None:
@@ -377,6 +408,10 @@ def test_learning_rate(steps: int) -> None:
         (
             {"capture": CaptureConfig(tuning=9, evaluation=8), "threat": Threat(batch_size=4)},
             "Expected at least 68 training images for the private batches, got 64.",
+        ),
+        (
+            {"capture": CaptureConfig(tuning=3, evaluation=4), "threat": Threat(batch_size=8, auxiliary=9)},
+            "Expected auxiliary=9 to be at most the number of training images that are not private, 8.",
         ),
     ],
 )

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from raytrust.leak.observation import Observation, decoded
+from raytrust.networks.classifier import final_linear
 
 NOISE_IMAGES = 64
 # Of B b_c, in labels: a class that is absent and never predicted has a slope of rounding, of either sign.
@@ -61,31 +62,11 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
 
 def classifier_gradient(seen: Observation) -> tuple[Tensor, Tensor | None]:
     """(classes, features) and (classes,), or None without a bias: the decoded gradient of the last linear layer."""
-    name, layer = _classifier(seen.build_model(), seen)
+    name, layer = final_linear(seen.build_model(), seen.image_shape, seen.classes)
     if f"{name}.weight" not in seen.weights:
         raise ValueError("Expected a classifier whose weight is sent, to recover labels: it is frozen or derived.")
     by_name = dict(zip(seen.weights, decoded(seen).gradient, strict=True))
     return by_name[f"{name}.weight"].cpu(), None if layer.bias is None else by_name[f"{name}.bias"].cpu()
-
-
-@torch.no_grad()
-def _classifier(model: nn.Module, seen: Observation) -> tuple[str, nn.Linear]:
-    """The linear layer whose outputs are the model's, else the one of as many outputs that is called last."""
-    # Not the one that is defined last: a network may have a head that only its training uses.
-    called: list[tuple[str, nn.Linear, Tensor]] = []
-    handles = [
-        module.register_forward_hook(lambda m, _, output, name=name: called.append((name, m, output)))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == seen.classes
-    ]
-    # Two, as batch norm in training mode may refuse one.
-    logits = model(torch.zeros(2, *seen.image_shape))
-    for handle in handles:
-        handle.remove()
-    if not called:
-        raise ValueError(f"Expected a model that ends in a linear layer of classes={seen.classes} outputs.")
-    ends = [(name, layer) for name, layer, output in called if output.shape == logits.shape and output.equal(logits)]
-    return ends[-1] if ends else called[-1][:2]
 
 
 def _bias_gradient(weight: Tensor, bias: Tensor | None, feature_sum: float) -> Tensor:
@@ -109,7 +90,8 @@ def _on_noise(seen: Observation) -> tuple[Tensor, float]:
     # takes white noise for very few classes.
     model = seen.build_model()
     features: list[Tensor] = []
-    _classifier(model, seen)[1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    layer = final_linear(model, seen.image_shape, seen.classes)[1]
+    layer.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     # A fixed seed, as equal messages must give equal labels, and the global generator is the user's.
     generator = torch.Generator().manual_seed(0)
     channels, *size = seen.image_shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -17,7 +18,11 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from raytrust.config import InversionConfig, Threat
 from raytrust.leak.observation import Observation
+
+# Of the prior on statistics where it is tried unasked: a proxy is further off, and must pull less (docs/findings.md).
+WEIGHTS = {"known": 0.01, "proxy": 0.001}
 
 Statistics = list[tuple[Tensor, Tensor]]  # (mean, variance) of the input of each batch norm, each (..., channels)
 
@@ -108,6 +113,20 @@ class BatchNormPrior:
         self._found.append((mean, variance))
 
 
+def attacks_on_statistics(
+    attacks: Sequence[InversionConfig], threat: Threat, network: nn.Module
+) -> tuple[InversionConfig, ...]:
+    """Those to be made besides, where the threat tells of the private batch's statistics and the network has any: of
+    each objective the first that optimises, once more with a prior on them. None that weighs them already."""
+    granted = threat.batch_statistics == "proxy" or (threat.batch_statistics, threat.batch_norm) == ("known", "train")
+    if not granted or not any(isinstance(m, _BatchNorm) for m in network.modules()):
+        return ()
+    without = [a for a in attacks if a.method == "optimise" and a.bn == 0]
+    # In reverse, as the last value that is written for a key stays.
+    first = {a.objective: a for a in reversed(without)}
+    return tuple(replace(a, bn=WEIGHTS[threat.batch_statistics]) for a in without if first[a.objective] is a)
+
+
 def forget_batch_statistics(model: nn.Module) -> nn.Module:
     """Let batch norms in training mode use the batch's statistics without updating their running ones, in place.
 
@@ -132,9 +151,16 @@ def known_statistics(seen: Observation) -> Statistics:
     """The statistics that the threat lets an attacker take for those of the private batch, each (channels,).
 
     Where it grants the buffers that the private batch left behind, its own statistics, as running = (1 - momentum)
-    before + momentum batch; else the running statistics, which are of the training data and not of the batch. Raises
-    ValueError where these are but initial values.
+    before + momentum batch; by proxy those of auxiliary images, see `proxy_statistics`; else the running statistics,
+    which are of the training data and not of the batch. Raises ValueError where these are but initial values.
+
+    Huang et al. 2021 ("Evaluating Gradient Inversion Attacks and Defenses in Federated Learning") call the first
+    BN_exact. In all three cases they are only what the prior pulls the candidates' own statistics towards: in training
+    mode a candidate batch is normalised by itself, as the private batch was, or the gradient of the true batch would
+    not be the one that was sent.
     """
+    if seen.threat.batch_statistics == "proxy":
+        return proxy_statistics(seen)
     model = seen.build_model()
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     if any(m.running_mean is None or m.momentum is None for m in norms.values()):
@@ -160,3 +186,28 @@ def known_statistics(seen: Observation) -> Statistics:
         # Running variances have Bessel's correction, which those that the prior computes of a candidate don't have.
         found.append((mean, variance * (n - 1) / n))
     return found
+
+
+@torch.no_grad()
+def proxy_statistics(seen: Observation) -> Statistics:
+    """What the statistics of a batch are to be expected to be, from the attacker's auxiliary images, each (channels,).
+
+    At each batch norm the mean, over as many batches of the private batch's size as the auxiliary images make, of the
+    batch's mean and of its variance without Bessel's correction, which is what the prior computes of a candidate; the
+    last images, which fill no batch, are left out. Each batch passes through the known model in the mode of the threat,
+    so in training mode it is normalised by itself. This is the proxy of LeakPro ("GIA Estimate", of one batch), for
+    which the program of Huang et al. 2021 has the running statistics: those an untrained model does not have. Raises
+    ValueError without auxiliary images and for a model without batch norm.
+    """
+    size = seen.threat.batch_size
+    if seen.auxiliary is None or len(seen.auxiliary) < size:
+        raise ValueError(f"Expected at least {size} auxiliary images for batch_statistics='proxy'.")
+    prior = BatchNormPrior(seen.build_model())
+    mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
+    # One after the other, as many batches at once would fill the memory with their activations.
+    batches = seen.auxiliary[: len(seen.auxiliary) // size * size].split(size)
+    found = [prior.statistics(((batch - mean) / std)[None]) for batch in batches]
+    return [
+        (torch.cat([m for m, _ in layer]).mean(0), torch.cat([v for _, v in layer]).mean(0))
+        for layer in zip(*found, strict=True)
+    ]

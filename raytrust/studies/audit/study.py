@@ -66,7 +66,7 @@ class Audit:
 
     attacks: what every defence meets; further: besides, with settings that were drawn. tuning, evaluation: private
     batches that choose attacks, and that report them.
-    classes: of the model, 0 where its loss is not of classes (`Victim.check`).
+    classes: of the model, 0 where its loss is not of classes (`Victim.check`). auxiliary: images that the attacker has.
     """
 
     threat: Threat
@@ -77,6 +77,7 @@ class Audit:
     seed: int
     device: str
     classes: int
+    auxiliary: Tensor | None = None
 
     def run(
         self,
@@ -108,8 +109,9 @@ class Audit:
                 # The untrained models of all defences are one, which is then attacked once for all.
                 state = start if step == 0 else State.of(network)
                 captured = victim.captures(
-                    network, compressor, audited.defence, first, self.threat, data, self.classes, state, step
-                )
+                    network, compressor, audited.defence, first, self.threat, data, self.classes, state, step,
+                    self.auxiliary,
+                )  # fmt: skip
                 audited.captures[step] = captured
                 audited.sent_bytes += [sum(m.sent_bytes for m in c.seen.messages) for c in captured]
         # A defence under which training diverges has no result, not even from the steps before.

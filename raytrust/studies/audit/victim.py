@@ -251,12 +251,12 @@ class Victim:
 
     def captures(
         self, network: nn.Module, compressor: Compressor, defence: Defence, first: Compressor | None, threat: Threat,
-        data: Private, classes: int, state: State, step: int,
+        data: Private, classes: int, state: State, step: int, auxiliary: Tensor | None = None,
     ) -> list[Capture]:  # fmt: skip
         """What each private batch would have sent at this step of the network's training, with this compressor.
 
         first: the compressor in its first state, where it is not what `defence` says. state: of the network, shared by
-        all its captures.
+        all its captures, as are the attacker's auxiliary images.
         """
         captured = []
         # The attacker has the method and its public state of now, and no residual.
@@ -292,6 +292,7 @@ class Victim:
                 task=self.task,
                 targets=batch.targets if labels is None else None,
                 method=twin,
+                auxiliary=auxiliary,
             )
             captured.append(Capture(index, seen, Truth(batch.images, torch.empty(0) if labels is None else labels)))
         return captured

@@ -15,7 +15,7 @@ import torch
 from raytrust.attacks.inversion.engine import same_model
 from raytrust.config import InversionConfig, TrainConfig, to_dict
 from raytrust.data import Dataset
-from raytrust.jobs.captures import load_captures, save_capture
+from raytrust.jobs.captures import AUXILIARY, load_captures, save_capture
 from raytrust.jobs.files import write_json
 from raytrust.jobs.job import Figures, Job, Place, Result, Results
 from raytrust.leak.observation import Capture
@@ -117,6 +117,7 @@ def begin(store: Results, train: TrainConfig) -> Path:
     # Captures of an interrupted run may belong to other weights than the new ones.
     for stale in folder.glob("step-*"):
         shutil.rmtree(stale)
+    (folder / AUXILIARY).unlink(missing_ok=True)
     return folder
 
 
@@ -207,4 +208,5 @@ def figures_of(outcome: InversionResult, split: Split) -> Figures:
         **{name: getattr(outcome, name) for name in names},
         # A perfect copy has an infinite PSNR (in dB), which JSON can't hold.
         "psnr": [min(p, 100.0) for p in outcome.psnr],
+        "registered_psnr": outcome.registered_psnr and [min(p, 100.0) for p in outcome.registered_psnr],
     }

@@ -55,8 +55,10 @@ class Row(TypedDict, total=False):
     leakage_interval: Ends | None
     ssim_std: float
     psnr: float
+    registered_psnr: float | None
     mse: float
     lpips: float | None
+    st_lpips: float | None
     n_images: int
     oracle_ssim: float
     label_accuracy: float | None
@@ -75,6 +77,7 @@ class Row(TypedDict, total=False):
     other_image_ssim: float | None
     identified_mse: float | None
     identified_ssim: float | None
+    identified_features: float | None
     floor_ssim: float | None  # the greater of the two
     excess: float | None  # leakage less the floor
     excess_interval: Ends | None
@@ -92,10 +95,11 @@ class Row(TypedDict, total=False):
 
 # A failed row carries None for each of these: a leakage of 0 after a failure would look like perfect privacy.
 MEASURED = (
-    "accuracy", "accuracy_interval", "n_test", "leakage_ssim", "leakage_interval", "ssim_std", "psnr", "mse", "lpips",
-    "n_images", "oracle_ssim", "label_accuracy", "attack", "naive_ssim", "aware_ssim", "aware_gain",
-    "aware_gain_interval", "aware_gain_p", "mean_image_ssim", "other_image_ssim", "identified_mse", "identified_ssim",
-    "floor_ssim", "excess", "excess_interval", "identified", "candidates", "naive_excess_interval", "naive_identified",
+    "accuracy", "accuracy_interval", "n_test", "leakage_ssim", "leakage_interval", "ssim_std", "psnr",
+    "registered_psnr", "mse", "lpips", "st_lpips", "n_images", "oracle_ssim", "label_accuracy", "attack",
+    "naive_ssim", "aware_ssim", "aware_gain", "aware_gain_interval", "aware_gain_p", "mean_image_ssim",
+    "other_image_ssim", "identified_mse", "identified_ssim", "identified_features", "floor_ssim", "excess",
+    "excess_interval", "identified", "candidates", "naive_excess_interval", "naive_identified",
 )  # fmt: skip
 
 

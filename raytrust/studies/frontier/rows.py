@@ -37,7 +37,10 @@ FIRST = (
 )  # fmt: skip
 NOT_UNDERSTOOD = "no attack here knows this method, and one that does may see more: register a view of its messages"
 # Averaged with a case for None, as each may be unmeasured; SSIM and PSNR always are measured.
-_MEANS = ("mse", "lpips", "identified_mse", "identified_ssim", "mean_image_ssim", "other_image_ssim", "label_accuracy")
+_MEANS = (
+    "registered_psnr", "mse", "lpips", "st_lpips", "identified_mse", "identified_ssim", "identified_features",
+    "mean_image_ssim", "other_image_ssim", "label_accuracy",
+)  # fmt: skip
 
 
 def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:

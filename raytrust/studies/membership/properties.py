@@ -17,7 +17,8 @@ from raytrust.attacks.membership.properties import auxiliary_batches, property_s
 from raytrust.config import CaptureConfig, MembershipConfig, TrainConfig
 from raytrust.data import Dataset
 from raytrust.leak.observation import Capture
-from raytrust.train.loop import private_batches, train
+from raytrust.train.loop import train
+from raytrust.train.private import private_batches
 from raytrust.wire.channel import LocalChannel
 
 # Images of a batch. Nearly all of larger ones would hold the property, and leave nothing to tell.

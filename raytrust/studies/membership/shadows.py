@@ -20,7 +20,8 @@ from raytrust.leak.observation import Capture
 from raytrust.networks.build import build_model
 from raytrust.studies.membership.pool import PLAIN, Pool, draw_pool
 from raytrust.train.dp_sgd import train_privately
-from raytrust.train.loop import Step, Trained, private_batches, train
+from raytrust.train.loop import Step, Trained, train
+from raytrust.train.private import private_batches
 from raytrust.wire.channel import LocalChannel
 
 Array: TypeAlias = NDArray[np.float32]
