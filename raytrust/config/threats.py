@@ -1,0 +1,95 @@
+"""A map of threats: which private batches, modes, local steps and states of a model leak, under which defence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Literal, TypeAlias, get_args
+
+from raytrust.config.attacks import InversionConfig
+from raytrust.config.compressors import PowerSGDConfig
+from raytrust.config.defence import Defence
+from raytrust.config.training import CaptureConfig, TrainConfig
+from raytrust.config.values import expect
+
+State: TypeAlias = Literal["untrained", "trained"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One threat: a state of the model, and how the private gradient comes about. train: without a defence."""
+
+    state: State
+    train: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """Such as "trained, 4 images, batch norm in training mode, 5 local steps"."""
+        threat, steps = self.train.threat, self.train.local.steps
+        size = "1 image" if threat.batch_size == 1 else f"{threat.batch_size} images"
+        mode = {"eval": "evaluation", "train": "training"}[threat.batch_norm]
+        labels = "" if threat.labels == "known" else ", labels unknown"
+        known = "" if threat.batch_statistics == "unknown" else f", statistics {threat.batch_statistics}"
+        local = "1 step" if steps == 1 else f"{steps} local steps"
+        return f"{self.state}, {size}, batch norm in {mode} mode{known}, {local}{labels}"
+
+
+@dataclass(frozen=True)
+class ThreatMapConfig:
+    """Every defence under every threat, with the same attacker.
+
+    train: the model, the data's order and the captures; its steps train the model of the state "trained", without a
+        defence, and its threat says what the map does not vary. Cells are captured with one worker, who is the victim.
+    defences: the columns of the map; without compression comes first, as it is the control.
+    portfolio: attacks that every defence meets, in each way through local steps.
+    private_batches: images of a private batch.
+    batch_norms: modes in which the private gradient is taken.
+    local_steps: how many a worker makes before it sends.
+    labels: whether the attacker has them.
+    states: of the model.
+    """
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(workers=1, capture=CaptureConfig((0,), 1, 4)))
+    defences: tuple[Defence, ...] = (Defence(), Defence(PowerSGDConfig(4)))
+    portfolio: tuple[InversionConfig, ...] = (InversionConfig(),)
+    private_batches: tuple[int, ...] = (1, 4, 16)
+    batch_norms: tuple[Literal["eval", "train"], ...] = ("eval", "train")
+    local_steps: tuple[int, ...] = (1, 5)
+    labels: tuple[Literal["known", "unknown"], ...] = ("known",)
+    states: tuple[State, ...] = ("untrained", "trained")
+
+    def __post_init__(self) -> None:
+        for name, least in (("private_batches", 1), ("local_steps", 1)):
+            value = getattr(self, name)
+            expect(len(value) > 0 and min(value, default=0) >= least, name, value, f"to be numbers from {least} on")
+        for name, choices in (
+            ("batch_norms", ("eval", "train")), ("labels", ("known", "unknown")), ("states", get_args(State)),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            expect(len(value) > 0 and set(value) <= {*choices}, name, value, f"to be among {', '.join(choices)}")
+        for name in ("private_batches", "batch_norms", "local_steps", "labels", "states", "defences"):
+            value = getattr(self, name)
+            expect(len(set(value)) == len(value), name, value, "to hold each once")
+        expect(self.defences[:1] == (Defence(),), "defences", self.defences, "to begin with none, the control")
+        expect(len(self.portfolio) > 0, "portfolio", self.portfolio, "to hold at least one attack")
+        expect(self.train.workers == 1, "workers", self.train.workers, "to be 1")
+        trains = self.train.steps > 0 or "trained" not in self.states
+        expect(trains, "steps", self.train.steps, "to be at least 1 for the state 'trained'")
+
+    def cells(self) -> list[Cell]:
+        """In the order in which a reader goes from what leaks most to what leaks least."""
+        capture = replace(self.train.capture, steps=(0,))
+        cells = []
+        for state, steps, mode, labels, size in product(
+            self.states, self.local_steps, self.batch_norms, self.labels, self.private_batches
+        ):
+            threat = replace(self.train.threat, batch_size=size, batch_norm=mode, labels=labels)
+            local = replace(self.train.local, steps=steps)
+            cells.append(Cell(state, replace(self.train, steps=0, capture=capture, threat=threat, local=local)))
+        return cells
+
+    @property
+    def training(self) -> TrainConfig:
+        """Of the model of the state "trained"."""
+        plain = replace(self.train.local, steps=1, batch_size=None)
+        return replace(self.train, defence=Defence(), capture=CaptureConfig((0,), 1, 1), local=plain)
