@@ -29,10 +29,11 @@ from raytrust.config.membership import Arm, DPSGDConfig, MembershipConfig
 from raytrust.config.parsing import parse_defence
 from raytrust.config.spaces import Choice, LogInteger, LogUniform, Space
 from raytrust.config.sweeps import SweepConfig
-from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
+from raytrust.config.training import ONE_STEP, CaptureConfig, LocalConfig, ModelConfig, Threat, TrainConfig
 from raytrust.config.values import digest, from_dict, to_dict
 
 __all__ = [
+    "ONE_STEP",
     "Arm",
     "AtomoConfig",
     "CaptureConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "HalfConfig",
     "InversionConfig",
     "LearnedInverterConfig",
+    "LocalConfig",
     "LogInteger",
     "LogUniform",
     "MembershipConfig",

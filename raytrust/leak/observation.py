@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrust.compress import Compressor, build
-from raytrust.config import Defence, ModelConfig, Threat
+from raytrust.config import ONE_STEP, Defence, LocalConfig, ModelConfig, Threat
 from raytrust.leak.rules import EarlierStep, decoded_of
 from raytrust.networks.build import build_model, copy_of, with_state
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task
@@ -34,6 +34,7 @@ class Observation:
     knows it.
     residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
     buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
+    local: the steps that the victim made by itself, whose pseudo-gradient the messages are of.
     history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
     """
 
@@ -59,6 +60,7 @@ class Observation:
     task: Task = CROSS_ENTROPY
     targets: Targets | None = None
     method: Compressor | None = None
+    local: LocalConfig = ONE_STEP
 
     def build_model(self) -> nn.Module:
         """The model under attack, with its weights and buffers, in the mode that the threat says."""

@@ -20,8 +20,8 @@ from torch import nn
 from raytrust.attacks.inversion import closed_form
 from raytrust.compress import Compressor, HookCompressor, ddp_comm_hook
 from raytrust.compress.hook import AnyHook
-from raytrust.config import Defence, DenseConfig, InversionConfig, Threat, parse_defence
-from raytrust.config.attacks import ANALYTIC
+from raytrust.config import ONE_STEP, Defence, DenseConfig, InversionConfig, LocalConfig, Threat, parse_defence
+from raytrust.config.attacks import ANALYTIC, through_local_steps
 from raytrust.jobs.files import write_file
 from raytrust.networks.task import LossFunction, Task
 from raytrust.reports.frontier_table import frontier_table
@@ -56,6 +56,7 @@ def audit(
     attack: InversionConfig | None = None,
     search: int = 0,
     training: Training | None = None,
+    local: LocalConfig = ONE_STEP,
     hook: AnyHook | None = None,
     state: Any = None,
     device: str = "cpu",
@@ -82,6 +83,8 @@ def audit(
         whole gradient and tensor by tensor, and a closed form where the model has one. search: how many more are drawn.
     hook: a communication hook, anybody's, as `DistributedDataParallel.register_comm_hook` takes it, with its state: one
         more defence, attacked in its first step that compresses.
+    local: steps of SGD that the owner makes on a batch before it sends (FedAvg); what is attacked is then their
+        pseudo-gradient, in each way through them. With `training`, its batches are taken so, too.
     training: captures at later steps of the owner's training, see `Training`.
     progress: whether to print a line for each part that is done, or what to call with it.
 
@@ -113,7 +116,8 @@ def audit(
         raise ValueError("Expected labels_known=True: labels are recovered from cross-entropy of images alone.")
     channels = data.images.shape[1]
     mean_, std_ = (_by_channel(v, channels, name) for v, name in ((mean, "mean"), (std, "std")))
-    victim = Victim(model, task, mean_, std_, dropout)
+    local.check_takes_all(batch_size)
+    victim = Victim(model, task, mean_, std_, dropout, local)
     classes = victim.check(data, batch_size)
     others = _others(data, references, tuning * batch_size, total, batch_size)
     threat = Threat(
@@ -125,7 +129,7 @@ def audit(
     # A model that is not solved for may look private: what kept it from being so stands on the page.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attacks = _portfolio(base, victim, data.batch(0, batch_size))
+        attacks = _portfolio(base, victim, data.batch(0, batch_size), labels_known)
     remarks = [str(w.message) for w in caught]
     listed = _audited([defences] if isinstance(defences, str) else defences)
     if hook is not None:
@@ -133,12 +137,13 @@ def audit(
     study = Audit(
         threat=threat,
         attacks=attacks,
-        further=drawn_attacks(search, base, seed),
+        further=drawn_attacks(search, replace(base, through=attacks[0].through), seed),
         tuning=tuning,
         evaluation=evaluation,
         seed=seed,
         device=str(device),
         classes=classes,
+        local=local,
     )
     say = progress if callable(progress) else (print if progress else lambda _: None)
     # The tuning batches come first in every capture's order, as the sweep has it.
@@ -163,6 +168,7 @@ def audit(
             "dropout": "of the victim, masks unknown" if victim.drops else "off",
             "tuning batches": tuning,
             "evaluation batches": evaluation,
+            "local steps": local.title or "one, of the whole batch",
             "steps attacked": (0,) if training is None else training.steps,
             "seed": seed,
         },
@@ -265,12 +271,14 @@ def _hooked(hook: AnyHook, state: Any, network: nn.Module) -> Audited:
     return Audited(parse_defence("none"), compressor, name)
 
 
-def _portfolio(base: InversionConfig, victim: Victim, data: Private) -> tuple[InversionConfig, ...]:
-    """Attacks that ignore and that know the compressor, by two distances; and those that solve for the image, where the
-    model has a closed form: on many transformers no other works."""
+def _portfolio(base: InversionConfig, victim: Victim, data: Private, labels_known: bool) -> tuple[InversionConfig, ...]:
+    """Attacks that ignore and that know the compressor, by two distances, in each way through local steps; and those
+    that solve for the image, where the model has a closed form: on many transformers no other works."""
     attacks = [replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
     if base.matching not in ("cosine", "tensors") or base.method != "optimise":
         attacks = [base, *(replace(a, method="optimise") for a in attacks)]
+    if base.through == "steps":
+        attacks = [*through_local_steps(attacks, victim.local, len(data.images), labels_known)]
     shape = (data.images.shape[1], data.images.shape[2], data.images.shape[3])
     if len(data.images) == 1 and closed_form(victim.known, shape, 1, victim.task, data.targets) is not None:
         attacks += [replace(ANALYTIC, objective=o, seed=base.seed) for o in ("naive", "aware")]

@@ -25,7 +25,7 @@ from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.networks.build import build_model
 from raytrust.networks.checkpoint import load_checkpoint
-from raytrust.train.gradient import gradient_of
+from raytrust.train.gradient import update_of
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 
 
@@ -101,7 +101,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
             break
         images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
         model.train()
-        loss, grads = gradient_of(model, images, labels)
+        loss, grads = update_of(model, images, labels, config.local)
         _agree_to_go_on(step, loss, grads, compressor, channel)
         # A message of every step would fill the memory: only those that a later capture may hold as its history are
         # kept.
@@ -133,7 +133,8 @@ def capture_images(
 ) -> list[Capture]:
     """Captures as `train` makes them, of chosen images instead of training images, without any training.
 
-    images: uint8 (n, channels, height, width), each a private batch of its own, normalised as `data`. labels: (n,).
+    images: uint8 (n, channels, height, width), which in their order fill private batches of `threat.batch_size`,
+        normalised as `data`. labels: (n,).
     state: weights and buffers of the model by name, by default of the untrained one; `step` says how long it was
     trained. The compressor is that of the defence in its first state, or `hook` in its present one, which stays as it
     is. Raises ValueError where the model can't have a gradient: a batch norm in training mode of one value a channel.
@@ -141,7 +142,7 @@ def capture_images(
     model = build_model(config.model, data.channels, data.classes, config.seed)
     if state is not None:
         model.load_state_dict(state)
-    private = images, labels, torch.arange(len(labels))[:, None]
+    private = images, labels, torch.arange(len(labels)).view(-1, config.threat.batch_size)
     compressor = build(config.defence, model, config.seed) if hook is None else hook
     return list(_captures(config, step, model, compressor, data, LocalChannel(), "cpu", private))
 
@@ -263,6 +264,7 @@ def _captures(
             buffers_after=after if granted else None,
             history=history,
             method=compressor.as_seen() if isinstance(compressor, HookCompressor) else None,
+            local=config.local,
         )
         yield Capture(index, seen, Truth(images[mine].float() / 255, labels[mine]))
 
@@ -270,13 +272,13 @@ def _captures(
 def _private_gradient(
     model: nn.Module, images: Tensor, labels: Tensor, config: TrainConfig
 ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-    """The gradient of the mean loss over the private batch, in the threat's batch-norm mode, and the buffers that a
-    worker would have afterwards; those of the model stay unchanged.
+    """What a worker would send of the private batch, a gradient or the pseudo-gradient of local steps, in the threat's
+    batch-norm mode, and the buffers that it would have afterwards; those of the model stay unchanged.
     """
     # In training mode a pass moves the running statistics, of which training itself must not notice anything.
     before = {name: b.clone() for name, b in model.named_buffers()}
     model.train(config.threat.batch_norm == "train")
-    _, grads = gradient_of(model, images, labels)
+    _, grads = update_of(model, images, labels, config.local)
     after = _state(model)[1]
     for name, buffer in model.named_buffers():
         buffer.copy_(before[name])

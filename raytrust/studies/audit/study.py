@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raytrust.attacks.inversion.stacks import LARGEST
 from raytrust.compress import Compressor, HookCompressor
-from raytrust.config import Defence, InversionConfig, Threat
+from raytrust.config import ONE_STEP, Defence, InversionConfig, LocalConfig, Threat
 from raytrust.config.register import METHODS
 from raytrust.leak.observation import Capture
 from raytrust.leak.rules import is_understood
@@ -63,6 +63,7 @@ class Audit:
     attacks: what every defence meets; further: besides, with settings that were drawn. tuning, evaluation: private
     batches that choose attacks, and that report them.
     classes: of the model, 0 where its loss is not of classes (`Victim.check`).
+    local: the steps that the owner makes before it sends.
     """
 
     threat: Threat
@@ -73,6 +74,7 @@ class Audit:
     seed: int
     device: str
     classes: int
+    local: LocalConfig = ONE_STEP
 
     def run(
         self,
@@ -174,7 +176,7 @@ class Audit:
             named["remarks"] = [*named["remarks"], failed.rstrip(".")]
         return assemble(
             named | {"reason": reason, "seeds": [self.seed], "run": audited.name},
-            self.threat, measured, figures, audited.figures("tuning"), self.tuning * self.threat.batch_size,
+            self.threat, measured, figures, audited.figures("tuning"), self.tuning * self.threat.batch_size, self.local,
         )  # fmt: skip
 
 

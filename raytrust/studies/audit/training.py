@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 
 from raytrust.compress import Compressor
@@ -53,9 +52,7 @@ class Training:
             x, labels, *inputs = next(batches)
             targets = Sample(labels, inputs[0]) if inputs else labels
             with sound_kernels(network), victim.drawing(network, step):
-                loss = victim.task.batch_loss(network, x.to(victim.dtype), victim._in_dtype(targets))
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
+                loss, whole = victim.update(network, x, targets)
             if not all(bool(t.isfinite().all()) for t in (loss, *whole)):
                 raise FloatingPointError(f"The training loss or gradient is not finite at step {step}.")
             reduced = compressor.reduce([g.float() for g in whole], LocalChannel())

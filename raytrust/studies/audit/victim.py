@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from raytrust.compress import Compressor, HookCompressor, build
-from raytrust.config import Defence, Threat
+from raytrust.config import ONE_STEP, Defence, LocalConfig, Threat
 from raytrust.leak import identity_view
 from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth
@@ -27,6 +27,7 @@ from raytrust.networks.build import copy_of
 from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import Sample, Targets, Task, row_of
 from raytrust.persample.matcher import GradientMatcher
+from raytrust.train.local import pseudo_gradient
 from raytrust.wire.channel import LocalChannel, Tap
 
 # Of two gradients of the same batch, relative: more than kernels that add in another order make of it, in float32.
@@ -106,14 +107,24 @@ class Victim:
     """A private copy of the model on the CPU, and the gradient that its owner would compute.
 
     Modules stay in the modes in which they are, but dropout is off: of `network`, which the attacker has, too. With
-    `dropout` the owner drops out where it was on. mean, std: (channels,), with which images are normalised.
+    `dropout` the owner drops out where it was on. mean, std: (channels,), with which images are normalised. local: the
+    steps that the owner makes before it sends.
     """
 
-    def __init__(self, model: nn.Module, task: Task, mean: Tensor, std: Tensor, dropout: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        mean: Tensor,
+        std: Tensor,
+        dropout: bool = False,
+        local: LocalConfig = ONE_STEP,
+    ):
         if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters()):
             # A copy would lose them, and with them what they do to the gradient.
             raise ValueError("Expected parameters without hooks of their own: make what they do a defence.")
         self.network, self.task, self.mean, self.std = copy_of(model).cpu(), task, mean, std
+        self.local = local
         modules = self.network.named_modules()
         self.dropouts = [name for name, m in modules if m.training and _drops(m)]
         self.drops = dropout and bool(self.dropouts)
@@ -155,25 +166,34 @@ class Victim:
     def gradient(
         self, network: nn.Module, x: Tensor, targets: Targets, seed: int = 0, drops: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss of a batch x, as the model sees it, and the gradients of the trained parameters, float32.
+        """The loss of a batch x, as the model sees it, and the gradients of the trained parameters, float32, or the
+        pseudo-gradients of local steps.
 
         The network is left as it was. Raises ValueError for what the model and its loss can't take.
         """
         # On a copy: what a model keeps of its pass, in buffers or attributes, must not stay where an attacker looks.
         network = copy_of(network)
-        parameters = [p for p in network.parameters() if p.requires_grad]
         try:
             with sound_kernels(network), self._drawing(network, seed, drops), torch.enable_grad():
-                loss = self.task.batch_loss(network, x.to(self.dtype), self._in_dtype(targets))
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                loss, grads = self.update(network, x, targets)
         # A model and a loss raise whatever they like for what they can't take.
         except Exception as error:
             taken = f"Expected the model and its loss to take images {tuple(x.shape)} and their labels"
             raise ValueError(f"{taken}, but {_first_line(error)}") from error
-        return loss.detach(), [
-            torch.zeros_like(p, dtype=torch.float32) if g is None else g.float()
-            for g, p in zip(grads, parameters, strict=True)
-        ]
+        return loss, [g.float() for g in grads]
+
+    def update(self, network: nn.Module, x: Tensor, targets: Targets) -> tuple[Tensor, Sequence[Tensor]]:
+        """The same of this network itself, whose weights stay and whose buffers move, in its own precision."""
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        x, targets = x.to(self.dtype), self._in_dtype(targets)
+
+        def gradient(rows: Any) -> tuple[Tensor, list[Tensor]]:
+            loss = self.task.batch_loss(network, x[rows], row_of(targets, rows))
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            pairs = zip(grads, parameters, strict=True)
+            return loss.detach(), [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+        return pseudo_gradient(parameters, self.local, len(x), gradient)
 
     def check(self, data: Private, size: int) -> int:
         """How many classes there are, 0 where the loss is the owner's. Raises ValueError for a model that can't be
@@ -195,7 +215,7 @@ class Victim:
                 f"Expected a model that answers twice alike, got gradients of the same images that differ by "
                 f"{apart:.1%}: something in it, or in its loss, draws random numbers (of F.dropout: model.eval())."
             )
-        distance, _ = GradientMatcher(copy_of(self.known), task=self.task)(
+        distance, _ = GradientMatcher(copy_of(self.known), task=self.task, local=self.local)(
             x[None], row_of(targets, None), lambda grads: identity_view(first).distance(self._sent(grads))
         )
         limit = AT_TRUTH if self.dtype.itemsize >= 4 else AT_TRUTH_HALF
@@ -277,6 +297,7 @@ class Victim:
                 task=self.task,
                 targets=batch.targets if labels is None else None,
                 method=twin,
+                local=self.local,
             )
             captured.append(Capture(index, seen, Truth(batch.images, torch.empty(0) if labels is None else labels)))
         return captured
