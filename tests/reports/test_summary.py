@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from frontier_rows import audited, control, failed, finished, sweep
 
+from raytrust.config import LocalConfig
 from raytrust.reports.summary import (
     answer,
     control_sentence,
@@ -119,3 +120,5 @@ def test_a_threat_in_words():
     for part in parts:
         assert part in words
     assert words.endswith(" noise: 0.1.")
+    local = threat_sentence({"local": LocalConfig(4, 0.1, 2).title})
+    assert "in one training step of 4 local steps of 2 images, learning rate 0.1, made from" in local
