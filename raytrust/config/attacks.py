@@ -126,6 +126,10 @@ class InversionConfig:
                 name += f" {value}" if isinstance(value, str) else f" {setting.name}={value:.2g}"
         return name
 
+    def passes(self, local: LocalConfig) -> int:
+        """Passes through the network there and back, of one batch that was sent after such local steps."""
+        return self.iterations * self.restarts * (local.steps if self.through == "steps" else 1)
+
     def against(self, defence: Defence) -> InversionConfig:
         """This attack as it applies to a defence: without a compressor the two objectives are one, called naive; what
         has no effect is set to its default."""
