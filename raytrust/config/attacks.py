@@ -265,7 +265,7 @@ NAMED = {
 """The attacks of the field by the names that command lines know."""
 
 
-# Beyond, each iteration takes as many passes as steps, and slopes through all of them are of little use.
+# An iteration takes as many passes as there are steps to simulate, where a surrogate takes one.
 MOST_SIMULATED = 5
 
 

@@ -35,7 +35,8 @@ from raytrust.persample.plain import (
 class Elementary(DifferentiableTwice):
     """Within, a batch norm is built from elementary operations, and keeps no statistics of what it is given.
 
-    Under vmap torch takes the batch's statistics for constants in second derivatives.
+    Under vmap torch refuses one that would keep statistics, and of others it takes the batch's statistics for constants
+    in second derivatives: slopes of a ResNet-18 are off by 2 %.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

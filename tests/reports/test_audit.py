@@ -94,12 +94,11 @@ def test_local_steps_are_audited_in_every_way_through_them() -> None:
     local = LocalConfig(3, 0.5, 1)
     model = frozen()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = audited(model, local=local, batch_size=2, evaluation=2)
+    result = audited(model, local=local, batch_size=2, evaluation=2, attack=replace(QUICK, iterations=4))
     assert {row["threat"]["local"] for row in result.rows} == {"3 local steps of 1 images, learning rate 0.5"}
     assert result.settings["local steps"] == local.title
     control = result.defences[0]
     assert {r.attack.through for r in control.tuned} == {"steps", "surrogate", "gradient"}
-    # With rounding alone between them, the private images would be at a distance of zero.
     assert all(c.seen.local == local for c in control.captures[0])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     given = audited(convnet(), local=LocalConfig(2, 0.1), attack=replace(QUICK, iterations=2, through="surrogate"))
