@@ -35,7 +35,8 @@ from raytrust.metrics.images import ssim_table
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task
 from raytrust.persample import GradientMatcher
 from raytrust.persample.memory import keep_freed_memory
-from raytrust.studies.audit.victim import State, Victim, private
+from raytrust.studies.audit.private import private
+from raytrust.studies.audit.victim import State, Victim
 
 CLASSES = 10
 

@@ -16,6 +16,7 @@ _HOMES = {
     "raytrust.config": (
         "Defence",
         "InversionConfig",
+        "LocalConfig",
         "ModelConfig",
         "Threat",
         "TrainConfig",

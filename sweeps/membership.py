@@ -61,6 +61,7 @@ AUDIT = Fields(
         "train.threat.batch_statistics": "membership attacks use none",
         "train.threat.history": "membership attacks use none",
         "train.threat.auxiliary": "membership attacks use none",
+        "train.local": "attacks on messages take each of them for one gradient",
     },
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {

@@ -31,7 +31,7 @@ from raytrust.config import (
     TrainConfig,
     parse_defence,
 )
-from raytrust.config.attacks import NAMED, named_attack
+from raytrust.config.attacks import NAMED, named_attack, through_local_steps, ways_through
 from raytrust.config.parsing import syntax
 
 # Audited always, in this order. Methods whose paper has error feedback are audited with it; Top-K sends the bytes of
@@ -77,7 +77,8 @@ TRAIN = Fields(
     TrainConfig,
     "training",
     names={"model.name": "network", "model.options": "network_options", "threat.batch_size": "private_batch",
-           "capture.steps": "capture_steps", "capture.evaluation": "images"},
+           "capture.steps": "capture_steps", "capture.evaluation": "images", "local.steps": "local_steps",
+           "local.learning_rate": "local_learning_rate", "local.batch_size": "local_batch_size"},
     without={"defence": "--defence lists them"},
 )  # fmt: skip
 ATTACK = Fields(InversionConfig, "attacks", names={}, without={"seed": "--seed is of everything"})
@@ -157,16 +158,17 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         from raytrust.networks.checkpoint import identified
 
         options.checkpoint = identified(options.checkpoint)
+    train = TRAIN.make(vars(options), {"capture.steps": steps})
     sweep = SweepConfig(
         name="privacy_frontier",
-        train=TRAIN.make(vars(options), {"capture.steps": steps}),
+        train=train,
         defences=defences,
         trials=max(options.trials or 0, len(defences)),
-        portfolio=_portfolio(options, steps),
+        portfolio=_portfolio(options, train),
         attack_trials=options.attack_trials,
         bytes_objective=options.minimise_bytes,
     )
-    if sweep.attack_trials and not _attack_space(options, steps):
+    if sweep.attack_trials and not _attack_space(options, train):
         raise ValueError(f"Expected attack_trials={sweep.attack_trials} to be 0: options set all that a search varies.")
     cli.check_cpus("workers", options.workers, options.address)
     from raytrust.data import load
@@ -181,17 +183,23 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     return data, replace(sweep, portfolio=(*sweep.portfolio, *further))
 
 
-def _portfolio(options: argparse.Namespace, steps: tuple[int, ...]) -> tuple[InversionConfig, ...]:
+def _portfolio(options: argparse.Namespace, train: TrainConfig) -> tuple[InversionConfig, ...]:
     """The attacks that every defence meets: that ignore and that know the compressor, by the cosine of the whole
-    gradient and tensor by tensor, unless an option says which; where the attacker has earlier messages, one that avoids
-    the residual by them; and those that were asked for."""
+    gradient and tensor by tensor, in each way through local steps, unless an option says which; where the attacker has
+    earlier messages, one that avoids the residual by them; and those that were asked for, as they were published for
+    one step."""
     strong = ATTACK.make(vars(options), {"seed": options.seed})
     objectives = (strong.objective,) if "objective" in options.chosen else ("naive", "aware")
     matchings = (strong.matching,) if "matching" in options.chosen else ("cosine", "tensors")
     attacks = [replace(strong, objective=o, matching=m) for o in objectives for m in matchings]
-    if options.history and steps[-1] > 0 and not {"residual", "capture_step"} & {*options.chosen}:
-        attacks.append(replace(strong, capture_step=steps[-1], residual="avoid"))  # step 0 has no residual
+    last, one_way = train.capture.steps[-1], "through" in options.chosen
+    if not one_way:
+        attacks = [*through_local_steps(attacks, train.local, *_batch(train))]
+    if options.history and last > 0 and not {"residual", "capture_step"} & {*options.chosen}:
+        attacks.append(replace(strong, through=attacks[0].through, capture_step=last, residual="avoid"))  # 0 has none
     own = {"iterations": options.iterations, "seed": options.seed}
+    if train.local.steps > 1:
+        own["through"] = strong.through if one_way else "gradient"
     return (*attacks, *(replace(named_attack(name), **own) for name in options.attack or ()))
 
 
@@ -225,10 +233,17 @@ def _closed_forms(sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
     return tuple(a for a in (solved, replace(solved, objective="aware")) if a not in sweep.portfolio)
 
 
-def _attack_space(options: argparse.Namespace, steps: tuple[int, ...]) -> Space:
-    space: Space = {**ATTACK_SPACE, "capture_step": Choice(steps)}
+def _batch(train: TrainConfig) -> tuple[int, bool]:
+    """Of a private batch: images, and whether its labels are known."""
+    return train.threat.batch_size, train.threat.labels == "known"
+
+
+def _attack_space(options: argparse.Namespace, train: TrainConfig) -> Space:
+    space: Space = {**ATTACK_SPACE, "capture_step": Choice(train.capture.steps)}
     if options.history:
         space["residual"] = Choice(("ignore", "avoid"))
+    if train.local.steps > 1:
+        space["through"] = Choice(ways_through(train.local, *_batch(train)))
     return {name: values for name, values in space.items() if name not in options.chosen}
 
 
@@ -240,7 +255,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
     given.pop("--plugin", None)  # it is among the words of the call
     rows = run_sweep(
         sweep,
-        Spaces(DEFENCE_SPACE, _attack_space(options, sweep.train.capture.steps)),
+        Spaces(DEFENCE_SPACE, _attack_space(options, sweep.train)),
         data,
         store,
         address=options.address,

@@ -24,6 +24,7 @@ from raytrust.config import (
     CompressorConfig,
     Defence,
     DGCConfig,
+    LocalConfig,
     ModelConfig,
     PowerSGDConfig,
     SignSGDConfig,
@@ -47,6 +48,7 @@ def everything(channel: Channel) -> dict[str, Any]:
         "low rank": low_rank_mean(channel),
         "dense training": list(train(DENSE_TRAINING, synthetic(), channel)),
         "peer training": list(train(PEER_TRAINING, synthetic(), channel)),
+        "local training": list(train(LOCAL_TRAINING, synthetic(), channel)),
     }
 
 
@@ -246,4 +248,14 @@ PEER_TRAINING = TrainConfig(
     batch_size=4,
     steps=4,
     learning_rate=0.01,
+)
+
+LOCAL_TRAINING = TrainConfig(
+    model=ModelConfig("convnet", width=4),
+    threat=Threat(batch_size=2),
+    capture=CaptureConfig(steps=(0, 2), tuning=1, evaluation=1),
+    workers=2,
+    batch_size=4,
+    steps=3,
+    local=LocalConfig(3, 0.05, 1),
 )

@@ -29,11 +29,12 @@ from raytrust.config.method import CompressorConfig, TransformConfig
 from raytrust.config.parsing import parse_defence
 from raytrust.config.spaces import Choice, LogInteger, LogUniform, Space
 from raytrust.config.sweeps import SweepConfig
-from raytrust.config.training import CaptureConfig, ModelConfig, Threat, TrainConfig
+from raytrust.config.training import ONE_STEP, CaptureConfig, LocalConfig, ModelConfig, Threat, TrainConfig
 from raytrust.config.transforms import ClipConfig, DPSGDConfig, NoiseConfig, PruneConfig
 from raytrust.config.values import digest, from_dict, to_dict
 
 __all__ = [
+    "ONE_STEP",
     "Arm",
     "AtomoConfig",
     "CaptureConfig",
@@ -47,6 +48,7 @@ __all__ = [
     "HalfConfig",
     "InversionConfig",
     "LearnedInverterConfig",
+    "LocalConfig",
     "LogInteger",
     "LogUniform",
     "MembershipConfig",

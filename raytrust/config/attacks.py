@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Literal, TypeAlias
 
 from raytrust.config.compressors import DGCConfig, QSGDConfig, ScaledSignConfig, SignSGDConfig, VqSGDConfig
 from raytrust.config.defence import Defence
 from raytrust.config.register import ATTACKS, OBJECTIVES
-from raytrust.config.values import expect, expect_choices
+from raytrust.config.training import LocalConfig
+from raytrust.config.values import ADDED, expect, expect_choices
+
+Through: TypeAlias = Literal["steps", "surrogate", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,10 @@ class InversionConfig:
     residual: of earlier steps, which error feedback and DGC add to what is sent. "ignore" compares all measurements
         with the gradient; "avoid" only those that are free of it, and "weigh" all, older ones less, which takes
         `Threat.history` (`raytrust.leak.history`). Without effect for "naive", and where the messages hold none.
+    through: how several local steps of the victim are met (`LocalConfig`): "steps" simulates them from the candidate
+        images, and is exact; "surrogate" takes what was sent for one gradient midway between the weights before and
+        after (Zhu, Yao & Blaschko 2023), for many steps; "gradient" for one gradient at the weights before, as
+        published attacks on one step do. Without effect on one step, and for other methods than "optimise".
     halving: whether, after 1/8, 1/4 and 1/2 of the iterations, the worse half of the restarts is retired.
     """
 
@@ -87,6 +94,7 @@ class InversionConfig:
     # Avoiding lost everywhere, by eight to forty times fewer measurements, and weighing pays only where the training
     # batches are as small as the private one.
     residual: Literal["ignore", "avoid", "weigh"] = "ignore"
+    through: Through = field(default="steps", metadata=ADDED)
 
     def __post_init__(self) -> None:
         expect_choices(self)
@@ -105,11 +113,15 @@ class InversionConfig:
         """A short name for tables, such as "aware tv=0.01 lr=0.1 r=2 s=0"; further settings if they aren't default."""
         name = f"{self.objective} tv={self.tv:.2g} lr={self.step_size:.2g} r={self.restarts} s={self.capture_step}"
         names = [f.name for f in fields(self)]
-        for field in fields(self)[names.index("method") :]:
-            value = getattr(self, field.name)
-            if value != field.default:
-                name += f" {value}" if isinstance(value, str) else f" {field.name}={value:.2g}"
+        for setting in fields(self)[names.index("method") :]:
+            value = getattr(self, setting.name)
+            if value != setting.default:
+                name += f" {value}" if isinstance(value, str) else f" {setting.name}={value:.2g}"
         return name
+
+    def passes(self, local: LocalConfig) -> int:
+        """Passes through the network there and back, of one batch that was sent after such local steps."""
+        return self.iterations * self.restarts * (local.steps if self.through == "steps" else 1)
 
     def against(self, defence: Defence) -> InversionConfig:
         """This attack as it applies to a defence: where all is sent the two objectives are one, called naive; what has
@@ -269,6 +281,35 @@ NAMED = {
     "analytic": ANALYTIC,
 }
 """The attacks of the field by the names that command lines know."""
+
+
+# An iteration takes as many passes as there are steps to simulate, where a surrogate takes one.
+MOST_SIMULATED = 5
+
+
+def ways_through(local: LocalConfig, images: int, labels_known: bool = True) -> tuple[Through, ...]:
+    """The values of `InversionConfig.through` that are worth a try on private batches of so many images.
+
+    They begin with the strongest. Of one step there is one, as all are one attack.
+    """
+    if local.steps == 1:
+        return ("steps",)
+    simulated = local.steps <= MOST_SIMULATED and (labels_known or not local.parts(images))
+    return ("steps", "surrogate", "gradient") if simulated else ("surrogate", "gradient")
+
+
+def through_local_steps(
+    attacks: Sequence[InversionConfig], local: LocalConfig, images: int, labels_known: bool = True
+) -> tuple[InversionConfig, ...]:
+    """These attacks in each way through local steps; one gradient by the first distance alone.
+
+    Attacks that are not by optimisation are kept as they are.
+    """
+    ways = ways_through(local, images, labels_known)
+    searching = [attack for attack in attacks if attack.method == "optimise"]
+    first = searching[0].matching if searching else ""
+    tried = [replace(a, through=w) for w in ways for a in searching if w != "gradient" or a.matching == first]
+    return (*(attack for attack in attacks if attack.method != "optimise"), *tried)
 
 
 def named_attack(name: str) -> InversionConfig:

@@ -79,6 +79,8 @@ class MembershipConfig:
         expect(self.property_batches >= 10, "property_batches", self.property_batches, "to be at least 10")
         workers, model = self.train.workers, self.train.model.name
         expect(workers == 1, "workers", workers, "to be 1: the models, not the batches, are spread")
+        one = "to be 1: attacks on messages take each of them for one gradient"
+        expect(self.train.local.steps == 1, "local.steps", self.train.local.steps, one)
         # DP-SGD clips the gradient of each image by itself, which batch norm, where images depend on each other,
         # doesn't have.
         plain = "to be convnet with DP-SGD, which has no batch norm"

@@ -133,10 +133,69 @@ class CaptureConfig:
 
 
 @dataclass(frozen=True)
+class LocalConfig:
+    """The steps that a worker makes by itself in a round, before it sends (FedAvg, McMahan et al. 2017).
+
+    They are plain SGD, without momentum and weight decay. What is sent in place of a gradient is the pseudo-gradient
+    (weights before - weights after) / (steps x learning_rate) (Reddi et al. 2021, Algorithm 1, but for the factor that
+    keeps its size): the mean of the local gradients along their path.
+
+    steps: of each worker in a round; 1 sends the gradient itself, with which the learning rate has no effect.
+    learning_rate: of the local steps; the attacker knows it.
+    batch_size: images of one local step, which takes the next ones of the worker's batch, from the first again after
+        the last; by default all of them. The attacker knows the order.
+    """
+
+    steps: int = 1
+    learning_rate: float = 0.01
+    # To know which images go together makes the attacker as strong as he can be: the victim could draw the order.
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.steps >= 1, "steps", self.steps, "to be at least 1")
+        expect(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "to be positive and finite")
+        expect(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "to be at least 1")
+        alone = "to be given with local steps of 2 and more: one step takes the whole batch"
+        expect(self.batch_size is None or self.steps > 1, "batch_size", self.batch_size, alone)
+
+    def rows(self, size: int) -> list[slice | list[int]]:
+        """Which images of a batch of this size each step takes; a batch of no more than `batch_size` is taken whole."""
+        if not self.parts(size):
+            return [slice(None)] * self.steps
+        assert self.batch_size is not None
+        starts = range(0, self.steps * self.batch_size, self.batch_size)
+        return [[i % size for i in range(start, start + self.batch_size)] for start in starts]
+
+    def parts(self, size: int) -> bool:
+        """Whether a step takes a part of a batch of this size."""
+        return self.batch_size is not None and self.batch_size < size
+
+    def check_takes_all(self, size: int) -> None:
+        """Raises ValueError if an image of a private batch of this size has no part in what is sent."""
+        if self.parts(size) and self.steps * (self.batch_size or 0) < size:
+            raise ValueError(
+                f"Expected {self.steps} local steps of batch_size={self.batch_size} to take each of the {size} images "
+                "of a private batch."
+            )
+
+    @property
+    def title(self) -> str:
+        """In words, such as "4 local steps of 2 images, learning rate 0.01"; empty for one step."""
+        if self.steps == 1:
+            return ""
+        images = "the whole batch" if self.batch_size is None else f"{self.batch_size} images"
+        return f"{self.steps} local steps of {images}, learning rate {self.learning_rate:g}"
+
+
+ONE_STEP = LocalConfig()
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: everything that decides what crosses the wire, but for the data.
 
-    The optimiser is SGD with Nesterov momentum, on the mean gradient of all workers.
+    The optimiser is SGD with Nesterov momentum, on the mean gradient of all workers, or on the mean of what local steps
+    make of it.
 
     workers: how many train together.
     batch_size: images a worker and step.
@@ -158,6 +217,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
+    local: LocalConfig = field(default=ONE_STEP, metadata=ADDED)
 
     def __post_init__(self) -> None:
         expect(self.workers >= 1, "workers", self.workers, "to be at least 1")
@@ -167,9 +227,14 @@ class TrainConfig:
         expect(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         expect(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "to be at least 0 and finite")
         expect(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
-        mixes = self.model.name in ("resnet18", "resnet20") and self.model.norm == "batch"
+        # Nothing is trained in the other mode, in which images do not meet.
+        in_training = self.steps > 0 or self.threat.batch_norm == "train"
+        mixes = in_training and self.model.name in ("resnet18", "resnet20") and self.model.norm == "batch"
         without = "to be 'group' with dp-sgd, which clips the gradient of each image, as a batch norm mixes them"
         expect(self.defence.dp_sgd is None or not mixes, "norm", self.model.norm, without)
+        alone = self.defence.dp_sgd is None or self.local.steps == 1
+        expect(alone, "local_steps", self.local.steps, "to be 1 with dp-sgd, which clips the gradient of each image")
+        self.local.check_takes_all(self.threat.batch_size)
         # Steps are in increasing order, so that the last is the largest.
         within = self.capture.steps[-1] < max(1, self.steps)
         expect(within, "capture.steps", self.capture.steps, f"to lie below steps={self.steps}, the length of training")

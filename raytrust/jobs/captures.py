@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytrust.config import Defence, ModelConfig, Threat, from_dict, to_dict
+from raytrust.config import Defence, LocalConfig, ModelConfig, Threat, from_dict, to_dict
 from raytrust.jobs.files import atomic_write
 from raytrust.leak import EarlierStep
 from raytrust.leak.observation import Capture, Observation, Truth
@@ -59,6 +59,7 @@ def save_capture(directory: Path, capture: Capture) -> None:
         "defence": to_dict(seen.defence),
         "model": to_dict(seen.model),
         "threat": to_dict(seen.threat),
+        "local": to_dict(seen.local),
         "image_shape": list(seen.image_shape),
     }
     _save(folder / f"truth-{capture.index:03d}.pt", {"images": capture.truth.images, "labels": capture.truth.labels})
@@ -94,6 +95,8 @@ def _read(folder: Path, model: dict[str, Any], histories: dict[int, tuple[Earlie
         defence=from_dict(Defence, body["defence"]),
         model=from_dict(ModelConfig, body["model"]),
         threat=from_dict(Threat, body["threat"]),
+        # Files from before there were local steps hold none, and are of one.
+        local=from_dict(LocalConfig, body.get("local", {})),
         image_shape=tuple(body["image_shape"]),
         history=histories[victim] if body["history"] else (),
     )

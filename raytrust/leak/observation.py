@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raytrust.compress import Compressor, build
-from raytrust.config import Defence, ModelConfig, Threat
+from raytrust.config import ONE_STEP, Defence, LocalConfig, ModelConfig, Threat
 from raytrust.leak.rules import EarlierStep, decoded_of
 from raytrust.networks.build import build_model, copy_of, with_state
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task
@@ -34,6 +34,7 @@ class Observation:
     knows it.
     residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
     buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
+    local: the steps that the victim made by itself, whose pseudo-gradient the messages are of.
     history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
     auxiliary: other images of the kind, (n, channels, height, width) in [0, 1], none of them private: as many as the
     threat grants, the same in all captures of a training; None where it grants none.
@@ -62,6 +63,7 @@ class Observation:
     targets: Targets | None = None
     method: Compressor | None = None
     auxiliary: Tensor | None = None
+    local: LocalConfig = ONE_STEP
 
     def build_model(self) -> nn.Module:
         """The model under attack, with its weights and buffers, in the mode that the threat says."""

@@ -5,15 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from raytrust.config import ONE_STEP, LocalConfig
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, row_of
 from raytrust.persample.fast import FastPath
 from raytrust.persample.ghost import as_plain
 from raytrust.persample.memory import is_out_of_memory
 from raytrust.persample.plain import PlainPath, precision_of
+from raytrust.persample.unrolled import UnrolledPath
+
+Path: TypeAlias = FastPath | UnrolledPath | PlainPath
 
 
 class PerSampleGradients:
@@ -26,17 +31,26 @@ class PerSampleGradients:
 
     dtype: in which the passes run, by default the model's own, but at least float32. bfloat16 is for CPUs with AMX or
     AVX512-BF16 and for GPUs; not for the slow path, which ignores it. task: how the model takes images, and its
-    loss; by default mean cross-entropy. The modes of its modules are taken as they are.
+    loss; by default mean cross-entropy. The modes of its modules are taken as they are. local: where it is of several
+    steps, gradients are the pseudo-gradients of these, in the model's own dtype.
     """
 
     # Whether derivatives of the gradients are asked for, too, which the first call then checks.
     _twice = False
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, task: Task = CROSS_ENTROPY):
-        self.task, self._precision = task, precision_of(model)
-        self._dtype, self._shapes = dtype or self._precision, [p.shape for p in model.parameters()]
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        task: Task = CROSS_ENTROPY,
+        local: LocalConfig = ONE_STEP,
+    ):
+        self.task, self._precision, self._local = task, precision_of(model), local
+        # Weights in half precision would swallow the local steps.
+        self._dtype = dtype if dtype is not None and local.steps == 1 else self._precision
+        self._shapes = [p.shape for p in model.parameters()]
+        self._path: Path = PlainPath(model, self._precision, task, local)
         self._model = model
-        self._path: FastPath | PlainPath = PlainPath(model, self._precision, task)
         self.fast = True
 
     def refresh(self) -> None:
@@ -89,18 +103,18 @@ class PerSampleGradients:
             formed[i] = as_plain(gradient).detach()
         return formed
 
-    def _checked(self, x: Tensor, labels: Targets) -> FastPath | PlainPath:
+    def _checked(self, x: Tensor, labels: Targets) -> Path:
         """The path to take; the first call chooses it."""
         if self.fast and isinstance(self._path, PlainPath):
             path = self._choice(self._path.model, x, labels)
-            if isinstance(path, FastPath):
-                self._path = path
-            else:
+            if isinstance(path, str):
                 warnings.warn(f"Slow path: {path}.", stacklevel=3)
                 self.fast = False
+            else:
+                self._path = path
         return self._path
 
-    def _choice(self, model: nn.Module, x: Tensor, labels: Targets) -> FastPath | str:
+    def _choice(self, model: nn.Module, x: Tensor, labels: Targets) -> FastPath | UnrolledPath | str:
         """The fast path, or why it is not to be trusted with this model.
 
         What can't be seen of a layer shows here: a weight that is used outside its layer, a module that mixes
@@ -114,9 +128,10 @@ class PerSampleGradients:
         noise = torch.randn(2, *x.shape[1:], generator=generator).to(x.device)
         direction = [torch.randn(shape, generator=generator).to(x.device) for shape in self._shapes]
         # A model may ask for planes, by `view`. And rounding may turn a ReLU: only double precision convicts.
-        for rows, dtype in product((True, False), dict.fromkeys((self._precision, torch.float64))):
+        layouts = (True, False) if self._local.steps == 1 else (False,)
+        for rows, dtype in product(layouts, dict.fromkeys((self._precision, torch.float64))):
             try:
-                fast, plain = FastPath(model, dtype, self.task, rows), PlainPath(model, dtype, self.task)
+                fast, plain = self._batched(model, dtype, rows), PlainPath(model, dtype, self.task, self._local)
                 error = _error(*(self._probe(path, noise.to(dtype), labels, direction) for path in (fast, plain)))
             # In whatever way a model makes the fast path fail, the slow one is the definition.
             except Exception as failure:
@@ -126,14 +141,19 @@ class PerSampleGradients:
                 continue
             # 2 % in single precision, 0.01 % in double: more than rounding makes of smooth layers.
             if error <= torch.finfo(dtype).eps ** 0.25:
+                if isinstance(fast, UnrolledPath):
+                    return fast if dtype == self._dtype else UnrolledPath(model, self._dtype, self.task, self._local)
                 fast.tape.learns = False
                 return fast if dtype == self._dtype else FastPath(model, self._dtype, self.task, rows, fast.tape)
             problem = f"the fast one's gradients are off by {error:.1%}"
         return problem
 
-    def _probe(
-        self, path: FastPath | PlainPath, x: Tensor, labels: Targets, direction: Sequence[Tensor]
-    ) -> list[list[Tensor]]:
+    def _batched(self, model: nn.Module, dtype: torch.dtype, rows: bool) -> FastPath | UnrolledPath:
+        if self._local.steps > 1:
+            return UnrolledPath(model, dtype, self.task, self._local)
+        return FastPath(model, dtype, self.task, rows)
+
+    def _probe(self, path: Path, x: Tensor, labels: Targets, direction: Sequence[Tensor]) -> list[list[Tensor]]:
         """The gradients, and the derivative of their inner products with a direction by the images if it is needed."""
         if not self._twice:
             return [self._formed(path.gradients(x, labels)[1], x)]

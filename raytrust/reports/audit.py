@@ -21,15 +21,16 @@ from raytrust.attacks.inversion import closed_form
 from raytrust.attacks.inversion.priors import attacks_on_statistics
 from raytrust.compress import Compressor, HookCompressor, ddp_comm_hook
 from raytrust.compress.hook import AnyHook
-from raytrust.config import Defence, InversionConfig, Threat, parse_defence
-from raytrust.config.attacks import ANALYTIC
+from raytrust.config import ONE_STEP, Defence, InversionConfig, LocalConfig, Threat, parse_defence
+from raytrust.config.attacks import ANALYTIC, through_local_steps
 from raytrust.jobs.files import write_file
 from raytrust.networks.task import LossFunction, Sample, Task
 from raytrust.reports.frontier_table import frontier_table
 from raytrust.reports.summary import answer, control_sentence
+from raytrust.studies.audit.private import Private, images_of, private
 from raytrust.studies.audit.study import Audit, Audited, drawn_attacks
 from raytrust.studies.audit.training import Training
-from raytrust.studies.audit.victim import Private, Victim, images_of, private
+from raytrust.studies.audit.victim import Victim
 from raytrust.studies.frontier.row import Row, write_rows
 from raytrust.studies.frontier.verdicts import control_works
 
@@ -58,6 +59,7 @@ def audit(
     attack: InversionConfig | None = None,
     search: int = 0,
     training: Training | None = None,
+    local: LocalConfig = ONE_STEP,
     hook: AnyHook | None = None,
     state: Any = None,
     device: str = "cpu",
@@ -86,6 +88,8 @@ def audit(
         whole gradient and tensor by tensor, and a closed form where the model has one. search: how many more are drawn.
     hook: a communication hook, anybody's, as `DistributedDataParallel.register_comm_hook` takes it, with its state: one
         more defence, attacked in its first step that compresses.
+    local: steps of SGD that the owner makes on a batch before it sends (FedAvg); what is attacked is then their
+        pseudo-gradient, in each way through them. With `training`, its batches are taken so, too.
     training: captures at later steps of the owner's training, see `Training`.
     progress: whether to print a line for each part that is done, or what to call with it.
 
@@ -117,7 +121,8 @@ def audit(
         raise ValueError("Expected labels_known=True: labels are recovered from cross-entropy of images alone.")
     channels = data.images.shape[1]
     mean_, std_ = (_by_channel(v, channels, name) for v, name in ((mean, "mean"), (std, "std")))
-    victim = Victim(model, task, mean_, std_, dropout)
+    local.check_takes_all(batch_size)
+    victim = Victim(model, task, mean_, std_, dropout, local)
     classes = victim.check(data, batch_size)
     others = _others(data, references, tuning * batch_size, total, batch_size)
     extra = None if auxiliary is None else _auxiliary(auxiliary, data.images[:total])
@@ -140,13 +145,14 @@ def audit(
     study = Audit(
         threat=threat,
         attacks=attacks,
-        further=drawn_attacks(search, base, seed),
+        further=drawn_attacks(search, replace(base, through=attacks[0].through), seed),
         tuning=tuning,
         evaluation=evaluation,
         seed=seed,
         device=str(device),
         classes=classes,
         auxiliary=extra,
+        local=local,
     )
     say = progress if callable(progress) else (print if progress else lambda _: None)
     # The tuning batches come first in every capture's order, as the sweep has it.
@@ -171,6 +177,7 @@ def audit(
             "dropout": "of the victim, masks unknown" if victim.drops else "off",
             "tuning batches": tuning,
             "evaluation batches": evaluation,
+            "local steps": local.title or "one, of the whole batch",
             "steps attacked": (0,) if training is None else training.steps,
             "seed": seed,
         },
@@ -285,12 +292,14 @@ def _hooked(hook: AnyHook, state: Any, network: nn.Module) -> Audited:
 
 
 def _portfolio(base: InversionConfig, victim: Victim, data: Private, threat: Threat) -> tuple[InversionConfig, ...]:
-    """Attacks that ignore and that know the compressor, by two distances; with a prior on the batch's statistics, where
-    the threat tells of them; and those that solve for the image, where the model has a closed form: on many
-    transformers no other works."""
+    """Attacks that ignore and that know the compressor, by two distances, in each way through local steps; with a prior
+    on the batch's statistics, where the threat tells of them; and those that solve for the image, where the model has a
+    closed form: on many transformers no other works."""
     attacks = [replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
     if base.matching not in ("cosine", "tensors") or base.method != "optimise":
         attacks = [base, *(replace(a, method="optimise") for a in attacks)]
+    if base.through == "steps":
+        attacks = [*through_local_steps(attacks, victim.local, len(data.images), threat.labels == "known")]
     # The prior's passes are of images alone.
     if victim.task.argument is None and not (isinstance(data.targets, Sample) and data.targets.inputs):
         attacks += attacks_on_statistics(attacks, threat, victim.known)

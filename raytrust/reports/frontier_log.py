@@ -132,5 +132,7 @@ class SweepLog(Silent):
     @staticmethod
     def _nested(train: TrainConfig) -> dict[str, Any]:
         flat = {k: v for k, v in to_dict(train).items() if not isinstance(v, dict)}
-        nested = {f"{k}.{n}": v for k in ("model", "threat", "capture") for n, v in to_dict(train)[k].items()}
+        # Those that are left out by default are only there where they say something.
+        groups = ("model", "threat", "capture", "local")
+        nested = {f"{k}.{n}": v for k in groups for n, v in to_dict(train).get(k, {}).items()}
         return flat | nested

@@ -124,7 +124,7 @@ def _failed_attacks(store: Store, sweep: SweepConfig, rows: Sequence[Row]) -> li
 def _settings(sweep: SweepConfig, program: Call, versions: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     train = to_dict(sweep.train)
     flat = {k: v for k, v in train.items() if not isinstance(v, dict) and k != "defence"}
-    nested = {f"{group}.{k}": v for group in ("model", "capture") for k, v in train[group].items()}
+    nested = {f"{group}.{k}": v for group in ("model", "capture", "local") for k, v in train.get(group, {}).items()}
     attacks = {f"attack {i} of every defence": _attack(a) for i, a in enumerate(sweep.portfolio, start=1)}
     search = {"attacks that the search tries on each defence, besides": sweep.attack_trials}
     return {

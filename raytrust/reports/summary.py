@@ -146,11 +146,12 @@ def threat_sentence(threat: Mapping[str, Any]) -> str:
     rest = dict(threat)
     vantage, size = rest.pop("vantage", "link"), rest.pop("batch_size", 1)
     mode, labels = rest.pop("batch_norm", "eval"), rest.pop("labels", "known")
+    local = rest.pop("local", "")
     statistics, history = rest.pop("batch_statistics", "unknown"), rest.pop("history", 0)
     auxiliary = rest.pop("auxiliary", 0)
     sees = "what one worker sends" if vantage == "link" else "what the collective returns to every worker"
     parts = [
-        f"The attacker sees {sees} in one training step",
+        f"The attacker sees {sees} in one training step{f' of {local}' if local else ''}",
         f"made from {'one private image' if size == 1 else f'{size} private images'}",
         "knows the model and its weights",
         f"{'knows' if labels == 'known' else 'does not know'} the labels",

@@ -142,14 +142,18 @@ def evaluate_together(
     watch = _watch()
     reached = _run(requests, device)
     spent = watch()
-    # The attacks run as one batch, with one clock: each is charged by the iterations that it asked for.
-    total = sum(len(captures) * a.restarts * a.iterations for captures, attacks in requests for a in attacks)
+    # The attacks run as one batch, with one clock: each is charged by the passes that it asked for.
+    total = sum(_passes(captures, a) for captures, attacks in requests for a in attacks)
     results = []
     for (captures, attacks), of_request in zip(requests, reached, strict=True):
         floors = _floors(captures, references)
-        shares = [spent.share(len(captures) * a.restarts * a.iterations / total) for a in attacks]
+        shares = [spent.share(_passes(captures, a) / total) for a in attacks]
         results.append([_result(captures, *one, floors) for one in zip(attacks, of_request, shares, strict=True)])
     return results
+
+
+def _passes(captures: Sequence[Capture], attack: InversionConfig) -> int:
+    return sum(attack.passes(capture.seen.local) for capture in captures)
 
 
 def _result(

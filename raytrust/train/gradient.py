@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.config import TrainConfig
+from raytrust.config import LocalConfig, TrainConfig
 from raytrust.networks.kernels import sound_kernels
 from raytrust.train.clipped import ClippedGradients
+from raytrust.train.local import pseudo_gradient
 
 
 class WorkerGradient:
-    """The gradient that a worker hands to its compressor, as the training's defence has it made."""
+    """What a worker hands to its compressor: the gradient of its batch, as the training's defence has it made, or the
+    pseudo-gradient of its local steps."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         self._model, self._config, private = model, config, config.defence.dp_sgd
@@ -28,9 +30,20 @@ class WorkerGradient:
         private: the index of a private batch, whose noise is its own; None for the worker's batch of this step.
         """
         if self._clipped is None:
-            return gradient_of(self._model, images, labels)
+            return update_of(self._model, images, labels, self._config.local)
         expected = self._config.batch_size if private is None else None
         return self._clipped(images, labels, step, rank, private, expected)
+
+
+def update_of(model: nn.Module, images: Tensor, labels: Tensor, local: LocalConfig) -> tuple[Tensor, Sequence[Tensor]]:
+    """The gradient of a batch, or the pseudo-gradient of local steps on it.
+
+    images, labels: as in `gradient_of`. Returns the mean loss (nats) along the steps, and one tensor a parameter. The
+    model's weights are as they were.
+    """
+    return pseudo_gradient(
+        list(model.parameters()), local, len(images), lambda rows: gradient_of(model, images[rows], labels[rows])
+    )
 
 
 def gradient_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

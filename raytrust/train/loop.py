@@ -138,7 +138,8 @@ def capture_images(
 ) -> list[Capture]:
     """Captures as `train` makes them, of chosen images instead of training images, without any training.
 
-    images: uint8 (n, channels, height, width), each a private batch of its own, normalised as `data`. labels: (n,).
+    images: uint8 (n, channels, height, width), which in their order fill private batches of `threat.batch_size`,
+        normalised as `data`. labels: (n,).
     state: weights and buffers of the model by name, by default of the untrained one; `step` says how long it was
     trained. The compressor is that of the defence in its first state, or `hook` in its present one, which stays as it
     is. Raises ValueError where the model can't have a gradient: a batch norm in training mode of one value a channel;
@@ -149,7 +150,7 @@ def capture_images(
     model = build_model(config.model, data.channels, data.classes, config.seed)
     if state is not None:
         model.load_state_dict(state)
-    private = images, labels, torch.arange(len(labels))[:, None]
+    private = images, labels, torch.arange(len(labels)).view(-1, config.threat.batch_size)
     compressor = build(config.defence, model, config.seed) if hook is None else hook
     return list(_captures(config, step, model, compressor, data, LocalChannel(), "cpu", private))
 
@@ -257,6 +258,7 @@ def _captures(
             history=history,
             method=compressor.as_seen() if isinstance(compressor, HookCompressor) else None,
             auxiliary=auxiliary,
+            local=config.local,
         )
         yield Capture(index, seen, Truth(images[mine].float() / 255, labels[mine]))
 
@@ -264,8 +266,8 @@ def _captures(
 def _private_gradient(
     model: nn.Module, config: TrainConfig, gradient: Callable[[], tuple[Tensor, Sequence[Tensor]]]
 ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-    """A private batch's gradient, in the threat's batch-norm mode, and the buffers that a worker would have afterwards;
-    those of the model stay unchanged.
+    """What a worker would send of the private batch, a gradient or the pseudo-gradient of local steps, in the threat's
+    batch-norm mode, and the buffers that it would have afterwards; those of the model stay unchanged.
     """
     # In training mode a pass moves the running statistics, of which training itself must not notice anything.
     before = {name: b.clone() for name, b in model.named_buffers()}

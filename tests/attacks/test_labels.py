@@ -27,7 +27,8 @@ from raytrust.config import (
 from raytrust.data import Dataset
 from raytrust.leak.observation import Capture, Observation
 from raytrust.networks.task import CROSS_ENTROPY
-from raytrust.studies.audit.victim import State, Victim, private
+from raytrust.studies.audit.private import private
+from raytrust.studies.audit.victim import State, Victim
 from raytrust.train.loop import train
 from raytrust.wire.channel import LocalChannel
 

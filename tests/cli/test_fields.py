@@ -16,7 +16,7 @@ import pytest
 from raytrust.cli import options as cli
 from raytrust.cli.fields import Field, Fields, field_help
 from raytrust.cli.options import Parser
-from raytrust.config import InversionConfig, MembershipConfig, TrainConfig
+from raytrust.config import Choice, InversionConfig, MembershipConfig, TrainConfig
 from raytrust.config.values import registry_of, type_hints
 from raytrust.studies.paper.plan import BUDGETS, Budget
 
@@ -99,7 +99,7 @@ def another(option: Field, value: Any) -> str:
         return "0.0625"
     if hint is str:
         return "elsewhere"
-    return str(value // 2 if option.name == "property_models" else value * 2 + 2)
+    return str(value // 2 if option.name == "property_models" else (value or 0) * 2 + 2)
 
 
 @each_option
@@ -112,6 +112,8 @@ def test_an_option_changes_its_field_alone(module: ModuleType, table: Fields, co
     assert set(given) == {option.name}
     also = {"network": "torch.nn:Identity", "width": 4} if option.path.endswith("model.options") else {}
     also |= {"training": 10**4} if option.name == "states" else {}
+    also |= {"network": "resnet18", "width": 8} if option.name == "norm" else {}
+    also |= {"local_steps": 3} if option.name == "local_batch_size" else {}
     fixed = {p: getattr(config, p) for p in table.without if hasattr(config, p)} if table.kind is Budget else {}
     fixed |= {"train.workers": 1} if table.kind is MembershipConfig else {}
     if option.name == "steps":
@@ -139,6 +141,16 @@ def test_a_configuration_is_its_options() -> None:
         ({"private_batch": 0}, "Expected private_batch=0 to be at least 1."),
         ({"images": 0}, "Expected images=0 to be at least 1."),
         ({"batch_size": 0}, "Expected batch_size=0 to be at least 1."),
+        ({"local_steps": 0}, "Expected local_steps=0 to be at least 1."),
+        ({"local_learning_rate": 0.0}, "Expected local_learning_rate=0.0 to be positive and finite."),
+        (
+            {"local_batch_size": 2},
+            "Expected local_batch_size=2 to be given with local steps of 2 and more: one step takes the whole batch.",
+        ),
+        (
+            {"local_steps": 3, "local_batch_size": 2, "private_batch": 8},
+            "Expected 3 local steps of batch_size=2 to take each of the 8 images of a private batch.",
+        ),
         ({"capture_steps": (300,)}, "Expected capture_steps=(300,) to lie below steps=200, the length of training."),
         ({"capture_steps": (3, 1)}, "Expected capture_steps=(3, 1) in increasing order, each once."),
         ({"network": "vgg"}, "Expected network='vgg' to be one of 'resnet18', 'convnet', 'resnet20', 'lenet'."),
@@ -200,8 +212,8 @@ def portfolio(*arguments: str) -> Any:
     options, _ = FRONTIER.RUN.resolve(
         FRONTIER._parser().parse_args(list(arguments)), FRONTIER.DEFAULTS, FRONTIER._with_preset
     )
-    steps = tuple(options.capture_steps)
-    return FRONTIER._portfolio(options, steps), FRONTIER._attack_space(options, steps)
+    train = FRONTIER.TRAIN.make(vars(options), {"capture.steps": tuple(options.capture_steps)})
+    return FRONTIER._portfolio(options, train), FRONTIER._attack_space(options, train)
 
 
 def test_an_attack_option_sets_all_attacks_and_leaves_the_search_the_rest() -> None:
@@ -220,6 +232,28 @@ def test_an_attack_option_sets_all_attacks_and_leaves_the_search_the_rest() -> N
     assert (with_history[-1].residual, with_history[-1].capture_step) == ("avoid", 20)
     assert set(wider) - set(space) == {"residual"}
     assert len(portfolio("--history", "2", "--capture-step", "0")[0]) == len(attacks)
+
+
+def test_local_steps_are_met_in_every_way() -> None:
+    one, space = portfolio()
+    few, wider = portfolio("--local-steps", "2", "--attack", "geiping")
+    *ours, published = few
+    ways = ("steps", "surrogate", "gradient")
+    assert {a.through for a in one} == {"steps"}
+    assert [replace(a, through="steps") for a in ours] == [*one, *one, *(a for a in one if a.matching == "cosine")]
+    assert [a.through for a in ours] == ["steps"] * 4 + ["surrogate"] * 4 + ["gradient"] * 2
+    assert published.through == "gradient"
+    assert wider == {**space, "through": Choice(ways)}
+    many, narrower = portfolio("--local-steps", "6")
+    assert {a.through for a in many} == set(narrower["through"].values) == {"surrogate", "gradient"}
+    # Recovered labels have no order, and don't tell which step each belongs to.
+    unordered = ("--private-batch", "2", "--labels", "unknown")
+    assert {a.through for a in portfolio("--local-steps", "2", *unordered)[0]} == set(ways)
+    parts, _ = portfolio("--local-steps", "2", "--local-batch-size", "1", *unordered)
+    assert {a.through for a in parts} == {"surrogate", "gradient"}
+    given, left = portfolio("--local-steps", "2", "--through", "gradient")
+    assert {a.through for a in given} == {"gradient"}
+    assert set(left) == set(space)
 
 
 def test_the_width_of_a_preset_is_of_the_networks_that_are_shipped() -> None:

@@ -23,6 +23,7 @@ from raytrust.config import (
     DGCConfig,
     HalfConfig,
     InversionConfig,
+    LocalConfig,
     ModelConfig,
     NoiseConfig,
     PowerSGDConfig,
@@ -414,6 +415,8 @@ def variations(config: Any) -> list[Any]:
             others = []  # a network that is shipped has none
         elif field.name == "transforms":
             others = [(*value, t) for t in (ClipConfig(), NoiseConfig(), PruneConfig())]
+        elif (type(config), field.name) == (LocalConfig, "batch_size") and value is None:
+            others = []  # one step takes the whole batch
         elif isinstance(value, bool):
             others = [not value]
         elif isinstance(value, int):
@@ -444,13 +447,21 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
         (InversionConfig, "matching"): ("cosine", "tensors", "l2", "l1"),
         (InversionConfig, "optimiser"): ("adam", "lbfgs"),
         (InversionConfig, "precision"): ("float32", "bfloat16"),
+        (InversionConfig, "through"): ("steps", "surrogate", "gradient"),
         (InversionConfig, "residual"): ("ignore", "avoid", "weigh"),
         (InversionConfig, "schedule"): ("steps", "cosine", "constant"),
         (InversionConfig, "label_recovery"): ("counts", "bias_sign", "idlg", "joint"),
     }[kind, name]
 
 
-@pytest.mark.parametrize("config", [TrainConfig(defence=Defence(PowerSGDConfig())), InversionConfig()])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(defence=Defence(PowerSGDConfig())),
+        TrainConfig(local=LocalConfig(3, batch_size=2)),
+        InversionConfig(),
+    ],
+)
 def test_every_setting_enters_the_digest(config: Any) -> None:
     leaves = variations(config)
     assert len(leaves) >= 8

@@ -18,6 +18,7 @@ from raytrust.config import (
     CompressorConfig,
     Defence,
     DenseConfig,
+    LocalConfig,
     ModelConfig,
     PowerSGDConfig,
     Threat,
@@ -115,6 +116,18 @@ def test_a_history_survives_and_is_written_once_a_step(
     path.unlink()
     with pytest.raises(ValueError, match=r"history-0\.pt, but there is no such file\.$"):
         load_captures(tmp_path, 1, [0])
+
+
+def test_local_steps_survive_and_older_files_are_of_one(data: Dataset, tmp_path: Path) -> None:
+    capture = captured(data, DenseConfig(), Threat())[0]
+    local = replace(capture, seen=replace(capture.seen, local=LocalConfig(3, 0.5, 2)))
+    save_capture(tmp_path, local)
+    assert_equal(load_captures(tmp_path, 0, [0])[0], local)
+    path = tmp_path / "step-000000" / "seen-000.pt"
+    body = torch.load(path, weights_only=True)
+    del body["local"]
+    torch.save(body, path)
+    assert_equal(load_captures(tmp_path, 0, [0])[0], capture)
 
 
 def test_the_history_of_each_worker_is_a_file_of_its_own(data: Dataset, tmp_path: Path) -> None:

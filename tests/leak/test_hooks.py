@@ -25,8 +25,9 @@ from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture
 from raytrust.networks.build import build_model
 from raytrust.networks.task import Task
+from raytrust.studies.audit.private import private
 from raytrust.studies.audit.training import Training
-from raytrust.studies.audit.victim import State, Victim, private
+from raytrust.studies.audit.victim import State, Victim
 from raytrust.studies.evaluate import evaluate_inversion
 from raytrust.train.loop import capture_images
 from raytrust.wire.channel import Channel, LocalChannel, Tap

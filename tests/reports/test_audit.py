@@ -17,7 +17,7 @@ from torchvision.models import VisionTransformer
 
 import raytrust
 from raytrust.compress import HookCompressor
-from raytrust.config import InversionConfig
+from raytrust.config import InversionConfig, LocalConfig
 from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED
 from raytrust.studies.frontier.row import load_rows
 
@@ -113,6 +113,46 @@ def test_without_a_working_attack_nothing_looks_private() -> None:
     rows = audited(convnet(), attack=InversionConfig(iterations=1, step_size=1e-6), evaluation=6).rows
     assert {row["verdict"] for row in rows} <= {UNDECIDED, LEAKS}
     assert not any(row["control"] for row in rows)
+
+
+def test_local_steps_are_audited_in_every_way_through_them() -> None:
+    """Of a model with a frozen layer, in batches of which each step takes a part."""
+    local = LocalConfig(3, 0.5, 1)
+    model = frozen()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = audited(model, local=local, batch_size=2, evaluation=2, attack=replace(QUICK, iterations=4))
+    assert {row["threat"]["local"] for row in result.rows} == {"3 local steps of 1 images, learning rate 0.5"}
+    assert result.settings["local steps"] == local.title
+    control = result.defences[0]
+    assert {r.attack.through for r in control.tuned} == {"steps", "surrogate", "gradient"}
+    assert all(c.seen.local == local for c in control.captures[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    given = audited(convnet(), local=LocalConfig(2, 0.1), attack=replace(QUICK, iterations=2, through="surrogate"))
+    assert {r.attack.through for r in given.defences[0].tuned} == {"surrogate"}
+
+
+def test_local_steps_are_trained_by_and_take_each_private_image() -> None:
+    loader = [(smooth(6), labels(6))] * 2
+    training = raytrust.Training(loader, steps=(0, 2), optimiser=lambda p: torch.optim.SGD(p, 0.2))
+    few = replace(QUICK, iterations=2)
+    model = convnet()
+    result = audited(model, local=LocalConfig(2, 0.1, 3), training=training, attack=few, defences=[])
+    trained = result.defences[0].captures[2][0].seen
+    # By hand: two rounds, in each of which the server steps along the mean of two local gradients.
+    for _ in range(2):
+        start = [p.detach().clone() for p in model.parameters()]
+        for part in (slice(0, 3), slice(3, 6)):
+            grads = torch.autograd.grad(F.cross_entropy(model(loader[0][0][part]), labels(6)[part]), model.parameters())
+            with torch.no_grad():
+                for p, g in zip(model.parameters(), grads, strict=True):
+                    p -= 0.1 * g
+        with torch.no_grad():
+            for p, w in zip(model.parameters(), start, strict=True):
+                p.copy_(w - 0.2 * (w - p) / 0.2)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(trained.weights[name], p.detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^Expected 2 local steps of batch_size=1 to take each of the 4 images"):
+        audited(convnet(), local=LocalConfig(2, 0.1, 1), batch_size=4, evaluation=2)
 
 
 class Two(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from frontier_rows import audited, control, failed, finished, sweep
 
+from raytrust.config import LocalConfig
 from raytrust.reports.summary import (
     answer,
     control_sentence,
@@ -122,3 +123,5 @@ def test_a_threat_in_words():
     proxy = threat_sentence({"batch_norm": "train", "batch_statistics": "proxy", "auxiliary": 64})
     assert proxy.endswith("with 64 other images of the kind at hand, from which it estimates the batch's statistics.")
     assert "with statistics unknown to the attacker" in proxy
+    local = threat_sentence({"local": LocalConfig(4, 0.1, 2).title})
+    assert "in one training step of 4 local steps of 2 images, learning rate 0.1, made from" in local

@@ -14,6 +14,7 @@ from torch import Tensor
 from raytrust.attacks.inversion.labels import recover_labels
 from raytrust.attacks.inversion.objectives import target_view
 from raytrust.attacks.inversion.priors import known_statistics
+from raytrust.attacks.inversion.rounds import as_one_gradient, at_midpoint, check_applies
 from raytrust.attacks.inversion.search import Found, Piece, search
 from raytrust.attacks.inversion.stacks import stack_key
 from raytrust.config import InversionConfig
@@ -93,12 +94,13 @@ def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
     # What pieces of a program share is the loop itself; all else is a number a candidate, and runs in one batch.
     found: dict[int, list[Candidates]] = {}
     programs: dict[tuple[object, ...], list[Piece]] = {}
+    midway: dict[int, Observation] = {}
     for i, (seen, config) in enumerate(jobs):
         # A method of its own need not know of batches: it is asked for one observation at a time.
         if config.method != "optimise":
             found[i] = [ATTACKS[config.method](seen, config, device)]
         else:
-            piece = _prepare(i, seen, config, device)
+            piece = _prepare(i, seen, config, device, midway)
             programs.setdefault(piece.program, []).append(piece)
     for pieces in programs.values():
         for batch in _batches(_alike_together(pieces), _room(pieces[0].seen, device)):
@@ -116,10 +118,20 @@ def _alike_together(pieces: Sequence[Piece]) -> list[Piece]:
     return [piece for _, piece in sorted(enumerate(pieces), key=lambda at: (first[keys[at[0]]], at[0]))]
 
 
-def _prepare(job: int, seen: Observation, config: InversionConfig, device: str) -> Piece:
+def _prepare(
+    job: int, seen: Observation, config: InversionConfig, device: str, midway: dict[int, Observation]
+) -> Piece:
+    """midway: surrogates so far, by their observation."""
+    check_applies(seen, config)
+    surrogate = config.through == "surrogate" and seen.local.steps > 1
+    at = seen if config.through == "steps" else as_one_gradient(seen)
+    if surrogate:
+        # One for all settings of an observation, so that these still run as one batch.
+        at = midway[id(seen)] = midway.get(id(seen)) or at_midpoint(seen, device)
     return Piece(
         job=job,
-        seen=seen,
+        seen=at,
+        point=id(at) if surrogate else 0,
         config=config,
         restarts=range(config.restarts),
         view=target_view(seen, config, device),
@@ -143,7 +155,7 @@ def _labels(seen: Observation, config: InversionConfig) -> Targets | None:
 
 def _room(seen: Observation, device: str) -> int:
     """How many restarts fit into memory at once, at least 1."""
-    entries = sum(w.numel() for w in seen.weights.values())
+    entries = seen.local.steps * sum(w.numel() for w in seen.weights.values())
     # Two limits, as the gradients that are held may be the smaller part: of large images activations need more memory.
     return max(1, min(MAX_GRADIENT_ENTRIES // entries, free_bytes(device) // candidate_bytes(seen)))
 
@@ -196,8 +208,10 @@ def _join(parts: Sequence[Candidates]) -> Candidates:
 
 
 def same_model(a: Observation, b: Observation) -> bool:
-    """Whether both are of one model at one step under one threat: its weights, buffers and normalisation are equal."""
-    if (a.model, a.classes, a.image_shape, a.threat) != (b.model, b.classes, b.image_shape, b.threat):
+    """Whether both are of one model at one step under one threat: its weights, buffers and normalisation are equal,
+    and so are the local steps."""
+    names = ("model", "classes", "image_shape", "threat", "local")
+    if any(getattr(a, name) != getattr(b, name) for name in names):
         return False
     # A module in memory has no description to compare by.
     if a.network is not b.network or a.task is not b.task:

@@ -4,7 +4,8 @@ All methods rest on one identity: for the mean cross-entropy of B images, the gr
 
     b_c = mean_n p_nc - count_c / B,
 
-with p_nc the probability that the model gives to class c for image n; that of row c of the weights is the same mean
+with p_nc the probability that the model gives to class c for image n (along local steps, on average over them); that of
+row c of the weights is the same mean
 with each image's term multiplied by its features, which are at least 0 after a ReLU.
 """
 
@@ -34,7 +35,12 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
     Raises ValueError for a model without a final linear layer of one output a class, and for "idlg" on a batch.
     """
     weight, bias = classifier_gradient(seen)
-    batch = seen.threat.batch_size
+    batch, local = seen.threat.batch_size, seen.local
+    if local.parts(batch) and local.steps * (local.batch_size or 0) % batch:
+        raise ValueError(
+            f"Expected {local.steps} local steps of batch_size={local.batch_size} to take each of {batch} images "
+            "equally often, to recover labels."
+        )
     if method == "idlg":
         if batch != 1:
             raise ValueError(f"Expected batch_size={batch} to be 1 for label_recovery='idlg'.")

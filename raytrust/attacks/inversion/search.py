@@ -34,8 +34,9 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of `engine.C
 
 @dataclass(frozen=True)
 class Piece:
-    """Some restarts of one job. view: what candidates are compared with. labels: (batch,), None if they are optimised.
-    statistics: for the batch-norm prior."""
+    """Some restarts of one job. seen: with the weights and local steps of the gradients that candidates are given.
+    view: what these are compared with. labels: (batch,), None if they are optimised. statistics: for the batch-norm
+    prior. point: identifies weights that are not the model's but the observation's own, else 0."""
 
     job: int
     seen: Observation
@@ -44,11 +45,14 @@ class Piece:
     view: View
     labels: Targets | None
     statistics: Statistics | None
+    point: int = 0
 
     @property
     def program(self) -> tuple[object, ...]:
         """What all pieces of a batch have in common."""
-        return self.config.iterations, self.config.optimiser, self.config.precision, self.labels is None
+        config = self.config
+        loop = config.iterations, config.optimiser, config.precision, self.labels is None
+        return *loop, self.seen.local, self.point
 
 
 def search(pieces: Sequence[Piece], device: str) -> list[Found]:
@@ -81,7 +85,7 @@ class _Batch:
         self.rows = torch.arange(len(self.owner), device=device)
         self.counts = counts
         model = first.build_model().to(device)
-        self.gradients = GradientMatcher(model, getattr(torch, pieces[0].config.precision), first.task)
+        self.gradients = GradientMatcher(model, getattr(torch, pieces[0].config.precision), first.task, first.local)
         # What is frozen was not sent, and no view knows of it.
         self.sent = [i for i, (name, _) in enumerate(model.named_parameters()) if name in first.weights]
         self.settings = _Settings.of(pieces, self.owner.to(device), device)

@@ -22,7 +22,7 @@ def auxiliary_messages(seen: Observation, images: Tensor, labels: Tensor, seed: 
     the public state that the observed message met, and dice of its own where dice are private. No copy has a residual
     or a momentum of earlier steps, and each is the only worker: what others add to PowerSGD's bases is not in it.
     """
-    gradients = PerSampleGradients(seen.build_model())
+    gradients = PerSampleGradients(seen.build_model(), local=seen.local)
     mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
     shapes, names = [w.shape for w in seen.weights.values()], list(seen.weights)
     entries = sum(s.numel() for s in shapes)

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from raytrust.attacks.inversion.stacks import LARGEST
 from raytrust.compress import Compressor, HookCompressor
-from raytrust.config import Defence, InversionConfig, Threat
+from raytrust.config import ONE_STEP, Defence, InversionConfig, LocalConfig, Threat
 from raytrust.config.attacks import against_each, through_noise
 from raytrust.config.register import METHODS
 from raytrust.leak.observation import Capture
 from raytrust.leak.rules import is_understood
 from raytrust.leak.transformed import are_understood
+from raytrust.studies.audit.private import Private
 from raytrust.studies.audit.training import Training
-from raytrust.studies.audit.victim import Private, State, Victim, compressor_of
+from raytrust.studies.audit.victim import State, Victim, compressor_of
 from raytrust.studies.evaluate import InversionFailure, InversionResult, evaluate_together
 from raytrust.studies.frontier.jobs import Split, figures_of
 from raytrust.studies.frontier.row import Row
@@ -67,6 +68,7 @@ class Audit:
     attacks: what every defence meets; further: besides, with settings that were drawn. tuning, evaluation: private
     batches that choose attacks, and that report them.
     classes: of the model, 0 where its loss is not of classes (`Victim.check`). auxiliary: images that the attacker has.
+    local: the steps that the owner makes before it sends.
     """
 
     threat: Threat
@@ -78,6 +80,7 @@ class Audit:
     device: str
     classes: int
     auxiliary: Tensor | None = None
+    local: LocalConfig = ONE_STEP
 
     def run(
         self,
@@ -185,7 +188,7 @@ class Audit:
             named["remarks"] = [*named["remarks"], failed.rstrip(".")]
         return assemble(
             named | {"reason": reason, "seeds": [self.seed], "run": audited.name},
-            self.threat, measured, figures, audited.figures("tuning"), self.tuning * self.threat.batch_size,
+            self.threat, measured, figures, audited.figures("tuning"), self.tuning * self.threat.batch_size, self.local,
         )  # fmt: skip
 
 

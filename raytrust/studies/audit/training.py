@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from raytrust.compress import Compressor
 from raytrust.networks.build import copy_of
@@ -54,12 +53,7 @@ class Training:
             targets = Sample(labels, inputs[0]) if inputs else labels
             x, targets = x.to(victim.dtype), victim._in_dtype(targets)
             with sound_kernels(network), victim.drawing(network, step):
-                if clipped is None:
-                    loss = victim.task.batch_loss(network, x, targets)
-                    grads: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
-                else:
-                    loss, grads = clipped(x, targets, step)
-            whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, parameters, strict=True)]
+                loss, whole = victim.update(network, x, targets) if clipped is None else clipped(x, targets, step)
             if not all(bool(t.isfinite().all()) for t in (loss, *whole)):
                 raise FloatingPointError(f"The training loss or gradient is not finite at step {step}.")
             reduced = compressor.reduce([g.float() for g in whole], LocalChannel())

@@ -5,28 +5,28 @@ All that would make an attack on it meaningless is refused here in a line, befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from raytrust.compress import Compressor, HookCompressor, Transformed, build, for_private_batch
-from raytrust.config import Defence, Threat
+from raytrust.config import ONE_STEP, Defence, LocalConfig, Threat
 from raytrust.leak import identity_view
 from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth
-from raytrust.metrics.images import WINDOW
 from raytrust.networks.build import copy_of
 from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import Sample, Targets, Task, row_of
 from raytrust.persample.matcher import GradientMatcher
+from raytrust.studies.audit.private import Private
 from raytrust.train.clipped import ClippedGradients
+from raytrust.train.local import pseudo_gradient
 from raytrust.wire.channel import LocalChannel, Tap
 
 # Of two gradients of the same batch, relative: more than kernels that add in another order make of it, in float32.
@@ -35,85 +35,28 @@ TWICE = 1e-3
 AT_TRUTH, AT_TRUTH_HALF = 1e-3, 2e-2
 
 
-@dataclass(frozen=True)
-class Private:
-    """Images (n, channels, height, width) in [0, 1] and what belongs to each, (n, ...) tensors."""
-
-    images: Tensor
-    targets: Targets
-
-    def batch(self, index: int, size: int) -> Private:
-        rows = slice(index * size, (index + 1) * size)
-        return Private(self.images[rows], row_of(self.targets, rows))
-
-
-def private(images: Any, labels: Any, inputs: Mapping[str, Any] | None, task: Task) -> Private:
-    """Checked: ValueError for images that are no images in [0, 1], and for labels or inputs of another number."""
-    target = labels if isinstance(labels, tuple | dict) else _tensor(labels)
-    # numpy's default integers and torch's class indices are both int64; others are taken for them.
-    if isinstance(target, Tensor) and task.loss is None:
-        if target.is_floating_point() or target.ndim != 1:
-            mend = "give loss= for anything but classes"
-            if target.ndim == 2:
-                mend = (
-                    "labels[:, 0] of a column"
-                    if target.shape[1] == 1
-                    else "labels.argmax(1) of one-hot labels, or loss="
-                )
-            got = f"{tuple(target.shape)} of {target.dtype}"
-            raise ValueError(f"Expected labels of shape (n,) and integers, got {got}; {mend}.")
-        target = target.long()
-    x = images_of(images)
-    others = {name: _tensor(value) for name, value in (inputs or {}).items()}
-    named = {"labels": target, **others}
-    for name, value in named.items():
-        if isinstance(value, Tensor) and value.shape[:1] != x.shape[:1]:
-            raise ValueError(f"Expected {name} for {len(x)} images, got shape {tuple(value.shape)}.")
-    return Private(x, target if isinstance(target, Tensor) and not others else Sample(target, others))
-
-
-def images_of(images: Any) -> Tensor:
-    """(n, channels, height, width) in [0, 1], from a tensor or an array, of floats or of bytes.
-
-    Raises ValueError for anything else.
-    """
-    x = _tensor(images)
-    if x.ndim != 4 or 0 in x.shape or min(x.shape[2:]) < WINDOW:
-        raise ValueError(
-            f"Expected images of shape (n, channels, height, width), of {WINDOW} pixels or more a side, got "
-            f"{tuple(x.shape)}{'; images.permute(0, 3, 1, 2)' * (x.ndim == 4 and x.shape[3] in (1, 3))}."
-        )
-    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-    if not bool(x.isfinite().all()):
-        raise ValueError("Expected images in [0, 1], got NaN or infinity in them.")
-    low, high = float(x.min()), float(x.max())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"Expected images in [0, 1], got [{low:.3g}, {high:.3g}]; where the model takes normalised ones, give mean "
-            "and std instead of normalising them."
-        )
-    return x
-
-
-def _tensor(value: Any) -> Tensor:
-    try:
-        return value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Expected a tensor or an array of numbers, got {type(value).__name__}: {error}") from None
-
-
 class Victim:
     """A private copy of the model on the CPU, and the gradient that its owner would compute.
 
     Modules stay in the modes in which they are, but dropout is off: of `network`, which the attacker has, too. With
-    `dropout` the owner drops out where it was on. mean, std: (channels,), with which images are normalised.
+    `dropout` the owner drops out where it was on. mean, std: (channels,), with which images are normalised. local: the
+    steps that the owner makes before it sends.
     """
 
-    def __init__(self, model: nn.Module, task: Task, mean: Tensor, std: Tensor, dropout: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        mean: Tensor,
+        std: Tensor,
+        dropout: bool = False,
+        local: LocalConfig = ONE_STEP,
+    ):
         if any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in model.parameters()):
             # A copy would lose them, and with them what they do to the gradient.
             raise ValueError("Expected parameters without hooks of their own: make what they do a defence.")
         self.network, self.task, self.mean, self.std = copy_of(model).cpu(), task, mean, std
+        self.local = local
         modules = self.network.named_modules()
         self.dropouts = [name for name, m in modules if m.training and _drops(m)]
         self.drops = dropout and bool(self.dropouts)
@@ -155,25 +98,34 @@ class Victim:
     def gradient(
         self, network: nn.Module, x: Tensor, targets: Targets, seed: int = 0, drops: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss of a batch x, as the model sees it, and the gradients of the trained parameters, float32.
+        """The loss of a batch x, as the model sees it, and the gradients of the trained parameters, float32, or the
+        pseudo-gradients of local steps.
 
         The network is left as it was. Raises ValueError for what the model and its loss can't take.
         """
         # On a copy: what a model keeps of its pass, in buffers or attributes, must not stay where an attacker looks.
         network = copy_of(network)
-        parameters = [p for p in network.parameters() if p.requires_grad]
         try:
             with sound_kernels(network), self._drawing(network, seed, drops), torch.enable_grad():
-                loss = self.task.batch_loss(network, x.to(self.dtype), self._in_dtype(targets))
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                loss, grads = self.update(network, x, targets)
         # A model and a loss raise whatever they like for what they can't take.
         except Exception as error:
             taken = f"Expected the model and its loss to take images {tuple(x.shape)} and their labels"
             raise ValueError(f"{taken}, but {_first_line(error)}") from error
-        return loss.detach(), [
-            torch.zeros_like(p, dtype=torch.float32) if g is None else g.float()
-            for g, p in zip(grads, parameters, strict=True)
-        ]
+        return loss, [g.float() for g in grads]
+
+    def update(self, network: nn.Module, x: Tensor, targets: Targets) -> tuple[Tensor, Sequence[Tensor]]:
+        """The same of this network itself, whose weights stay and whose buffers move, in its own precision."""
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        x, targets = x.to(self.dtype), self._in_dtype(targets)
+
+        def gradient(rows: Any) -> tuple[Tensor, list[Tensor]]:
+            loss = self.task.batch_loss(network, x[rows], row_of(targets, rows))
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            pairs = zip(grads, parameters, strict=True)
+            return loss.detach(), [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+        return pseudo_gradient(parameters, self.local, len(x), gradient)
 
     def _handed_over(
         self, network: nn.Module, compressor: Compressor, x: Tensor, targets: Targets, step: int, index: int
@@ -188,6 +140,8 @@ class Victim:
         """What makes the gradients of a network for a compressor that wants them clipped image by image."""
         if not isinstance(compressor, Transformed) or compressor.per_image is None:
             return None
+        if self.local.steps > 1:
+            raise ValueError(f"Expected local_steps={self.local.steps} to be 1 with dp-sgd, which clips each image's.")
         return ClippedGradients(network, compressor.per_image, compressor.seed, self.task)
 
     def check(self, data: Private, size: int) -> int:
@@ -210,7 +164,7 @@ class Victim:
                 f"Expected a model that answers twice alike, got gradients of the same images that differ by "
                 f"{apart:.1%}: something in it, or in its loss, draws random numbers (of F.dropout: model.eval())."
             )
-        distance, _ = GradientMatcher(copy_of(self.known), task=self.task)(
+        distance, _ = GradientMatcher(copy_of(self.known), task=self.task, local=self.local)(
             x[None], row_of(targets, None), lambda grads: identity_view(first).distance(self._sent(grads))
         )
         limit = AT_TRUTH if self.dtype.itemsize >= 4 else AT_TRUTH_HALF
@@ -293,6 +247,7 @@ class Victim:
                 targets=batch.targets if labels is None else None,
                 method=twin,
                 auxiliary=auxiliary,
+                local=self.local,
             )
             captured.append(Capture(index, seen, Truth(batch.images, torch.empty(0) if labels is None else labels)))
         return captured

@@ -65,7 +65,7 @@ class AttackRun(Job):
 
     @property
     def cost(self) -> float:
-        return float(self.attack.iterations * self.attack.restarts)
+        return float(self.attack.passes(self.train.local))
 
     @property
     def shelf(self) -> str:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from raytrust.compress import expansion_remark
 from raytrust.config import (
+    ONE_STEP,
     Defence,
     DenseConfig,
     InversionConfig,
+    LocalConfig,
     SweepConfig,
     Threat,
     TopKConfig,
@@ -64,6 +66,7 @@ def row(store: Store, sweep: SweepConfig, defence: Defence) -> Row:
         figures,
         store.attacks(train, "tuning"),
         sweep.train.capture.tuning * sweep.train.threat.batch_size,
+        sweep.train.local,
     )
 
 
@@ -74,11 +77,13 @@ def assemble(
     figures: Sequence[dict[str, Any]],
     tuned: Sequence[dict[str, Any]],
     n_tuning: int,
+    local: LocalConfig = ONE_STEP,
 ) -> Row:
     """The row of a defence from what was measured.
 
     named: see `naming`, and `reason`, None unless it failed. training: bytes and, where it was measured, accuracy
     (see `jobs.train_and_capture`). figures, tuned: of attacks on the evaluation images and on the n_tuning others.
+    local: steps of a worker, of which what was sent is made; several stand in the row's threat, in words.
     """
     by_objective = {o: best(figures, o) for o in ("naive", "aware")}
     # Without a compressor there is nothing to know: the two objectives are one.
@@ -91,7 +96,7 @@ def assemble(
     worst, failed = best(figures), named["reason"] is not None
     base = named | {
         "status": "failed" if failed else "finished",
-        "threat": to_dict(threat),
+        "threat": to_dict(threat) | ({"local": local.title} if local.steps > 1 else {}),
         "bytes_per_step": training and _integer(training["bytes_per_step"]),
         "compression_ratio": training and training["dense_bytes"] / training["bytes_per_step"],
         # A finalist is run on the tuning images and on the evaluation images, and is one attack.
