@@ -1,4 +1,4 @@
-"""The console program: `raytrust frontier | audit | membership | paper`, or `python -m raytrust ...`.
+"""The console program: `raytrust frontier | audit | threats | membership | paper`, or `python -m raytrust ...`.
 
 A sub-command is a program of sweeps/, with that file's tables. An installed package has these files as
 `raytrust.sweeps` (setup.py); in a checkout they lie beside the package.
@@ -20,6 +20,7 @@ COMMANDS = {
         "privacy_frontier",
         "what gradients of a network of yours tell, as it is: raytrust audit my.models:build",
     ),
+    "threats": ("threats", "which threats leak: batches, batch norm, local steps, states of the model, by defence"),
     "membership": ("membership", "who was in the training set, by the model and by what crossed the wire"),
     "paper": ("paper_tables", "every figure of the paper beside ours"),
 }

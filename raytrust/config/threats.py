@@ -84,7 +84,8 @@ class ThreatMapConfig:
             self.states, self.local_steps, self.batch_norms, self.labels, self.private_batches
         ):
             threat = replace(self.train.threat, batch_size=size, batch_norm=mode, labels=labels)
-            local = replace(self.train.local, steps=steps)
+            parts = None if steps == 1 else self.train.local.batch_size
+            local = replace(self.train.local, steps=steps, batch_size=parts)
             cells.append(Cell(state, replace(self.train, steps=0, capture=capture, threat=threat, local=local)))
         return cells
 

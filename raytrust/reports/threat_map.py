@@ -1,0 +1,93 @@
+"""The map of threats: as rows of a table, as a picture, and as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED
+from raytrust.reports.frontier_figure import STYLES
+from raytrust.reports.html import file_uri, render
+from raytrust.reports.text import Lines
+from raytrust.studies.frontier.row import leakage
+from raytrust.studies.frontier.verdicts import control_works
+from raytrust.studies.threats.study import Mapped
+
+NO_CONTROL = "the attack fails without a defence"
+
+
+def headline(mapped: Sequence[Mapped]) -> str:
+    """In how many threats the attack works without a defence, and of these how many cells leak, resist and are open."""
+    works = [m for m in mapped if control_works(m.rows)]
+    text = f"Of {len(mapped)} threats, the attack works without a defence in {len(works)}"
+    verdicts = [r["verdict"] for m in works for r in m.rows[1:] if r["status"] == "finished"]
+    if not verdicts:
+        return text + "; in the others nothing can be said about any defence."
+    counts = [verdicts.count(v) for v in (LEAKS, RESISTS, UNDECIDED)]
+    words = f"{counts[0]} leak, {counts[1]} resist the attacks tried, {counts[2]} are undecided"
+    rest = "" if len(works) == len(mapped) else " In the other threats nothing can be said, but that what leaks, leaks."
+    return f"{text}; of {len(verdicts)} defences there, {words}.{rest}"
+
+
+def map_table(mapped: Sequence[Mapped]) -> Lines:
+    """A line a threat, a column a defence: its verdict, SSIM with 95 % interval, floor, and how many images were
+    identified of how many."""
+    head = ["threat", *(row["name"] for row in mapped[0].rows)]
+    return [head, *([m.cell.name, *map(_cell, m.rows)] for m in mapped)]
+
+
+def _cell(row: Any) -> str:
+    if row["status"] == "failed":
+        return f"no result: {row['reason']}"
+    identified = f", {row['identified']}/{row['n_images']} identified" if row.get("identified") is not None else ""
+    floor = "" if row.get("floor_ssim") is None else f", floor {row['floor_ssim']:.2f}"
+    return f"{row['verdict']}: {leakage(row)}{floor}{identified}"
+
+
+def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
+    """A square for each threat and defence, coloured by verdict, with the leakage in it."""
+    names = [row["name"] for row in mapped[0].rows]
+    figure = Figure(figsize=(3.6 + 1.15 * len(names), 1.5 + 0.34 * len(mapped)), layout="constrained")
+    ax = figure.subplots()
+    for y, m in enumerate(mapped):
+        works = control_works(m.rows)
+        for x, row in enumerate(m.rows):
+            finished = row["status"] == "finished"
+            verdict = row["verdict"] if finished else None
+            colour = STYLES[verdict][0] if verdict else "white"
+            # Where the attack fails without a defence only a leak is a finding.
+            faint = not works and verdict != LEAKS
+            ax.add_patch(
+                Rectangle((x, y), 1, 1, facecolor=colour, alpha=0.12 if faint else 0.55, edgecolor="white", linewidth=2)
+            )
+            text = f"{row['leakage_ssim']:.2f}" if finished else "-"
+            ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="0.45" if faint else "black")
+    ax.set_xlim(0, len(names))
+    ax.set_ylim(len(mapped), 0)
+    ax.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=9, rotation=20, ha="left", rotation_mode="anchor")
+    ax.xaxis.tick_top()
+    ax.set_yticks(np.arange(len(mapped)) + 0.5, [m.cell.name for m in mapped], fontsize=9)
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    entries = [Patch(facecolor=STYLES[v][0], alpha=0.55, label=STYLES[v][2]) for v in (LEAKS, RESISTS, UNDECIDED)]
+    entries.append(Patch(facecolor="0.93", label=f"pale: {NO_CONTROL}"))
+    figure.legend(handles=entries, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def map_page(mapped: Sequence[Mapped], setting: str, picture: Path, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """One page without network. setting: the data, the model and the attacker, in words."""
+    return render(
+        "threats",
+        answer=headline(mapped),
+        setting=setting,
+        figure=file_uri(picture),
+        lines=map_table(mapped),
+        settings=settings,
+    )

@@ -1,0 +1,1 @@
+"""A map of threats: every defence under each of them, with the same attacker."""
