@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def _cell(row: Any) -> str:
 def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
     """A square for each threat and defence, coloured by verdict, with the leakage in it."""
     names = [row["name"] for row in mapped[0].rows]
-    figure = Figure(figsize=(3.6 + 1.15 * len(names), 1.5 + 0.34 * len(mapped)), layout="constrained")
+    figure = Figure(figsize=(4.2 + 1.15 * len(names), 1.9 + 0.34 * len(mapped)), layout="constrained")
     ax = figure.subplots()
     for y, m in enumerate(mapped):
         works = control_works(m.rows)
@@ -69,7 +70,8 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
             ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="0.45" if faint else "black")
     ax.set_xlim(0, len(names))
     ax.set_ylim(len(mapped), 0)
-    ax.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=9, rotation=20, ha="left", rotation_mode="anchor")
+    # Wrapped and not turned: turned ones are hard to read, and leave the picture at its right.
+    ax.set_xticks(np.arange(len(names)) + 0.5, [textwrap.fill(name, 13) for name in names], fontsize=9)
     ax.xaxis.tick_top()
     ax.set_yticks(np.arange(len(mapped)) + 0.5, [m.cell.name for m in mapped], fontsize=9)
     ax.tick_params(length=0)

@@ -17,6 +17,7 @@ from raytrust.cli import options as cli
 from raytrust.cli.fields import Field, Fields, field_help
 from raytrust.cli.options import Parser
 from raytrust.config import Choice, InversionConfig, MembershipConfig, TrainConfig
+from raytrust.config.threats import ThreatMapConfig
 from raytrust.config.values import registry_of, type_hints
 from raytrust.studies.paper.plan import BUDGETS, Budget
 
@@ -32,12 +33,14 @@ def program(name: str) -> ModuleType:
     return module
 
 
-FRONTIER, MEMBERSHIP, PAPER = (program(name) for name in ("privacy_frontier", "membership", "paper_tables"))
+NAMES = ("privacy_frontier", "membership", "paper_tables", "threats")
+FRONTIER, MEMBERSHIP, PAPER, THREATS = map(program, NAMES)
 TABLES: list[tuple[ModuleType, Fields, Any]] = [
     (FRONTIER, FRONTIER.TRAIN, TrainConfig()),
     (FRONTIER, FRONTIER.ATTACK, InversionConfig()),
     (MEMBERSHIP, MEMBERSHIP.AUDIT, MembershipConfig()),
     (PAPER, PAPER.BUDGET, BUDGETS["quick"]),
+    (THREATS, THREATS.MAP, ThreatMapConfig()),
 ]
 OPTIONS = [(module, table, config, option) for module, table, config in TABLES for option in table.options]
 each_option = pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_every_field_is_an_option_or_says_why_not(module: ModuleType, table: Fie
     assert len(set(table.names)) == len(table.names)
 
 
-@pytest.mark.parametrize("module", [FRONTIER, MEMBERSHIP, PAPER])
+@pytest.mark.parametrize("module", [FRONTIER, MEMBERSHIP, PAPER, THREATS])
 def test_help_is_in_groups_and_shows_every_default(module: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         module.main(["--help"])
@@ -78,7 +81,8 @@ def test_help_is_in_groups_and_shows_every_default(module: ModuleType, capsys: p
             assert "(default: " in described
     expected = {FRONTIER: ("model:", "threat:", "capture:", "training:", "attacks:", "places:"),
                 MEMBERSHIP: ("model:", "threat:", "capture:", "train:", "audit:", "places:"),
-                PAPER: ("budget:", "places:")}[module]  # fmt: skip
+                PAPER: ("budget:", "places:"),
+                THREATS: ("model:", "threats:", "train:", "places:")}[module]  # fmt: skip
     assert set(expected) <= set(text.splitlines())
 
 
@@ -93,6 +97,8 @@ def another(option: Field, value: Any) -> str:
         return next(choice for choice in get_args(hint) if choice != value)
     if option.path.endswith("model.options"):
         return "bias=False,depth=3,name=x"
+    if get_origin(hint) is tuple and get_origin(get_args(hint)[0]) is Literal:
+        return get_args(get_args(hint)[0])[-1]
     if get_origin(hint) is tuple:
         return {"stems": "cifar", "norms": "train"}.get(option.name, "1,7")
     if hint is float:
@@ -113,9 +119,10 @@ def test_an_option_changes_its_field_alone(module: ModuleType, table: Fields, co
     also = {"network": "torch.nn:Identity", "width": 4} if option.path.endswith("model.options") else {}
     also |= {"training": 10**4} if option.name == "states" else {}
     also |= {"network": "resnet18", "width": 8} if option.name == "norm" else {}
-    also |= {"local_steps": 3} if option.name == "local_batch_size" else {}
+    also |= {"local_steps": 3} if option.name == "local_batch_size" and module is FRONTIER else {}
     fixed = {p: getattr(config, p) for p in table.without if hasattr(config, p)} if table.kind is Budget else {}
-    fixed |= {"train.workers": 1} if table.kind is MembershipConfig else {}
+    fixed |= {"train.workers": 1} if table.kind in (MembershipConfig, ThreatMapConfig) else {}
+    fixed |= {"train.local.steps": 7} if table.kind is ThreatMapConfig else {}
     if option.name == "steps":
         also["capture_steps"] = (0,)
     made = table.make({**before, **also, **given}, fixed)
