@@ -33,6 +33,15 @@ class Cell:
         local = "1 step" if steps == 1 else f"{steps} local steps"
         return f"{self.state}, {size}, batch norm in {mode} mode{known}, {local}{labels}"
 
+    @property
+    def short(self) -> str:
+        """For a picture, such as "trained, 4 images, BN train, 5 steps"."""
+        words = {"batch norm in evaluation mode": "BN eval", "batch norm in training mode": "BN train", "local ": ""}
+        name = self.name
+        for long, brief in words.items():
+            name = name.replace(long, brief)
+        return name
+
 
 @dataclass(frozen=True)
 class ThreatMapConfig:

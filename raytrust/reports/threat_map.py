@@ -53,7 +53,7 @@ def _cell(row: Any) -> str:
 def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
     """A square for each threat and defence, coloured by verdict, with the leakage in it."""
     names = [row["name"] for row in mapped[0].rows]
-    figure = Figure(figsize=(4.2 + 1.15 * len(names), 1.9 + 0.34 * len(mapped)), layout="constrained")
+    figure = Figure(figsize=(2.8 + 1.15 * len(names), 1.9 + 0.34 * len(mapped)), layout="constrained")
     ax = figure.subplots()
     for y, m in enumerate(mapped):
         works = control_works(m.rows)
@@ -73,7 +73,7 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
     # Wrapped and not turned: turned ones are hard to read, and leave the picture at its right.
     ax.set_xticks(np.arange(len(names)) + 0.5, [textwrap.fill(name, 13) for name in names], fontsize=9)
     ax.xaxis.tick_top()
-    ax.set_yticks(np.arange(len(mapped)) + 0.5, [m.cell.name for m in mapped], fontsize=9)
+    ax.set_yticks(np.arange(len(mapped)) + 0.5, [m.cell.short for m in mapped], fontsize=9)
     ax.tick_params(length=0)
     for side in ax.spines.values():
         side.set_visible(False)

@@ -58,7 +58,9 @@ def mapped(root: Path) -> list[Mapped]:
 def test_every_threat_is_there_once_and_differs_in_what_it_says() -> None:
     cells = MAP.cells()
     assert len(cells) == 2 * 2 * 2 * 2
-    assert len({cell.name for cell in cells}) == len(cells)
+    assert len({cell.name for cell in cells}) == len({cell.short for cell in cells}) == len(cells)
+    assert cells[-1].name == "trained, 2 images, batch norm in training mode, 2 local steps"
+    assert cells[-1].short == "trained, 2 images, BN train, 2 steps"
     for cell in cells:
         assert cell.train.steps == 0
         assert f"{cell.train.threat.batch_size} image" in cell.name
