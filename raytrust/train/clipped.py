@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from raytrust.config import DPSGDConfig
+from raytrust.defend import private_generator
 from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, stacked_alone
 from raytrust.persample.engine import PerSampleGradients
@@ -72,8 +72,7 @@ class ClippedGradients:
     def _generator(self, step: int, rank: int, private: int | None, device: torch.device) -> torch.Generator:
         # With a first number of its own, as the noise must not repeat what a transform draws with the same others.
         batch = 0 if private is None else 1 + private
-        key = np.random.SeedSequence([0xD9, self._seed, step, rank, batch])
-        return torch.Generator(device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        return private_generator(0xD9, self._seed, step, rank, batch, device=device)
 
     def _check(self) -> None:
         for module in self._model.modules():

@@ -33,7 +33,7 @@ def auxiliary_messages(seen: Observation, images: Tensor, labels: Tensor, seed: 
         decoded = torch.empty(len(some), entries)
         for i, row in enumerate(decoded):
             own = int(torch.randint(2**31, (1,), generator=dice))
-            compressor = build(seen.defence, shapes, own, names)
+            compressor = build(seen.defence, shapes, own, names, private_seed=own)
             compressor.load_public_state(seen.compressor_state)
             sent = compressor.reduce([g[i] for g in grads], LocalChannel()).decoded_own
             row[:] = torch.cat([part.flatten() for part in sent])
