@@ -26,8 +26,13 @@ def gradient() -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["clip:0.5+none", "clip:1+powersgd:2", "prune:0.8", "prune:0.8:scope=global", "clip:1+topk:0.3"]
-)
+    "name",
+    [
+        "clip:0.5+none", "clip:1+powersgd:2", "prune:0.8", "prune:0.8:scope=global", "clip:1+topk:0.3",
+        "prune:0.8+clip:1", "prune:0.8+none:ef", "prune:0.8+none:start_step=2", "prune:0.8+topk:0.5:start_step=2",
+        "prune:0.8+topk:0.5", "prune:0.8+randk:0.5", "prune:0.8+clip:1+topk:0.5:scope=layer",
+    ],
+)  # fmt: skip
 def test_the_true_gradient_is_at_distance_zero(name: str) -> None:
     tap = Tap(LocalChannel(), keep=True)
     compressor = build(parse_defence(name), SHAPES)
@@ -57,6 +62,30 @@ def test_a_pruned_gradient_is_compared_where_it_stayed_and_bounded_elsewhere() -
     elsewhere[0].view(-1)[next(i for i in range(96) if i not in view.positions[0].tolist())] = 100.0
     assert view.excess([g[None] for g in elsewhere]).item() > 1
     assert view.distance([g[None] for g in elsewhere]).item() == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prune:0.75+clip:1", "prune:0.75+topk:0.9", "prune:0.75:scope=global+fp16"])
+def test_what_was_pruned_is_bounded_and_not_taken_for_zero(name: str) -> None:
+    tap = Tap(LocalChannel(), keep=True)
+    compressor = build(parse_defence(name), SHAPES)
+    compressor.reduce(gradient(), tap)
+    view = view_of(compressor, tap.messages, "link")
+    assert isinstance(view, SparseView)
+    assert 0 < sum(len(o) for o in view.observed) <= 53
+    assert view.distance([g[None] for g in gradient()]).item() == pytest.approx(0, abs=1e-5)
+    assert view.excess([g[None] for g in gradient()]).item() == pytest.approx(0, abs=1e-6)
+    grown = [100 * g.flatten() for g in gradient()]
+    for g, kept in zip(grown, view.positions, strict=True):
+        g[kept] /= 100
+    assert view.excess([g.view(1, *s) for g, s in zip(grown, SHAPES, strict=True)]).item() > 1
+
+
+def test_a_pruned_gradient_of_zero_has_a_view() -> None:
+    for name in ("prune:0.5", "prune:0.5:scope=global"):
+        tap, compressor = Tap(LocalChannel(), keep=True), build(parse_defence(name), SHAPES)
+        compressor.reduce([torch.zeros(s) for s in SHAPES], tap)
+        view = view_of(compressor, tap.messages, "link")
+        assert view.distance([g[None] for g in gradient()]).item() == 1
 
 
 def test_a_tensor_of_noise_counts_for_little() -> None:
