@@ -158,7 +158,8 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
 
 def _guarantee(config: TrainConfig, n_train: int) -> Figures:
     private = config.defence.dp_sgd
-    if private is None:
+    # Of a model that is attacked untrained no message is a sample's: an epsilon of 0 would be of nothing.
+    if private is None or config.steps == 0:
         return {}
     # Each worker's message of each step is a sum over a Poisson sample of its own, and what follows is made of these.
     rate, releases = config.batch_size / n_train, config.steps * config.workers
