@@ -68,6 +68,11 @@ class Defence:
         return exact and isinstance(self.compressor, DenseConfig)
 
     @property
+    def clips(self) -> bool:
+        """Whether a gradient, or an image's, is made shorter, by a factor that nobody is told."""
+        return any(isinstance(transform, ClipConfig | DPSGDConfig) for transform in self.transforms)
+
+    @property
     def noisy(self) -> bool:
         """Whether noise is added to the gradient."""
         return any(isinstance(transform, NoiseConfig | DPSGDConfig) for transform in self.transforms)
