@@ -194,6 +194,10 @@ def test_what_can_t_be_is_refused_in_a_line() -> None:
         build(parse_defence("clip:1+none"), SHAPES, overlap=True)
     with pytest.raises(ValueError, match=r"^Expected a defence without dp-sgd: DistributedDataParallel hands"):
         ddp_comm_hook(build(parse_defence("dp-sgd:1+powersgd:4"), SHAPES))
+    # They begin with the first step: "clip 1 from step 3" would be untrue.
+    with pytest.raises(ValueError, match=r"Expected start_step=3 to be 0 for transforms without a compressor"):
+        parse_defence("clip:1+none:start_step=3")
+    assert parse_defence("clip:1+powersgd:2:start_step=3").start_step == 3
     for wrong in (7, DenseConfig(), NoiseConfig):
         with pytest.raises(ValueError, match=r"^Expected transforms=.* to be of ClipConfig, DPSGDConfig, "):
             Defence(transforms=(wrong,))  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ def gradient() -> list[Tensor]:
     "name",
     [
         "clip:0.5+none", "clip:1+powersgd:2", "prune:0.8", "prune:0.8:scope=global", "clip:1+topk:0.3",
-        "prune:0.8+clip:1", "prune:0.8+none:ef", "prune:0.8+none:start_step=2", "prune:0.8+topk:0.5:start_step=2",
+        "prune:0.8+clip:1", "prune:0.8+none:ef", "prune:0.8+topk:0.5:start_step=2",
         "prune:0.8+topk:0.5", "prune:0.8+randk:0.5", "prune:0.8+clip:1+topk:0.5:scope=layer",
     ],
 )  # fmt: skip

@@ -79,7 +79,7 @@ def row(store: JobStore, config: MembershipConfig, arm: Arm, pool: Pool, test_la
 
 
 def privacy_of(config: MembershipConfig, pool: Pool, arm: Arm) -> dict[str, float] | None:
-    """What DP-SGD guarantees of the final model, as its account has it; None of other defences, and without training."""
+    """What DP-SGD guarantees of the final model, as its account has it; None of others, and without training."""
     # The fewest points give the highest sampling rate and so the largest epsilon, which holds for every model.
     least = min(len(pool.rows(i, config.copies)) for i in range(config.models))
     if isinstance(arm, DPSGDConfig):
