@@ -124,6 +124,10 @@ def test_attacks_through_noise_weigh_the_prior_more() -> None:
     # What is compared with it meets the same.
     control = against_each(attacks, parse_defence("none"), [parse_defence("noise:1")])
     assert [(a.objective, a.tv) for a in control] == [("naive", pytest.approx(tv)) for tv in (0.01, *heavier)]
+    # So that knowing the compressor is all that the two objectives differ by.
+    compressed = against_each(attacks, parse_defence("powersgd:4"), [parse_defence("noise:1")])
+    weights = {o: [a.tv for a in compressed if a.objective == o] for o in ("naive", "aware")}
+    assert weights["naive"] == weights["aware"] == pytest.approx([0.01, *heavier])
     through = against_each(attacks, parse_defence("clip:1+noise:0.1+powersgd:4"))
     assert through[:2] == attacks
     assert [a.tv for a in through[2:]] == pytest.approx(heavier)
