@@ -60,13 +60,22 @@ def _method(compressor: Compressor) -> Compressor:
     return compressor.now if isinstance(compressor, DenseStart) else compressor
 
 
-def noise_variance(configs: Sequence[TransformConfig], images: int) -> float:
-    """The variance of the noise that these put into each entry of a gradient of so many images.
+def noise_variance(
+    configs: Sequence[TransformConfig], images: int, observed: Sequence[Tensor] = (), workers: int = 1
+) -> float:
+    """The variance of the noise that these put into each entry of a gradient of so many images, or into the mean of
+    several workers'.
 
-    After a noise that is clipped, at most that.
+    observed: the measurements. After a noise that is clipped it is no larger than their spread: by a factor that nobody
+    is told, noise and gradient became shorter.
     """
     transforms = [TRANSFORM_METHODS[config.method](config) for config in configs]
-    return sum(t.variance(images) for t in transforms if hasattr(t, "variance"))
+    noisy = [i for i, t in enumerate(transforms) if hasattr(t, "variance")]
+    variance = sum(transforms[i].variance(images) for i in noisy)
+    clipped = bool(noisy) and any(isinstance(config, ClipConfig) for config in configs[noisy[0] :])
+    # The median minds few large entries less than a mean of squares does; a few entries have no spread of their own.
+    spreads = [float(o.abs().median() / 0.6745) ** 2 for o in observed if o.numel() >= 32] if clipped else []
+    return min([variance / workers, *spreads])
 
 
 def are_understood(configs: Sequence[TransformConfig]) -> bool:

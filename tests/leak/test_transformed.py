@@ -9,10 +9,20 @@ from toys import synthetic
 
 from raytrust.attacks.inversion.objectives import target_view
 from raytrust.compress import build
-from raytrust.config import CaptureConfig, InversionConfig, ModelConfig, TrainConfig, parse_defence
+from raytrust.config import (
+    CaptureConfig,
+    ClipConfig,
+    DPSGDConfig,
+    InversionConfig,
+    ModelConfig,
+    NoiseConfig,
+    TrainConfig,
+    parse_defence,
+)
 from raytrust.config.attacks import PRIORS_THROUGH_NOISE, against_each
 from raytrust.leak import SparseView, view_of
 from raytrust.leak.history import holds_residual
+from raytrust.leak.transformed import noise_variance
 from raytrust.leak.views import LinearView, TensorwiseView
 from raytrust.train.loop import capture_images
 from raytrust.wire.channel import LocalChannel, Tap
@@ -105,6 +115,19 @@ def test_a_tensor_of_noise_counts_for_little() -> None:
     naive = target_view(taken.seen, InversionConfig("naive"))
     assert isinstance(naive, LinearView)
     torch.testing.assert_close(torch.tensor(TensorwiseView(naive).weights), sizes / sizes.sum())
+
+
+def test_noise_that_is_clipped_is_as_large_as_what_is_seen_of_it() -> None:
+    """Else all tensors but one would seem to be noise, and count for nothing."""
+    generator = torch.Generator().manual_seed(0)
+    seen = [0.1 * torch.randn(4000, generator=generator), torch.full((5000,), 3.0), torch.zeros(3)]
+    noise, clip = NoiseConfig(0.5), ClipConfig(2.0)
+    assert noise_variance([clip, noise], 1, seen) == 0.25
+    assert noise_variance([noise, clip], 1, seen) == pytest.approx(0.01, rel=0.1)
+    assert noise_variance([DPSGDConfig(0.5, 2.0), clip], 4, seen) == pytest.approx(0.01, rel=0.1)
+    assert noise_variance([NoiseConfig(0.05), clip], 1, seen) == 0.05**2
+    assert noise_variance([clip], 1, seen) == 0
+    assert noise_variance([noise], 1, seen, workers=2) == 0.125
 
 
 def test_dp_sgd_s_noise_is_known_for_the_private_batch() -> None:
