@@ -9,8 +9,9 @@ from torch import Tensor
 
 from raytrust.compress import Compressor, DenseStart, ErrorFeedback, Transformed, Vantage
 from raytrust.compress.dense import Dense, Half
-from raytrust.config import ClipConfig, PruneConfig, TransformConfig
+from raytrust.config import ClipConfig, NoiseConfig, PruneConfig, TransformConfig
 from raytrust.config.register import TRANSFORM_METHODS
+from raytrust.defend import Prune
 from raytrust.leak.rules import Messages, decoded_of, view_of
 from raytrust.leak.views import SparseView, View
 
@@ -20,12 +21,16 @@ def transformed_view(compressor: Transformed, messages: Messages, vantage: Vanta
     """What the compressor inside reveals: clipping changes the length alone, which no view minds.
 
     Of a gradient that was pruned, and then clipped at most, the entries that stayed, where it is sent whole or in part,
-    and that all others of their tensor, or of the gradient, are no larger.
+    and that all others of their tensor, or of the gradient, are no larger. Of one that got noise after that and is sent
+    whole, those of the tensors in which they stand out.
     """
     view = view_of(compressor.inner, messages, vantage, victim)
-    last = next((config for config in reversed(compressor.configs) if not isinstance(config, ClipConfig)), None)
-    if not isinstance(last, PruneConfig):
+    pruned = [i for i, config in enumerate(compressor.configs) if isinstance(config, PruneConfig)]
+    after = compressor.configs[pruned[-1] + 1 :] if pruned else ()
+    if not pruned or not all(isinstance(config, ClipConfig | NoiseConfig) for config in after):
         return view
+    last, noisy = compressor.configs[pruned[-1]], any(isinstance(config, NoiseConfig) for config in after)
+    assert isinstance(last, PruneConfig)
     if isinstance(view, SparseView):
         # A zero that was sent is no entry of the gradient, but one that was pruned.
         if all(bool(o.all()) for o in view.observed):
@@ -37,8 +42,20 @@ def transformed_view(compressor: Transformed, messages: Messages, vantage: Vanta
     if not (isinstance(_method(compressor.inner), Dense | Half) and alone):
         return view
     decoded = decoded_of(compressor.inner, messages, vantage, victim)
+    if noisy:
+        decoded = _standing_out(decoded, last, noise_variance(after, 1, decoded) ** 0.5)
     places = [torch.arange(x.numel(), device=x.device) for x in decoded]
     return _stayed([x.flatten() for x in decoded], places, compressor.layout.shapes, last.scope)
+
+
+def _standing_out(tensors: Sequence[Tensor], config: PruneConfig, deviation: float) -> list[Tensor]:
+    """Zeros but for as many of the largest entries as stayed; all of a tensor in which noise of this deviation might be
+    as large."""
+    largest = [x.clone() for x in tensors]
+    Prune(config)(largest, torch.Generator())
+    # The largest twentieth of noise alone has a median of 2.2 deviations.
+    clear = [bool((k := x[x != 0].abs()).numel()) and float(k.median()) > 4 * deviation for x in largest]
+    return [x if c else whole for x, c, whole in zip(largest, clear, tensors, strict=True)]
 
 
 def _stayed(

@@ -90,6 +90,19 @@ def test_what_was_pruned_is_bounded_and_not_taken_for_zero(name: str) -> None:
     assert view.excess([g.view(1, *s) for g, s in zip(grown, SHAPES, strict=True)]).item() > 1
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_what_stayed_stands_out_of_little_noise_and_not_of_much(scope: str) -> None:
+    for noise, few in ((1e-6, True), (10.0, False)):
+        tap = Tap(LocalChannel(), keep=True)
+        compressor = build(parse_defence(f"prune:0.75:scope={scope}+noise:{noise}"), SHAPES, private_seed=0)
+        compressor.reduce(gradient(), tap)
+        view = view_of(compressor, tap.messages, "link")
+        assert isinstance(view, SparseView)
+        assert (sum(len(o) for o in view.observed) < 60) is few
+        if few:
+            assert view.distance([g[None] for g in gradient()]).item() == pytest.approx(0, abs=1e-4)
+
+
 def test_a_pruned_gradient_of_zero_has_a_view() -> None:
     for name in ("prune:0.5", "prune:0.5:scope=global"):
         tap, compressor = Tap(LocalChannel(), keep=True), build(parse_defence(name), SHAPES)
