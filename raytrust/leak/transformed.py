@@ -54,7 +54,7 @@ def _standing_out(tensors: Sequence[Tensor], config: PruneConfig, deviation: flo
     largest = [x.clone() for x in tensors]
     Prune(config)(largest, torch.Generator())
     # The largest twentieth of noise alone has a median of 2.2 deviations.
-    clear = [bool((k := x[x != 0].abs()).numel()) and float(k.median()) > 4 * deviation for x in largest]
+    clear = [bool((k := x[x != 0].abs()).numel()) and float(k.median()) > 3 * deviation for x in largest]
     return [x if c else whole for x, c, whole in zip(largest, clear, tensors, strict=True)]
 
 
