@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import torch
@@ -63,13 +64,16 @@ def build(
     seed: int = 0,
     names: Sequence[str] | None = None,
     overlap: bool = False,
+    private_seed: int | None = None,
 ) -> Compressor:
     """A compressor in its state before the first step.
 
     parameters: the model whose gradients it is to average (those of its parameters that are trained), or their shapes.
     seed: of what is random in the method; all workers must give the same. names: of the parameters,
     where shapes are given; errors and states name them. overlap: whether `ddp_comm_hook` is to reduce each bucket as it
-    fills, see there; ValueError for a method that can't. Raises ValueError for what is no `Defence`.
+    fills, see there; ValueError for a method that can't. private_seed: of the noise of transforms, by default a fresh
+    one of the system's, that of every worker another; one that is given repeats a run, and protects nothing where it
+    is known or given twice. Raises ValueError for what is no `Defence`.
     """
     if not isinstance(defence, Defence):
         raise ValueError(f"Expected defence={defence!r} to be a Defence, which config.parse_defence makes of text.")
@@ -82,5 +86,7 @@ def build(
         compressor = DenseStart(compressor, defence.start_step)
     compressor = ErrorFeedback(compressor) if defence.error_feedback else compressor
     if defence.transforms:
-        compressor = Transformed(compressor, defence.transforms, seed)
+        # Not `seed`: other workers have it, Rand-K's public state holds it, and who has it takes the noise off.
+        own = secrets.randbits(128) if private_seed is None else private_seed
+        compressor = Transformed(compressor, defence.transforms, own)
     return InParts(compressor) if overlap else compressor

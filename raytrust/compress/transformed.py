@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from raytrust.compress.state import State, expect_tensors, metadata_of
 from raytrust.config import DPSGDConfig, to_dict
 from raytrust.config.method import TransformConfig
 from raytrust.config.register import TRANSFORM_METHODS
-from raytrust.defend import PerImage, Transform
+from raytrust.defend import PerImage, Transform, private_generator
 from raytrust.wire.channel import Channel, Message
 
 _STEP = "transform_step"
@@ -23,9 +22,9 @@ _STEP = "transform_step"
 class Transformed:
     """Changes a worker's gradient by transforms, in their order, and reduces it with the compressor inside.
 
-    What is random in them is the worker's own, and private: a function of the seed, the step, the rank and `draw`. Who
-    protects something gives a seed that nobody guesses, as `secrets.randbits(63)`, and never the same one twice.
-
+    seed: of what is random in them, which is the worker's own, and private: a function of the seed, the step, the rank
+    and `draw`. It is not the compressor's, which all workers share and some states tell. Who protects something gives
+    none that can be guessed, and never the same one twice.
     draw: tells private batches apart that meet copies of one compressor, see `for_private_batch`.
     """
 
@@ -50,8 +49,7 @@ class Transformed:
         if grads:
             torch.cat([g.detach().reshape(-1) for g in grads], out=flat)
         changed = FlatGradients(flat, self.layout)
-        key = np.random.SeedSequence([self.seed, self.step, channel.rank, self.draw])
-        generator = torch.Generator(device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        generator = private_generator(self.seed, self.step, channel.rank, self.draw, device=device)
         for transform in self.transforms:
             transform(changed, generator)
         self.step += 1

@@ -31,8 +31,8 @@ class Defence:
     QSGD with the L2 norm and fewer levels than the square root of its bucket. They are for use without. Refused, too,
     is what is no config of a method, such as its name: `parse_defence` makes a `Defence` of text.
 
-    start_step: how many steps of a training send the whole gradient before the method begins, as torch's
-        `start_powerSGD_iter` does. These steps are not protected.
+    start_step: how many steps of a training send the whole gradient before the compressor begins, as torch's
+        `start_powerSGD_iter` does. It does not protect these steps; transforms do, from the first on.
     """
 
     compressor: Annotated[CompressorConfig, COMPRESSORS] = field(default_factory=DenseConfig)
@@ -49,6 +49,10 @@ class Defence:
         expect(isinstance(self.error_feedback, bool), "error_feedback", self.error_feedback, "to be True or False")
         refused = self.error_feedback and not self.compressor.takes_error_feedback
         expect(not refused, "error_feedback", self.error_feedback, f"to be False with {self.compressor}")
+        # "clip 1 from step 3" would say that three steps are not clipped.
+        alone = self.transforms and isinstance(self.compressor, DenseConfig)
+        without = "to be 0 for transforms without a compressor, as they begin with the first step"
+        expect(not (alone and self.start_step), "start_step", self.start_step, without)
         known = transform_types()
         among = ", ".join(sorted(kind.__name__ for kind in known))
         for transform in self.transforms:
@@ -66,6 +70,11 @@ class Defence:
         """Whether what is decoded is all that can be known of the gradient, but for its length and for noise."""
         exact = all(isinstance(transform, ClipConfig) for transform in self.transforms)
         return exact and isinstance(self.compressor, DenseConfig)
+
+    @property
+    def clips(self) -> bool:
+        """Whether a gradient, or an image's, is made shorter, by a factor that nobody is told."""
+        return any(isinstance(transform, ClipConfig | DPSGDConfig) for transform in self.transforms)
 
     @property
     def noisy(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from raytrust.config.defence import Defence
@@ -85,6 +85,11 @@ class MembershipConfig:
         # doesn't have.
         plain = "to be convnet with DP-SGD, which has no batch norm"
         expect(not self.dp_sgd or model == "convnet", "model", model, plain)
+        for defence in self.defences:
+            # For what it refuses, before anything is trained.
+            replace(self.train, defence=defence)
+        names = [arm.name for arm in self.arms]
+        expect(len(set(names)) == len(names), "defences", names, "to have names that tell them apart")
 
     @property
     def arms(self) -> tuple[Arm, ...]:

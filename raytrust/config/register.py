@@ -127,7 +127,7 @@ def compressor(options: type) -> Callable[[C], C]:
     options: a frozen dataclass derived from `raytrust.config.CompressorConfig`. Its `method` is the name, its first
     field what may follow that on a command line without a name: "topk:0.1".
     """
-    return _with_options(options, CompressorConfig, COMPRESSORS, METHODS)
+    return _with_options(options, CompressorConfig, COMPRESSORS, METHODS, TRANSFORMS)
 
 
 def transform(options: type) -> Callable[[C], C]:
@@ -135,7 +135,7 @@ def transform(options: type) -> Callable[[C], C]:
 
     options: a frozen dataclass derived from `raytrust.config.TransformConfig`, as for `compressor`: "clip:1".
     """
-    return _with_options(options, TransformConfig, TRANSFORMS, TRANSFORM_METHODS)
+    return _with_options(options, TransformConfig, TRANSFORMS, TRANSFORM_METHODS, COMPRESSORS)
 
 
 def objective(name: str) -> Callable[[C], C]:
@@ -237,10 +237,16 @@ def _into(registry: Registry, name: str) -> Callable[[C], C]:
     return add
 
 
-def _with_options(options: type, base: type[MethodConfig], configs: Registry, classes: Registry) -> Callable[[C], C]:
+def _with_options(
+    options: type, base: type[MethodConfig], configs: Registry, classes: Registry, others: Registry
+) -> Callable[[C], C]:
     frozen = is_dataclass(options) and options.__dataclass_params__.frozen  # type: ignore[attr-defined]
     if not frozen or not issubclass(options, base) or not isinstance(getattr(options, "method", None), str):
         raise ValueError(f"Expected options={options!r} to be a frozen dataclass of {base.__name__} with a `method`.")
+
+    # On a command line both stand where a method may: the one would be taken for the other without a word.
+    if options.method in [*others]:
+        raise ValueError(f"Expected method={options.method!r} to be new, but it is one of {others.group}.")
 
     def add(cls: C) -> C:
         configs.add(options.method, options)

@@ -6,6 +6,7 @@ image, is `raytrust.train.clipped`.
 
 from __future__ import annotations
 
+from raytrust.defend.draws import private_generator
 from raytrust.defend.transforms import Clip, Noise, PerImage, Prune, Transform, laplace
 
-__all__ = ["Clip", "Noise", "PerImage", "Prune", "Transform", "laplace"]
+__all__ = ["Clip", "Noise", "PerImage", "Prune", "Transform", "laplace", "private_generator"]

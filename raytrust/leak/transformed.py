@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from raytrust.compress import ErrorFeedback, Transformed, Vantage
-from raytrust.compress.dense import Dense
-from raytrust.config import PruneConfig, TransformConfig
+from raytrust.compress import Compressor, DenseStart, ErrorFeedback, Transformed, Vantage
+from raytrust.compress.dense import Dense, Half
+from raytrust.config import ClipConfig, NoiseConfig, PruneConfig, TransformConfig
 from raytrust.config.register import TRANSFORM_METHODS
+from raytrust.defend import Prune
 from raytrust.leak.rules import Messages, decoded_of, view_of
 from raytrust.leak.views import SparseView, View
 
@@ -18,31 +20,79 @@ from raytrust.leak.views import SparseView, View
 def transformed_view(compressor: Transformed, messages: Messages, vantage: Vantage, victim: int = 0) -> View:
     """What the compressor inside reveals: clipping changes the length alone, which no view minds.
 
-    Of a pruned gradient that is sent whole, the entries that stayed, and that all others of their tensor, or of the
-    gradient, are no larger.
+    Of a gradient that was pruned, and then clipped at most, the entries that stayed, where it is sent whole or in part,
+    and that all others of their tensor, or of the gradient, are no larger. Of one that got noise after that and is sent
+    whole, those of the tensors in which they stand out.
     """
-    inner = compressor.inner
-    last, method = compressor.configs[-1], inner.inner if isinstance(inner, ErrorFeedback) else inner
+    view = view_of(compressor.inner, messages, vantage, victim)
+    pruned = [i for i, config in enumerate(compressor.configs) if isinstance(config, PruneConfig)]
+    after = compressor.configs[pruned[-1] + 1 :] if pruned else ()
+    if not pruned or not all(isinstance(config, ClipConfig | NoiseConfig) for config in after):
+        return view
+    last, noisy = compressor.configs[pruned[-1]], any(isinstance(config, NoiseConfig) for config in after)
+    assert isinstance(last, PruneConfig)
+    if isinstance(view, SparseView):
+        # A zero that was sent is no entry of the gradient, but one that was pruned.
+        if all(bool(o.all()) for o in view.observed):
+            return view
+        bounded, shapes = view.bound is not None, compressor.layout.shapes
+        return _stayed(view.observed, view.positions, shapes, last.scope if bounded else None)
     # The mean of several workers' has the zeros that all of them have, and other entries are no one's own.
     alone = vantage == "link" or len(messages[-1].received) > len(messages[-1].sent)
-    if not (isinstance(last, PruneConfig) and type(method) is Dense and alone):
-        return view_of(inner, messages, vantage, victim)
-    decoded = decoded_of(inner, messages, vantage, victim)
-    positions = [x.flatten().nonzero().flatten() for x in decoded]
-    values = [x.flatten()[p] for x, p in zip(decoded, positions, strict=True)]
+    if not (isinstance(_method(compressor.inner), Dense | Half) and alone):
+        return view
+    decoded = decoded_of(compressor.inner, messages, vantage, victim)
+    if noisy:
+        decoded = _standing_out(decoded, last, noise_variance(after, 1, decoded) ** 0.5)
+    places = [torch.arange(x.numel(), device=x.device) for x in decoded]
+    return _stayed([x.flatten() for x in decoded], places, compressor.layout.shapes, last.scope)
+
+
+def _standing_out(tensors: Sequence[Tensor], config: PruneConfig, deviation: float) -> list[Tensor]:
+    """Zeros but for as many of the largest entries as stayed; all of a tensor in which noise of this deviation might be
+    as large."""
+    largest = [x.clone() for x in tensors]
+    Prune(config)(largest, torch.Generator())
+    # The largest twentieth of noise alone has a median of 2.2 deviations.
+    clear = [bool((k := x[x != 0].abs()).numel()) and float(k.median()) > 3 * deviation for x in largest]
+    return [x if c else whole for x, c, whole in zip(largest, clear, tensors, strict=True)]
+
+
+def _stayed(
+    values: Sequence[Tensor], positions: Sequence[Tensor], shapes: Sequence[torch.Size], scope: str | None
+) -> SparseView:
+    """Of these entries, those that are not zero. scope: in which they bound all others, None where they don't."""
+    kept = [v != 0 for v in values]
+    values, positions = ([x[k] for x, k in zip(of, kept, strict=True)] for of in (values, positions))
     # What stayed is not zero, so that a tensor of zeros bounds nothing but itself.
-    least = [v.abs().min() if len(v) else v.new_zeros(()) for v in values]
-    bound = torch.stack(least) if last.scope == "layer" else torch.stack([m for m in least if m > 0]).min()
-    return SparseView(values, positions, [x.shape for x in decoded], bound)
+    least = torch.stack([v.abs().min() if len(v) else v.new_zeros(()) for v in values])
+    if scope == "global" and bool(least.any()):
+        least = least[least > 0].min()
+    return SparseView(values, positions, shapes, None if scope is None else least)
 
 
-def noise_variance(configs: Sequence[TransformConfig], images: int) -> float:
-    """The variance of the noise that these put into each entry of a gradient of so many images.
+def _method(compressor: Compressor) -> Compressor:
+    """What makes the messages of this step."""
+    compressor = compressor.inner if isinstance(compressor, ErrorFeedback) else compressor
+    return compressor.now if isinstance(compressor, DenseStart) else compressor
 
-    After a noise that is clipped, at most that.
+
+def noise_variance(
+    configs: Sequence[TransformConfig], images: int, observed: Sequence[Tensor] = (), workers: int = 1
+) -> float:
+    """The variance of the noise that these put into each entry of a gradient of so many images, or into the mean of
+    several workers'.
+
+    observed: the measurements. After a noise that is clipped it is no larger than their spread: by a factor that nobody
+    is told, noise and gradient became shorter.
     """
     transforms = [TRANSFORM_METHODS[config.method](config) for config in configs]
-    return sum(t.variance(images) for t in transforms if hasattr(t, "variance"))
+    noisy = [i for i, t in enumerate(transforms) if hasattr(t, "variance")]
+    variance = sum(transforms[i].variance(images) for i in noisy)
+    clipped = bool(noisy) and any(isinstance(config, ClipConfig) for config in configs[noisy[0] :])
+    # The median minds few large entries less than a mean of squares does; a few entries have no spread of their own.
+    spreads = [float(o.abs().median() / 0.6745) ** 2 for o in observed if o.numel() >= 32] if clipped else []
+    return min([variance / workers, *spreads])
 
 
 def are_understood(configs: Sequence[TransformConfig]) -> bool:

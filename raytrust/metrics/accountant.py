@@ -39,6 +39,11 @@ def epsilon(noise: float, rate: float, releases: int, delta: float = DELTA) -> f
 def _divergence(noise: float, rate: float, order: float) -> float:
     """The Renyi divergence of one release: log E[((1 - rate) + rate exp((2 z - 1) / (2 noise^2)))^order] / (order - 1)
     for z of N(0, noise^2)."""
+    if noise < 0.1:
+        # That of a release of all images, which is no smaller: the integral would take millions of points.
+        return order / 2 / noise / noise
+    # Beyond, nothing is left but what `delta` costs, and squares overflow. More noise is never worse.
+    noise = min(noise, 1e6)
     # By the trapezoidal rule, whose error for such smooth and short-tailed integrands is that of rounding; the sum that
     # whole orders have leaves out the orders below 2, which little noise needs.
     step = noise / 50

@@ -32,8 +32,11 @@ def control_lines(rows: Sequence[Row]) -> list[str]:
 
     Where it doesn't, with its 95 % interval over models, nothing that it says of a defence may be called protective.
     """
-    compressors = ((row, row["arm"].get("compressor") or {}) for row in finished(rows) if "privacy" not in row)
-    plain = next((row for row, compressor in compressors if compressor.get("method") == "none"), None)
+    # Noise that is sent whole has no compressor, either.
+    defences = (
+        (row, row["arm"]) for row in finished(rows) if "privacy" not in row and not row["arm"].get("transforms")
+    )
+    plain = next((row for row, arm in defences if (arm.get("compressor") or {}).get("method") == "none"), None)
     if plain is None:
         return ["No control: uncompressed training was not audited. Nothing here may be called protective."]
     lines = [_control_line(f"final models ({LIRA})", plain["final"][LIRA].auc)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from raytrust.config import DPSGDConfig
+from raytrust.defend import private_generator
 from raytrust.networks.kernels import sound_kernels
-from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, stacked_alone
+from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, row_of, stacked_alone
 from raytrust.persample.engine import PerSampleGradients
 
 
@@ -26,14 +26,15 @@ class ClippedGradients:
     Two passes instead of one for each image: the first gives the norms, by ghost norms where the model allows it
     (Li et al. 2022), the second the gradient of the losses weighted by what was clipped.
 
-    Raises ValueError, when it is called, for a model in which images have a part in each other's gradients, or that
-    drops out.
+    Raises ValueError, when it is called, for a model in which images have a part in each other's gradients, that keeps
+    statistics of them, or that drops out.
     """
 
     def __init__(self, model: nn.Module, config: DPSGDConfig, seed: int, task: Task = CROSS_ENTROPY):
         """seed: of the noise, which is private."""
         self._model, self._config, self._seed, self._task = model, config, seed, task
         self._engine = PerSampleGradients(model, task=task)
+        self._seen_alone = False
 
     def __call__(
         self,
@@ -57,6 +58,7 @@ class ClippedGradients:
         if len(x):
             self._engine.refresh()
             alone = stacked_alone(targets)
+            self._expect_images_alone(x, targets)
             lengths = self._engine.squared_norms(x[:, None], alone).sqrt()
             weights = self._config.clip / lengths.clamp_min(self._config.clip)
             with sound_kernels(self._model):
@@ -65,15 +67,41 @@ class ClippedGradients:
             loss = losses.detach().mean()
             grads = [zero if g is None else g for g, zero in zip(found, grads, strict=True)]
         deviation, noise = self._config.noise * self._config.clip, self._generator(step, rank, private, x.device)
-        for g in grads:
-            g.add_(torch.randn(g.shape, generator=noise, device=g.device), alpha=deviation).div_(expected or len(x))
-        return loss, grads
+        # Not in place: of parameters that are added to each other, autograd gives one and the same tensor.
+        return loss, [
+            g.add(torch.randn(g.shape, generator=noise, device=g.device), alpha=deviation)
+            .to(g)
+            .div_(expected or len(x))
+            for g in grads
+        ]
 
     def _generator(self, step: int, rank: int, private: int | None, device: torch.device) -> torch.Generator:
         # With a first number of its own, as the noise must not repeat what a transform draws with the same others.
         batch = 0 if private is None else 1 + private
-        key = np.random.SeedSequence([0xD9, self._seed, step, rank, batch])
-        return torch.Generator(device).manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        return private_generator(0xD9, self._seed, step, rank, batch, device=device)
+
+    def _expect_images_alone(self, x: Tensor, targets: Targets) -> None:
+        """Raises ValueError where an image has a part in another one's loss, or the losses are drawn: once, on the
+        first batch of two."""
+        if self._seen_alone or len(x) < 2:
+            return
+        two, labels = x[:2].detach().requires_grad_(), row_of(targets, slice(2))
+        # Not every module that mixes images, or drops out, can be known by its type.
+        with torch.random.fork_rng([x.device] if x.is_cuda else []), sound_kernels(self._model), torch.enable_grad():
+            one, again = (
+                self._task.losses(self._task.output(self._model, two, labels), stacked_alone(labels), (2, 1))[0]
+                for _ in range(2)
+            )
+            own, other = torch.autograd.grad(one, two)[0].float()
+        # Zero to the bit, but for kernels that take several images at once.
+        if float(other.norm()) > 1e-3 * float(own.norm()):
+            raise ValueError("Expected a model for dp-sgd in which no image has a part in the loss of another.")
+        first, second = float(one.detach()), float(again.detach())
+        if abs(first - second) > torch.finfo(x.dtype).eps ** 0.5 * (1 + abs(first)):
+            raise ValueError(
+                "Expected a model for dp-sgd that draws nothing, got two losses of one image, as of dropout."
+            )
+        self._seen_alone = True
 
     def _check(self) -> None:
         for module in self._model.modules():
@@ -81,6 +109,11 @@ class ClippedGradients:
                 raise ValueError(
                     "Expected a model without batch norm in training mode for dp-sgd, which clips the gradient of each "
                     "image, as a batch norm mixes them: --norm group."
+                )
+            if module.training and isinstance(module, _NormBase) and module.track_running_stats:
+                raise ValueError(
+                    f"Expected a model without running statistics for dp-sgd, which {type(module).__name__} takes of "
+                    "the images themselves, without noise."
                 )
             if module.training and isinstance(module, _DropoutNd) and module.p > 0:
                 raise ValueError("Expected a model without dropout in training mode for dp-sgd.")

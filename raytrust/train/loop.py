@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from raytrust.compress import Compressor, HookCompressor, build, for_private_batch
 from raytrust.config import TrainConfig
 from raytrust.data import Dataset
+from raytrust.defend import private_generator
 from raytrust.leak import EarlierStep
 from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
@@ -28,6 +29,9 @@ from raytrust.networks.checkpoint import load_checkpoint
 from raytrust.train.gradient import WorkerGradient
 from raytrust.train.private import auxiliary_images, check_sizes, private_batches
 from raytrust.wire.channel import Channel, LocalChannel, Tap
+
+# Begins the key of Poisson samples, which no other draws share.
+_POISSON = 0x50
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
         load_checkpoint(model, config.model.checkpoint)
     model = model.to(device)
     parameters = list(model.parameters())
-    compressor = build(config.defence, model, config.seed)
+    compressor = build(config.defence, model, config.seed, private_seed=config.seed)
     optimiser = torch.optim.SGD(
         parameters,
         lr=config.learning_rate,
@@ -151,8 +155,9 @@ def capture_images(
     if state is not None:
         model.load_state_dict(state)
     private = images, labels, torch.arange(len(labels)).view(-1, config.threat.batch_size)
-    compressor = build(config.defence, model, config.seed) if hook is None else hook
-    return list(_captures(config, step, model, compressor, data, LocalChannel(), "cpu", private))
+    # Repeatable, as all of a study: it measures what noise does, and protects nobody.
+    built = build(config.defence, model, config.seed, private_seed=config.seed) if hook is None else hook
+    return list(_captures(config, step, model, built, data, LocalChannel(), "cpu", private))
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -169,7 +174,7 @@ def _batches(config: TrainConfig, n_train: int, channel: Channel) -> Iterator[Te
     share = config.batch_size * channel.world_size
     if config.defence.dp_sgd is not None:
         # What its accountant counts with: each worker draws each image by itself, so that batches differ in size.
-        own = torch.Generator().manual_seed((config.seed + 1) * 2**16 + channel.rank)
+        own = private_generator(_POISSON, config.seed, channel.rank)
         while True:
             yield (torch.rand(n_train, generator=own) < config.batch_size / n_train).nonzero().flatten()
     while True:

@@ -23,6 +23,7 @@ from raytrust.config import (
     Threat,
     TopKConfig,
     TrainConfig,
+    parse_defence,
 )
 from raytrust.data import Dataset
 from raytrust.leak.observation import Capture, Observation
@@ -35,12 +36,14 @@ from raytrust.wire.channel import LocalChannel
 COMPRESSORS = [DenseConfig(), PowerSGDConfig(1), TopKConfig(level=0.05)]
 
 
-def observed(labels: list[list[int]], compressor: CompressorConfig, error_feedback: bool = False) -> list[Observation]:
+def observed(
+    labels: list[list[int]], compressor: CompressorConfig | Defence, error_feedback: bool = False
+) -> list[Observation]:
     """Of batches with these labels, of 10 classes, which the attacker isn't told; and the messages are compressed."""
     data = synthetic(train=64, test=8, classes=10, vivid=True)
     batch = len(labels[0])
     config = TrainConfig(
-        defence=Defence(compressor, error_feedback),
+        defence=compressor if isinstance(compressor, Defence) else Defence(compressor, error_feedback),
         model=ModelConfig("convnet", width=8),
         threat=Threat(batch_size=batch, labels="unknown"),
         capture=CaptureConfig(tuning=1, evaluation=len(labels) - 1),
@@ -120,6 +123,13 @@ def with_bias(observation: Observation, slopes: Tensor) -> Observation:
     (message,) = observation.messages
     payload = torch.cat([message.sent[0][: -len(slopes)], slopes])  # the bias is the last parameter
     return replace(observation, messages=(replace(message, sent=(payload,)),))
+
+
+@pytest.mark.parametrize("text", ["clip:0.05", "clip:100", "dp-sgd:1e-6:clip=0.05"])
+def test_labels_are_counted_whatever_length_the_gradient_was_clipped_to(text: str) -> None:
+    labels = [[4, 4, 4, 4], [2, 2, 5, 9], [1, 3, 3, 3]]
+    for one, true in zip(observed(labels, parse_defence(text)), labels, strict=True):
+        assert overlap(recover_labels(one, "counts"), true) == 1
 
 
 def test_without_its_bias_gradient_the_rows_of_the_weights_serve() -> None:

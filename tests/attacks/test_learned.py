@@ -176,6 +176,16 @@ def test_the_attacker_s_messages_are_the_worker_s(text: str) -> None:
             assert distance([found[0]], [sent]) < 1e-4
 
 
+def test_the_attacker_clips_and_adds_noise_as_dp_sgd_does() -> None:
+    (capture, *_) = captures(parse_defence("dp-sgd:1e-9:clip=0.05"))
+    (found,) = auxiliary_messages(capture.seen, capture.truth.images, capture.truth.labels, seed=5)
+    torch.testing.assert_close(found[0], torch.cat([g.flatten() for g in decoded(capture.seen).gradient]))
+    (capture, *_) = captures(parse_defence("dp-sgd:1:clip=0.05"))
+    (found,) = auxiliary_messages(capture.seen, capture.truth.images, capture.truth.labels, seed=5)
+    sent = torch.cat([g.flatten() for g in decoded(capture.seen).gradient])
+    assert float((found[0] - sent).std()) == pytest.approx(0.05 * math.sqrt(2), rel=0.1)
+
+
 def test_private_dice_are_the_attacker_s_own() -> None:
     capture = captures(parse_defence("qsgd:2"))[0]
     twice = capture.truth.images.repeat(2, 1, 1, 1), capture.truth.labels.repeat(2)

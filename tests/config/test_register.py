@@ -37,6 +37,7 @@ from raytrust.config import (
     ThresholdConfig,
     TopKConfig,
     TrainConfig,
+    TransformConfig,
     VqSGDConfig,
     digest,
     from_dict,
@@ -239,6 +240,17 @@ class Colon(CompressorConfig):
 def test_options_that_are_no_frozen_dataclass_of_a_method(options: Any) -> None:
     with pytest.raises(ValueError, match=r"to be a frozen dataclass of CompressorConfig with a `method`\.$"):
         register.compressor(options)
+
+
+def test_a_compressor_and_a_transform_have_different_names() -> None:
+    """On command lines both stand where a method may, and the one would be taken for the other."""
+    for decorator, base, name in (
+        (register.compressor, CompressorConfig, "noise"),
+        (register.transform, TransformConfig, "topk"),
+    ):
+        options = dataclass(frozen=True)(type("Options", (base,), {"method": name}))
+        with pytest.raises(ValueError, match=f"^Expected method='{name}' to be new, but it is one of raytrust"):
+            decorator(options)
 
 
 def test_a_name_belongs_to_one_thing() -> None:

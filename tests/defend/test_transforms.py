@@ -35,7 +35,7 @@ def gradient(seed: int = 0, scale: float = 1.0) -> list[Tensor]:
 
 
 def sent(defence: Defence, grads: list[Tensor], seed: int = 0) -> list[Tensor]:
-    return [g.clone() for g in build(defence, SHAPES, seed).reduce(grads, LocalChannel()).decoded_own]
+    return [g.clone() for g in build(defence, SHAPES, private_seed=seed).reduce(grads, LocalChannel()).decoded_own]
 
 
 def norm(grads: list[Tensor]) -> float:
@@ -60,7 +60,7 @@ def test_a_gradient_of_zero_can_be_clipped() -> None:
 def test_noise_has_its_distribution(kind: Any) -> None:
     """By a test of its mean and variance, and of the whole distribution, that would fail once in a thousand times."""
     deviation, n = 0.03, 200_000
-    compressor = build(Defence(transforms=(NoiseConfig(deviation, kind),)), [torch.Size((n,))], seed=5)
+    compressor = build(Defence(transforms=(NoiseConfig(deviation, kind),)), [torch.Size((n,))], private_seed=5)
     grads = [torch.full((n,), 2.0)]
     draws = [compressor.reduce(grads, LocalChannel()).decoded_own[0].numpy() - 2.0 for _ in range(2)]
     for x in draws:
@@ -81,16 +81,16 @@ def test_noise_is_the_seed_s_the_step_s_the_worker_s_and_the_private_batch_s_own
     def first_entry(compressor: Any, channel: Channel) -> float:
         return float(compressor.reduce(grads, channel).decoded_own[0][0, 0])
 
-    compressor = build(defence, SHAPES, seed=3)
+    compressor = build(defence, SHAPES, private_seed=3)
     private = [for_private_batch(compressor, i) for i in range(2)]
     drawn = [
-        first_entry(build(defence, SHAPES, seed=4), LocalChannel()),
-        first_entry(build(defence, SHAPES, seed=3), Second()),
+        first_entry(build(defence, SHAPES, private_seed=4), LocalChannel()),
+        first_entry(build(defence, SHAPES, private_seed=3), Second()),
         *(first_entry(p, LocalChannel()) for p in private),
         *(first_entry(compressor, LocalChannel()) for _ in range(2)),
     ]
     assert len(set(drawn)) == len(drawn)
-    assert first_entry(build(defence, SHAPES, seed=3), LocalChannel()) == drawn[-2]
+    assert first_entry(build(defence, SHAPES, private_seed=3), LocalChannel()) == drawn[-2]
 
 
 @pytest.mark.usefixtures("global_rng_untouched")
@@ -134,7 +134,7 @@ def test_they_apply_in_their_order_and_before_the_compressor() -> None:
 
 def test_a_state_goes_on_to_the_bit() -> None:
     defence = parse_defence("clip:1+noise:0.1+topk:0.2:ef")
-    one, other = build(defence, SHAPES, seed=1), build(defence, SHAPES, seed=1)
+    one, other = build(defence, SHAPES, private_seed=1), build(defence, SHAPES, private_seed=1)
     for step in range(2):
         one.reduce(gradient(step), LocalChannel())
     other.load_state_dict(one.state_dict())
@@ -157,7 +157,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_caller_s_is_left_as_it
 def in_a_group(channel: Channel) -> dict[str, Any]:
     """Two workers, each with noise of its own, by the compressor itself and by DDP's hook."""
     defence = parse_defence("clip:1+noise:0.1+none")
-    compressor = build(defence, SHAPES, seed=2)
+    compressor = build(defence, SHAPES, private_seed=2)
     tap = Tap(channel, keep=True)
     reduced = compressor.reduce(gradient(channel.rank), tap)
     model = nn.Linear(3, 2)
@@ -194,6 +194,10 @@ def test_what_can_t_be_is_refused_in_a_line() -> None:
         build(parse_defence("clip:1+none"), SHAPES, overlap=True)
     with pytest.raises(ValueError, match=r"^Expected a defence without dp-sgd: DistributedDataParallel hands"):
         ddp_comm_hook(build(parse_defence("dp-sgd:1+powersgd:4"), SHAPES))
+    # They begin with the first step: "clip 1 from step 3" would be untrue.
+    with pytest.raises(ValueError, match=r"Expected start_step=3 to be 0 for transforms without a compressor"):
+        parse_defence("clip:1+none:start_step=3")
+    assert parse_defence("clip:1+powersgd:2:start_step=3").start_step == 3
     for wrong in (7, DenseConfig(), NoiseConfig):
         with pytest.raises(ValueError, match=r"^Expected transforms=.* to be of ClipConfig, DPSGDConfig, "):
             Defence(transforms=(wrong,))  # type: ignore[arg-type]

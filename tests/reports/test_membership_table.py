@@ -43,6 +43,12 @@ def test_attacks_that_do_not_show_no_protection(final: tuple[Any, Any, Any]) -> 
     )
 
 
+def test_noise_is_no_control() -> None:
+    noise = row((0.5, 0.49, 0.51), arm={"compressor": {"method": "none"}, "transforms": [{"method": "noise"}]})
+    assert control_lines([noise, row((0.61, 0.56, 0.66))]) == control_lines([row((0.61, 0.56, 0.66))])
+    assert control_lines([noise])[0].startswith("No control:")
+
+
 def test_without_uncompressed_training_there_is_no_control() -> None:
     compressed = row((0.9, 0.8, 1.0), arm={"compressor": {"method": "powersgd"}})
     private = row((0.9, 0.8, 1.0), arm={"noise_multiplier": 1.0}, privacy={"epsilon": 1.0})

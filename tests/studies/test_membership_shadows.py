@@ -23,6 +23,7 @@ from raytrust.config import (
     TopKConfig,
     TrainConfig,
     from_dict,
+    parse_defence,
     to_dict,
 )
 from raytrust.data import Dataset
@@ -30,6 +31,7 @@ from raytrust.jobs.job import Place
 from raytrust.jobs.runner import each, work
 from raytrust.jobs.store import JobStore
 from raytrust.leak.observation import Capture
+from raytrust.metrics import accountant
 from raytrust.metrics.roc import auc
 from raytrust.networks.build import build_model
 from raytrust.studies.membership.jobs import (
@@ -42,6 +44,7 @@ from raytrust.studies.membership.jobs import (
 )
 from raytrust.studies.membership.pool import DUPLICATE, MISLABELLED, PLAIN, draw_pool
 from raytrust.studies.membership.properties import train_property
+from raytrust.studies.membership.rows import privacy_of
 from raytrust.studies.membership.shadows import HELD_OUT, MEMBER, OTHER, Shadow, train_shadow
 from raytrust.train.dp_sgd import available, epsilon, train_privately
 from raytrust.train.loop import Trained, train
@@ -207,6 +210,11 @@ def test_models_are_jobs_and_trained_once(tmp_path: Path, shadow: Shadow, monkey
             {"dp_sgd": (DPSGDConfig(),), "train": replace(AUDIT.train, model=ModelConfig())},
             "Expected model='resnet18' to be convnet with DP-SGD",
         ),
+        (
+            {"defences": (parse_defence("dp-sgd:1"),), "train": replace(AUDIT.train, model=ModelConfig())},
+            "Expected norm='batch' to be 'group' with dp-sgd",
+        ),
+        ({"defences": (parse_defence("dp-sgd:1"),), "dp_sgd": (DPSGDConfig(),)}, "to have names that tell them apart"),
     ],
 )
 def test_bad_audits_are_refused(change: dict[str, object], message: str) -> None:
@@ -266,6 +274,16 @@ def test_property_scores_read_the_messages() -> None:
     assert auc(property_scores(seen, images, labels[index] * 0, shuffled), bright.numpy()) < 0.85
     with pytest.raises(ValueError, match="Expected at least 2 images with the property and without, got 0, 240"):
         auxiliary_batches(labels == 7, 60, 2, generator)
+
+
+def test_dp_sgd_as_a_defence_has_its_epsilon() -> None:
+    pool = draw_pool(AUDIT, DATA)
+    least = min(len(pool.rows(i, AUDIT.copies)) for i in range(AUDIT.models))
+    spent = {"epsilon": accountant.epsilon(2.0, 8 / least, 40), "delta": accountant.DELTA}
+    assert privacy_of(AUDIT, pool, parse_defence("dp-sgd:2+powersgd:2:ef")) == spent
+    assert privacy_of(AUDIT, pool, parse_defence("noise:2")) is None
+    if available():
+        assert privacy_of(AUDIT, pool, DPSGDConfig(2.0)) == pytest.approx(spent, rel=1e-6)
 
 
 @pytest.mark.skipif(not available(), reason="needs the extra dp")

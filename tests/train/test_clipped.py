@@ -119,14 +119,64 @@ def test_training_learns_and_captures_what_it_sends(data: Dataset) -> None:
             "batch norm",
         ),
         (nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(192, 4)), "dropout"),
+        (
+            nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.Flatten(), nn.Linear(192, 4)),
+            "running statistics",
+        ),
     ],
 )
 def test_what_has_no_gradient_of_an_image_is_refused(model: nn.Module, message: str) -> None:
     gradient = ClippedGradients(model.train(), DPSGDConfig(), seed=0)
-    with pytest.raises(ValueError, match=f"^Expected a model without {message} in training mode for dp-sgd"):
+    with pytest.raises(ValueError, match=f"^Expected a model without {message}.* for dp-sgd"):
         gradient(*batch(), 0)
     model.eval()
     gradient(*batch(), 0)
+
+
+class Centred(nn.Module):
+    """Takes the mean over the batch away, which no type of a module tells."""
+
+    def __init__(self, drops: bool = False) -> None:
+        super().__init__()
+        self.inner, self.outer, self.drops = nn.Linear(192, 16), nn.Linear(16, 4), drops
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.inner(x.flatten(1))
+        features = F.dropout(features, 0.5) if self.drops else features - features.mean(0)
+        return self.outer(features.relu())
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_model_that_mixes_images_is_refused_whatever_it_is_made_of(drops: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        gradient = ClippedGradients(Centred(drops), DPSGDConfig(), seed=0)
+    message = "that draws nothing" if drops else "in which no image has a part in the loss of another"
+    before = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=f"^Expected a model for dp-sgd {message}"):
+        gradient(*batch(), 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Added(nn.Module):
+    """Two parameters whose gradients are one tensor to autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Parameter(torch.full((4, 192), 0.01)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ (self.one + self.other).T
+
+
+def test_parameters_that_share_a_gradient_have_noise_of_their_own() -> None:
+    x, y = batch()
+    one, other = ClippedGradients(Added(), DPSGDConfig(1e-12, 1e3), seed=0)(x, y, 0)[1]
+    expected = torch.autograd.grad(F.cross_entropy((model := Added())(x), y), list(model.parameters()))
+    torch.testing.assert_close(one, expected[0])
+    torch.testing.assert_close(other, expected[1])
+    one, other = ClippedGradients(Added(), DPSGDConfig(1.0, 1e3), seed=0)(x, y, 0)[1]
+    assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.15
 
 
 @pytest.mark.parametrize(
@@ -147,6 +197,11 @@ def test_epsilon_is_opacus_s(noise: float, rate: float, releases: int) -> None:
 def test_epsilon(noise: float, rate: float, releases: int, expected: float) -> None:
     """The values of Opacus 1.5, where it is not installed."""
     assert epsilon(noise, rate, releases, 1e-5) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-3, 0.099, 1e7, 1e200])
+def test_epsilon_of_any_noise_takes_no_time_and_is_no_less_than_that_of_more(noise: float) -> None:
+    assert 0 < epsilon(noise * 1.1, 0.01, 100) <= epsilon(noise, 0.01, 100) < math.inf
 
 
 def test_epsilon_refuses() -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raytrust.config import ClipConfig
 from raytrust.leak.observation import Observation, decoded
 from raytrust.networks.classifier import final_linear
 
@@ -30,7 +31,8 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
     "bias_sign": the classes of negative bias gradient, which are in the batch for sure if the gradient is exact, least
         first, and again from the first if places are left (after Yin et al. 2021, sec. 3.2, for distinct labels).
     "counts": how often each class occurs, by the identity above with the mean probabilities that the model gives to
-        noise (in the manner of LLG, Wainakh et al. 2022). If the gradient is exact, no class gets less than it must.
+        noise (in the manner of LLG, Wainakh et al. 2022). If the gradient is exact, no class gets less than it must. Of
+        a clipped gradient the length is estimated first, from the classes that are not in the batch.
 
     Raises ValueError for a model without a final linear layer of one output a class, and for "idlg" on a batch.
     """
@@ -53,9 +55,13 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
         # Compression may have dropped every negative entry: the least one is the best guess then.
         present = order[: max(1, int((slopes < 0).sum()))]
         return present.repeat(batch)[:batch].sort().values
-    # As no probability is below 0, count_c >= -B b_c: what a class must have for sure.
-    at_least = torch.ceil(-batch * slopes - ROUNDING)
-    expected = torch.maximum(batch * (probabilities - slopes), at_least)
+    clipped = _is_shorter(seen)
+    if clipped:
+        slopes = slopes / _length(slopes, probabilities)
+    expected = batch * (probabilities - slopes)
+    if not clipped:
+        # As no probability is below 0, count_c >= -B b_c: what a class must have for sure.
+        expected = torch.maximum(expected, torch.ceil(-batch * slopes - ROUNDING))
     counts = torch.zeros_like(expected)
     present = slopes.argsort(stable=True)[: int((slopes * batch < -ROUNDING).sum())][:batch]
     # First one of each class whose slope is negative, as a sign survives more of a compressor than a magnitude does.
@@ -87,6 +93,24 @@ def _bias_gradient(weight: Tensor, bias: Tensor | None, feature_sum: float) -> T
     both = (bias != 0) & (rows != 0)
     fitted = float((rows * bias)[both].sum() / bias[both].square().sum()) if bool(both.any()) else feature_sum
     return torch.where(bias != 0, bias, rows / fitted)
+
+
+def _is_shorter(seen: Observation) -> bool:
+    """Whether the gradient may have been clipped to another length than it had."""
+    received = decoded(seen)
+    if not (seen.defence.shows_all and received.images == seen.threat.batch_size):
+        return seen.defence.clips
+    norms = [transform.norm for transform in seen.defence.transforms if isinstance(transform, ClipConfig)]
+    # What is sent whole and shorter than it had to be was left as it was.
+    length = float(torch.stack([g.norm() for g in received.gradient]).norm())
+    return any(length > 0.999 * norm for norm in norms)
+
+
+def _length(slopes: Tensor, probabilities: Tensor) -> float:
+    """To which share of its length a gradient was clipped: by classes not in the batch, where b_c = mean_n p_nc."""
+    absent = slopes > 0
+    share = float(slopes[absent].sum() / probabilities[absent].sum()) if bool(absent.any()) else 1.0
+    return min(1.0, max(share, torch.finfo(slopes.dtype).tiny))
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from raytrust.compress import build
+from raytrust.config import ClipConfig, NoiseConfig
+from raytrust.defend import Clip, Noise, Transform, private_generator
 from raytrust.leak.observation import Observation
 from raytrust.persample.engine import PerSampleGradients
 from raytrust.wire.channel import LocalChannel
@@ -19,8 +21,9 @@ def auxiliary_messages(seen: Observation, images: Tensor, labels: Tensor, seed: 
     """What the messages of each image alone would decode to, at the observed weights: (some, entries), in their order.
 
     images: (n, channels, height, width) in [0, 1]. labels: (n,). Each image meets a fresh copy of the compressor with
-    the public state that the observed message met, and dice of its own where dice are private. No copy has a residual
-    or a momentum of earlier steps, and each is the only worker: what others add to PowerSGD's bases is not in it.
+    the public state that the observed message met, dice of its own where dice are private, and DP-SGD's clipping and
+    noise. No copy has a residual or a momentum of earlier steps, and each is the only worker: what others add to
+    PowerSGD's bases is not in it.
     """
     gradients = PerSampleGradients(seen.build_model(), local=seen.local)
     mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
@@ -28,13 +31,20 @@ def auxiliary_messages(seen: Observation, images: Tensor, labels: Tensor, seed: 
     entries = sum(s.numel() for s in shapes)
     dice = torch.Generator().manual_seed(seed)
     size = max(1, CHUNK_ENTRIES // entries)
+    private, first = seen.defence.dp_sgd, list[Transform]()
+    if private is not None:
+        # Of an image alone the whole gradient is the image's.
+        first = [Clip(ClipConfig(private.clip)), Noise(NoiseConfig(private.noise * private.clip))]
     for some, targets in zip(images.split(size), labels.split(size), strict=True):
         grads = gradients.dense(((some - mean) / std)[:, None], targets[:, None])
         decoded = torch.empty(len(some), entries)
         for i, row in enumerate(decoded):
             own = int(torch.randint(2**31, (1,), generator=dice))
-            compressor = build(seen.defence, shapes, own, names)
+            compressor = build(seen.defence, shapes, own, names, private_seed=own)
             compressor.load_public_state(seen.compressor_state)
-            sent = compressor.reduce([g[i] for g in grads], LocalChannel()).decoded_own
+            alone = [g[i].clone() for g in grads]
+            for transform in first:
+                transform(alone, private_generator(own))
+            sent = compressor.reduce(alone, LocalChannel()).decoded_own
             row[:] = torch.cat([part.flatten() for part in sent])
         yield decoded

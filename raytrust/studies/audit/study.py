@@ -164,7 +164,7 @@ class Audit:
         if audited.method is None:
             attacks = against_each(attacks, audited.defence, compared)
         elif any(defence.noisy for defence in compared):
-            attacks += through_noise(attacks, "aware")
+            attacks += through_noise(attacks, ("naive", "aware"))
         return list(dict.fromkeys(_against(audited, a) for a in attacks))
 
     def _finalists(self, audited: Audited, step: int) -> list[InversionConfig]:

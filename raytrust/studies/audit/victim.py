@@ -281,4 +281,4 @@ def _first_line(error: Exception) -> str:
 
 
 def compressor_of(defence: Defence, state: State, seed: int) -> Compressor:
-    return build(defence, [w.shape for w in state.weights.values()], seed, list(state.weights))
+    return build(defence, [w.shape for w in state.weights.values()], seed, list(state.weights), private_seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -163,7 +164,9 @@ def _guarantee(config: TrainConfig, n_train: int) -> Figures:
         return {}
     # Each worker's message of each step is a sum over a Poisson sample of its own, and what follows is made of these.
     rate, releases = config.batch_size / n_train, config.steps * config.workers
-    return {"epsilon": epsilon(private.noise, rate, releases), "delta": DELTA}
+    spent = epsilon(private.noise, rate, releases)
+    # So little noise that no epsilon can be written down guarantees nothing.
+    return {"epsilon": spent, "delta": DELTA} if math.isfinite(spent) else {}
 
 
 def references(store: Results) -> torch.Tensor | None:

@@ -86,8 +86,10 @@ def assemble(
     local: steps of a worker, of which what was sent is made; several stand in the row's threat, in words.
     """
     by_objective = {o: best(figures, o) for o in ("naive", "aware")}
-    # Without a compressor there is nothing to know: the two objectives are one.
-    if by_objective["aware"] is None and named["compressor"] == DenseConfig.method:
+    # Where all is sent there is nothing to know: the two objectives are one. Behind noise or pruning they are two, and
+    # one that failed is not the other.
+    clipped_at_most = all(transform.startswith("clip ") for transform in named.get("transforms", []))
+    if by_objective["aware"] is None and named["compressor"] == DenseConfig.method and clipped_at_most:
         by_objective["aware"] = by_objective["naive"]
     # Both took what is decoded for the gradient: none of them knows more.
     if named.get("understood") is False:

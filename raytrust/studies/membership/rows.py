@@ -19,6 +19,7 @@ from raytrust.attacks.membership.scores import AttackModel
 from raytrust.attacks.membership.signals import SIGNALS, signals
 from raytrust.config import Arm, Defence, DPSGDConfig, MembershipConfig, to_dict
 from raytrust.jobs.store import JobStore
+from raytrust.metrics import accountant
 from raytrust.metrics.membership import AuditReport, pooled_audit
 from raytrust.metrics.roc import Roc, auc, roc
 from raytrust.metrics.statistics import mean_figure
@@ -73,11 +74,20 @@ def row(store: JobStore, config: MembershipConfig, arm: Arm, pool: Pool, test_la
         "property": property_figures(store, config, arm),
         "curves": curves(scores[LIRA_ONLINE.name], pool, shadows),
     }
+    privacy = privacy_of(config, pool, arm)
+    return figures if privacy is None else figures | {"privacy": privacy}
+
+
+def privacy_of(config: MembershipConfig, pool: Pool, arm: Arm) -> dict[str, float] | None:
+    """What DP-SGD guarantees of the final model, as its account has it; None of others, and without training."""
+    # The fewest points give the highest sampling rate and so the largest epsilon, which holds for every model.
+    least = min(len(pool.rows(i, config.copies)) for i in range(config.models))
     if isinstance(arm, DPSGDConfig):
-        # The fewest points give the highest sampling rate and so the largest epsilon, which holds for every model.
-        least = min(len(pool.rows(i, config.copies)) for i in range(config.models))
-        figures["privacy"] = {"epsilon": epsilon(config.train, arm, least, DELTA), "delta": DELTA}
-    return figures
+        return {"epsilon": epsilon(config.train, arm, least, DELTA), "delta": DELTA}
+    if arm.dp_sgd is None or config.train.steps == 0:
+        return None
+    rate = config.train.batch_size / least
+    return {"epsilon": accountant.epsilon(arm.dp_sgd.noise, rate, config.train.steps, DELTA), "delta": DELTA}
 
 
 def final_scores(shadows: Sequence[Shadow], pool: Pool, test_labels: NDArray[np.int64]) -> dict[str, Array]:
