@@ -107,7 +107,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("where", ["--local", pytest.param("--cpus=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("where", ["--local", pytest.param("--device=cpu", marks=pytest.mark.slow)])
 def test_it_runs_in_a_sweep_by_the_command_of_the_page(folder: Path, where: str) -> None:
     _, *options = shlex.split(COMMAND)
     root = folder / f"results{where}"
