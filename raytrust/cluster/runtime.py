@@ -56,6 +56,8 @@ def cluster(address: str | None, cpus: int, slots: int = 1, parallel: int | None
     change nothing.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
+    # Tune keeps a state that we don't use, as the store is the resume; on a full disk it prints how that failed, too.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     _most.clear()
     with raising(once=True) as take_signals:
         try:

@@ -338,7 +338,8 @@ def test_a_full_disk(sweep: Callable[..., Sweep], small_disk: Callable[[str], Pa
     assert run.wait() in (1, 2), run.output + run.errors
     assert "No space left on device" in run.output + run.errors
     assert "Traceback" not in run.errors
-    assert not list(root.glob("captures/*.json"))
+    # Why it has failed may have found room.
+    assert not [path for path in root.glob("captures/*.json") if not path.name.endswith(".failed.json")]
     assert not [path for path in root.rglob(".*.pt*") if path.is_file()]
     for path in root.rglob("*.pt"):
         torch.load(path, weights_only=True)  # what is there is whole
@@ -374,10 +375,10 @@ def test_damaged_captures_fail_their_defence_alone(sweep: Callable[..., Sweep], 
     resumed(sweep, root)
     none, powersgd, half = load_rows(root / "frontier.json")
     assert none["status"] == "finished"
-    assert none["pareto"]
+    assert none["leakage_ssim"] is not None
     for row, path in ((powersgd, flipped), (half, old)):
         assert row["status"] == "failed"
-        assert row["reason"].startswith(f"Expected {path} to be a capture")
+        assert f"Expected {path} to be a capture" in row["reason"]
         assert [row[name] for name in NUMBERS] == [None] * len(NUMBERS)
         assert not row["pareto"]
 
