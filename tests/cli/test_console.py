@@ -38,7 +38,7 @@ def test_a_command_is_a_program_of_sweeps() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("sweep", "raytrust: error: Expected command='sweep' to be one of frontier, audit, threats, membership, paper."),
+        ("sweep", f"raytrust: error: Expected command='sweep' to be one of {', '.join(COMMANDS)}."),
         ("frontier --width 0", "raytrust frontier: error: Expected width=0 in [1, 1024]."),
         ("membership --models 3", "raytrust membership: error: Expected models=3 to be even and at least 4: one is "
          "attacked, the others are its shadows."),
