@@ -1,7 +1,7 @@
 """Which threats leak, and through which defence: batches, batch norm's modes, local steps, states of the model.
 
-    python sweeps/threats.py                                    # handwritten digits, a few minutes
-    python sweeps/threats.py --preset paper --data cifar10.npz  # the map of docs/results
+    python sweeps/threats.py                                    # handwritten digits, about ten minutes
+    python sweeps/threats.py --preset paper --data cifar10.npz  # batches of up to 16, hours
     python sweeps/threats.py --private-batches 1,4 --batch-norms train --defence none --defence powersgd:4
     python sweeps/threats.py --resume results/DIR
 
@@ -77,7 +77,7 @@ def _parser() -> cli.Parser:
     add = parser.add_argument_group("map").add_argument
     add("--data", metavar="SOURCE", help="digits, faces, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
-    add("--preset", choices=list(PRESETS), help="quick: minutes on a laptop; paper: hours, the map of docs/results")
+    add("--preset", choices=list(PRESETS), help="quick: about ten minutes on a laptop; paper: hours")
     add("--defence", action="append", metavar="NAME", help=f"a column of the map; repeatable; {syntax()}")
     add("--iterations", type=int, metavar="N", help="of every attack")
     add("--cpus", type=int, metavar="N", help="jobs at once, on a Ray of its own; default: all CPUs")

@@ -58,7 +58,7 @@ class Transformed:
     def decode(self, messages: Sequence[Message], vantage: Vantage) -> list[list[Tensor]]:
         return self.inner.decode(messages, vantage)
 
-    # The step is not in it: with the seed, which an attacker may guess, it would give the noise away.
+    # Neither seed nor step are in it: together they would give the noise away.
     def public_state(self) -> dict[str, Tensor]:
         return self.inner.public_state()
 

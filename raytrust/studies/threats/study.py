@@ -57,7 +57,7 @@ class ThreatStudy:
         for cell in self._known():
             jobs += self._captures(cell)
             jobs += [job for of_defence in self._attacks(cell, "tuning") for job in of_defence]
-            # Two attacks, whichever they will be, that are not done yet.
+            # Of a defence whose attacks are not chosen yet there are none: the guess is too low until then.
             jobs += [job for of_defence in self._attacks(cell, "evaluation") for job in of_defence]
         return self._store.missing(jobs)
 
