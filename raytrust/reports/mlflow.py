@@ -36,6 +36,8 @@ from raytrust.reports.versions import versions
 # What may pass: a server that is away or overloaded, a database that is locked, away or read-only.
 CURABLE = {"ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "INTERNAL_ERROR", "IO_ERROR", "REQUEST_LIMIT_EXCEEDED"}
 CURABLE |= {"RESOURCE_EXHAUSTED", "TEMPORARILY_UNAVAILABLE"}
+# A database that refuses to write for a while is a bad request to MLflow; as PostgreSQL, MySQL and SQLite say it.
+READ_ONLY = ("read-only transaction", "--read-only option", "readonly database")
 INCURABLE = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
 Metrics = Mapping[str, float]
@@ -80,7 +82,7 @@ class Tracker:
     def curable(self, error: Exception) -> bool:
         """Whether the same call may succeed later, as far as one can tell."""
         if isinstance(error, MlflowException):
-            return error.error_code in CURABLE
+            return error.error_code in CURABLE or any(words in str(error) for words in READ_ONLY)
         # An error of requests, where a server refused a file.
         if (response := getattr(error, "response", None)) is not None:
             return response.status_code >= 500 or response.status_code in (408, 429)
@@ -88,7 +90,9 @@ class Tracker:
 
     def reason(self, error: Exception) -> str:
         """What went wrong, in one line and without passwords."""
-        return scrub(next(iter(str(error).strip().splitlines()), type(error).__name__), self._uri)
+        # SQLAlchemy begins with how it came to ask, and then says what the database answered.
+        lines = [line for line in str(error).strip().splitlines() if "autoflush" not in line]
+        return scrub(next(iter(lines), type(error).__name__), self._uri)
 
     @contextmanager
     def _usable(self) -> Iterator[None]:

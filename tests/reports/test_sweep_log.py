@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import requests
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, INVALID_STATE, PERMISSION_DENIED
+from mlflow.protos.databricks_pb2 import BAD_REQUEST, INVALID_PARAMETER_VALUE, INVALID_STATE, PERMISSION_DENIED
 from toys import synthetic
 
 from raytrust.config import (
@@ -123,6 +123,17 @@ AWAY = [
     MlflowException("API request failed: Max retries exceeded"),
     MlflowException("(sqlite3.OperationalError) attempt to write a readonly database"),
 ]
+
+
+def test_a_database_that_refuses_to_write_is_waited_for(tmp_path: Path) -> None:
+    """To MLflow it is a bad request, and SQLAlchemy says first how it came to ask."""
+    tracker = tracking.Tracker(tracking.default_uri(tmp_path), tmp_path, experiment="e")
+    answered = "(psycopg2.errors.ReadOnlySqlTransaction) cannot execute INSERT in a read-only transaction"
+    asked = "(raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block)"
+    error = MlflowException(f"{asked}\n{answered}\n[SQL: INSERT INTO runs]", BAD_REQUEST)
+    assert tracker.curable(error)
+    assert tracker.reason(error) == answered
+    assert not tracker.curable(MlflowException("(psycopg2.errors.StringDataRightTruncation) too long", BAD_REQUEST))
 
 
 @pytest.mark.parametrize("error", AWAY, ids=["refused", "no answer", "read-only"])
