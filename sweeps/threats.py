@@ -33,7 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": dict(list=QUICK, private_batches=(1, 4), states=("untrained", "trained"), local_steps=(1, 5),
                   tuning=1, evaluation=2, iterations=60, steps=60, batch_size=64, width=8),
     "paper": dict(list=PAPER, private_batches=(1, 4, 16), states=("untrained", "trained"), local_steps=(1, 5),
-                  tuning=1, evaluation=4, iterations=200, steps=2000, batch_size=128, width=16),
+                  tuning=1, evaluation=4, iterations=60, steps=1500, batch_size=128, width=32,
+                  network="normed-convnet", local_batch_size=4),
 }  # fmt: skip
 
 # Every field of the configuration is an option, too; here is which are called otherwise, and which are none.

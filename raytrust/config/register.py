@@ -93,6 +93,7 @@ NETWORKS = Registry(
     {
         "resnet18": "raytrust.networks.build:resnet18",
         "convnet": "raytrust.networks.build:ConvNet",
+        "normed-convnet": "raytrust.networks.build:normed_convnet",
         "resnet20": "raytrust.networks.build:ResNet20",
         "lenet": "raytrust.networks.build:LeNet",
     },

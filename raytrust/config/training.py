@@ -10,7 +10,8 @@ from raytrust.config.defence import Defence
 from raytrust.config.register import NETWORKS
 from raytrust.config.values import ADDED, expect, expect_choices
 
-WIDTHS = {"resnet18": 64, "convnet": 64, "resnet20": 16, "lenet": 12}
+WIDTHS = {"resnet18": 64, "convnet": 64, "normed-convnet": 64, "resnet20": 16, "lenet": 12}
+WITH_NORM = ("resnet18", "resnet20", "normed-convnet")
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,15 @@ class ModelConfig:
     """The network that is trained.
 
     resnet18 is torchvision's, with `width` channels in its first stage (64 in the paper of He et al.); convnet three
-    convolutions of `width` channels and a linear layer, without batch norm; resnet20 the ResNet-20 for CIFAR of He et
-    al., with `width` channels in its first stage (16 in their paper); lenet three convolutions of `width` channels with
-    sigmoids and a linear layer (Zhu et al. 2019; 12 in their paper).
+    convolutions of `width` channels and a linear layer, without a norm; normed-convnet the same with a norm after each
+    convolution; resnet20 the ResNet-20 for CIFAR of He et al., with `width` channels in its first stage (16 in their
+    paper); lenet three convolutions of `width` channels with sigmoids and a linear layer (Zhu et al. 2019; 12 in their
+    paper).
 
     name: one of these, one that is registered, package.module:function, or torchvision:NAME.
     stem: of resnet18: "cifar" is a 3x3 convolution of stride 1 and no max-pool, "imagenet" torchvision's 7x7 stem.
-    norm: of resnet18 and resnet20: batch norm, or group norm of 8 channels a group, which mixes no images.
+    norm: of resnet18, resnet20 and normed-convnet: batch norm, or group norm of 8 channels a group, which mixes no
+        images.
     width: channels of the first stage; by default that of the paper, and 64 for convnet. Other networks are given it
         where it is set.
     options: further options of a network that is not shipped, on a command line as depth=3,bias=False.
@@ -46,8 +49,8 @@ class ModelConfig:
             # else.
             object.__setattr__(self, "width", WIDTHS.get(self.name))
         expect(self.width is None or 1 <= self.width <= 1024, "width", self.width, "in [1, 1024]")
-        normed = self.norm == "batch" or self.name in ("resnet18", "resnet20")
-        expect(normed, "norm", self.norm, f"to be 'batch' for {self.name}: resnet18 and resnet20 have the choice")
+        normed = self.norm == "batch" or self.name in WITH_NORM
+        expect(normed, "norm", self.norm, f"to be 'batch' for {self.name}: {', '.join(WITH_NORM)} have the choice")
         named = [name for name, _ in self.options]
         expect(len(set(named)) == len(named), "options", self.options, "to give each option once")
         # In one order, so that equal networks have one digest.
@@ -229,7 +232,7 @@ class TrainConfig:
         expect(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
         # Nothing is trained in the other mode, in which images do not meet.
         in_training = self.steps > 0 or self.threat.batch_norm == "train"
-        mixes = in_training and self.model.name in ("resnet18", "resnet20") and self.model.norm == "batch"
+        mixes = in_training and self.model.name in WITH_NORM and self.model.norm == "batch"
         without = "to be 'group' with dp-sgd, which clips the gradient of each image, as a batch norm mixes them"
         expect(self.defence.dp_sgd is None or not mixes, "norm", self.model.norm, without)
         alone = self.defence.dp_sgd is None or self.local.steps == 1

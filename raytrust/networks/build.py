@@ -158,24 +158,25 @@ def resnet18(channels: int, classes: int, width: int = 64, stem: str = "cifar", 
 
 
 class ConvNet(nn.Module):
-    """Three 3x3 convolutions with ReLU, the last two of stride 2, then 4x4 mean pooling and a linear layer."""
+    """Three 3x3 convolutions with ReLU, the last two of stride 2, then 4x4 mean pooling and a linear layer; with a norm
+    after each convolution or without."""
 
-    def __init__(self, channels: int, classes: int, width: int):
+    def __init__(self, channels: int, classes: int, width: int, norm: str = ""):
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-        )
+        layers: list[nn.Module] = []
+        for before, stride in ((channels, 1), (width, 2), (width, 2)):
+            layers.append(nn.Conv2d(before, width, 3, stride=stride, padding=1))
+            layers += [_NORMS[norm](width)] if norm else []
+            layers.append(nn.ReLU())
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
         self.classifier = nn.Linear(16 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x))
+
+
+def normed_convnet(channels: int, classes: int, width: int, norm: str = "batch") -> nn.Module:
+    return ConvNet(channels, classes, width, norm)
 
 
 class ResNet20(nn.Module):

@@ -94,20 +94,38 @@ class UnrolledPath:
         return values.detach(), derivatives([values], leaves, [torch.ones_like(values)])
 
     def _run(self, x: Tensor, labels: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self._local.rows(x.shape[1])
+        rows, x, labels = self._local.rows(x.shape[1]), x.to(self._dtype), with_inputs_in(labels, self._dtype)
+        if len(x) == 1:
+            # A candidate by itself needs no vmap, which takes up to twice the time.
+            with sound_kernels(self._model), DifferentiableTwice(), torch.enable_grad():
+                loss, found = self._steps(rows, x[0], row_of(labels, 0), self._by_autograd)
+            return loss[None], {name: g[None] for name, g in found.items()}
         with sound_kernels(self._model), Elementary():
-            return vmap(partial(self._steps, rows))(x.to(self._dtype), with_inputs_in(labels, self._dtype))
+            return vmap(partial(self._steps, rows, step=grad_and_value(self._loss)))(x, labels)
 
-    def _steps(self, rows: Sequence[Any], images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of one candidate: the mean loss and gradient along its local steps."""
+    def _steps(
+        self, rows: Sequence[Any], images: Tensor, targets: Targets, step: Callable[..., Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of one candidate: the mean loss and gradient along its local steps.
+
+        step: (weights, images, targets) -> (gradient, loss) of one of them.
+        """
         weights, losses, gradients = self._weights, [], []
-        step: Callable[..., Any] = grad_and_value(self._loss)
         for some in rows:
             slopes, loss = step(weights, images[some], row_of(targets, some))
             weights = {name: w - self._local.learning_rate * slopes[name] for name, w in weights.items()}
             losses.append(loss)
             gradients.append(slopes)
         return mean(losses), {name: mean([g[name] for g in gradients]) for name in self._weights}
+
+    def _by_autograd(
+        self, weights: dict[str, Tensor], images: Tensor, targets: Targets
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        # Not `torch.func`, whose second derivatives of a batch norm are those of `Elementary`'s docstring.
+        weights = {name: w if w.requires_grad else w.detach().requires_grad_() for name, w in weights.items()}
+        loss = self._loss(weights, images, targets)
+        slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        return dict(zip(weights, slopes, strict=True)), loss
 
     def _loss(self, weights: dict[str, Tensor], images: Tensor, targets: Targets) -> Tensor:
         # Buffers are cloned, as a layer in training mode writes to them.

@@ -71,7 +71,7 @@ unfed = (
 defences = st.builds(Defence, fed, st.booleans()) | st.builds(Defence, unfed)
 models = st.builds(
     ModelConfig,
-    st.sampled_from(["resnet18", "convnet", "resnet20", "lenet"]),
+    st.sampled_from(["resnet18", "convnet", "normed-convnet", "resnet20", "lenet"]),
     st.sampled_from(["cifar", "imagenet"]),
     st.integers(1, 1024),
 )
@@ -433,7 +433,7 @@ def variations(config: Any) -> list[Any]:
 
 def _choices(kind: type, name: str) -> tuple[str, ...]:
     return {
-        (ModelConfig, "name"): ("resnet18", "convnet", "resnet20", "lenet"),
+        (ModelConfig, "name"): ("resnet18", "convnet", "normed-convnet", "resnet20", "lenet"),
         (ModelConfig, "stem"): ("cifar", "imagenet"),
         (ModelConfig, "norm"): ("batch", "group"),
         (ModelConfig, "checkpoint"): ("", "/model.pt#0123456789abcdef"),

@@ -14,13 +14,13 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnet", "resnet20", "lenet"])
+@pytest.mark.parametrize("name", ["resnet18", "convnet", "normed-convnet", "resnet20", "lenet"])
 @pytest.mark.parametrize("stem", ["cifar", "imagenet"])
 @pytest.mark.parametrize(
     ("channels", "pixels", "classes"), [(3, 8, 10), (1, 16, 10), (1, 25, 2), (1, 28, 4), (3, 33, 2)]
 )
 def test_logits(
-    name: Literal["resnet18", "convnet", "resnet20", "lenet"],
+    name: Literal["resnet18", "convnet", "normed-convnet", "resnet20", "lenet"],
     stem: Literal["cifar", "imagenet"],
     channels: int,
     pixels: int,
@@ -110,8 +110,10 @@ def test_lenet_is_drawn_as_in_its_paper() -> None:
 
 
 @pytest.mark.usefixtures("global_rng_untouched")
-@pytest.mark.parametrize("name", ["resnet18", "convnet", "resnet20", "lenet"])
-def test_weights_depend_on_the_arguments_alone(name: Literal["resnet18", "convnet", "resnet20", "lenet"]) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "convnet", "normed-convnet", "resnet20", "lenet"])
+def test_weights_depend_on_the_arguments_alone(
+    name: Literal["resnet18", "convnet", "normed-convnet", "resnet20", "lenet"],
+) -> None:
     first, again, other = (build_model(ModelConfig(name, width=4), 3, 10, seed) for seed in (3, 3, 4))
     assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
     assert not all(map(torch.equal, first.parameters(), other.parameters()))
