@@ -60,7 +60,8 @@ class InversionConfig:
     through: how several local steps of the victim are met (`LocalConfig`): "steps" simulates them from the candidate
         images, and is exact; "surrogate" takes what was sent for one gradient midway between the weights before and
         after (Zhu, Yao & Blaschko 2023), for many steps; "gradient" for one gradient at the weights before, as
-        published attacks on one step do. Without effect on one step, and for other methods than "optimise".
+        published attacks on one step do. Without effect on one step, and for other methods than "optimise". Nobody can
+        simulate DP-SGD's noise: its steps are simulated as if they had none, nor been clipped.
     halving: whether, after 1/8, 1/4 and 1/2 of the iterations, the worse half of the restarts is retired.
     """
 

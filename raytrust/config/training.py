@@ -235,8 +235,9 @@ class TrainConfig:
         mixes = in_training and self.model.name in WITH_NORM and self.model.norm == "batch"
         without = "to be 'group' with dp-sgd, which clips the gradient of each image, as a batch norm mixes them"
         expect(self.defence.dp_sgd is None or not mixes, "norm", self.model.norm, without)
-        alone = self.defence.dp_sgd is None or self.local.steps == 1
-        expect(alone, "local_steps", self.local.steps, "to be 1 with dp-sgd, which clips the gradient of each image")
+        whole = self.defence.dp_sgd is None or self.steps == 0 or self.local.batch_size is None
+        parts = "to be left out with dp-sgd, as one image more would move others to another local step"
+        expect(whole, "local_batch_size", self.local.batch_size, parts)
         self.local.check_takes_all(self.threat.batch_size)
         # Steps are in increasing order, so that the last is the largest.
         within = self.capture.steps[-1] < max(1, self.steps)

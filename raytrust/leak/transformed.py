@@ -9,7 +9,15 @@ from torch import Tensor
 
 from raytrust.compress import Compressor, DenseStart, ErrorFeedback, Transformed, Vantage
 from raytrust.compress.dense import Dense, Half
-from raytrust.config import ClipConfig, NoiseConfig, PruneConfig, TransformConfig
+from raytrust.config import (
+    ONE_STEP,
+    ClipConfig,
+    DPSGDConfig,
+    LocalConfig,
+    NoiseConfig,
+    PruneConfig,
+    TransformConfig,
+)
 from raytrust.config.register import TRANSFORM_METHODS
 from raytrust.defend import Prune
 from raytrust.leak.rules import Messages, decoded_of, view_of
@@ -78,17 +86,24 @@ def _method(compressor: Compressor) -> Compressor:
 
 
 def noise_variance(
-    configs: Sequence[TransformConfig], images: int, observed: Sequence[Tensor] = (), workers: int = 1
+    configs: Sequence[TransformConfig],
+    images: int,
+    observed: Sequence[Tensor] = (),
+    workers: int = 1,
+    local: LocalConfig = ONE_STEP,
 ) -> float:
     """The variance of the noise that these put into each entry of a gradient of so many images, or into the mean of
     several workers'.
 
     observed: the measurements. After a noise that is clipped it is no larger than their spread: by a factor that nobody
-    is told, noise and gradient became shorter.
+    is told, noise and gradient became shorter. local: the steps by which DP-SGD came to it, with noise in each.
     """
+    if local.parts(images):
+        images = local.batch_size or images
     transforms = [TRANSFORM_METHODS[config.method](config) for config in configs]
     noisy = [i for i, t in enumerate(transforms) if hasattr(t, "variance")]
-    variance = sum(transforms[i].variance(images) for i in noisy)
+    steps = [local.steps if isinstance(config, DPSGDConfig) else 1 for config in configs]
+    variance = sum(transforms[i].variance(images) / steps[i] for i in noisy)
     clipped = bool(noisy) and any(isinstance(config, ClipConfig) for config in configs[noisy[0] :])
     # The median minds few large entries less than a mean of squares does; a few entries have no spread of their own.
     spreads = [float(o.abs().median() / 0.6745) ** 2 for o in observed if o.numel() >= 32] if clipped else []

@@ -20,7 +20,7 @@ class WorkerGradient:
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         self._model, self._config, private = model, config, config.defence.dp_sgd
-        self._clipped = None if private is None else ClippedGradients(model, private, config.seed)
+        self._clipped = None if private is None else ClippedGradients(model, private, config.seed, local=config.local)
 
     def __call__(
         self, images: Tensor, labels: Tensor, step: int, rank: int, private: int | None = None

@@ -160,7 +160,10 @@ def test_a_configuration_is_its_options() -> None:
         ),
         ({"capture_steps": (300,)}, "Expected capture_steps=(300,) to lie below steps=200, the length of training."),
         ({"capture_steps": (3, 1)}, "Expected capture_steps=(3, 1) in increasing order, each once."),
-        ({"network": "vgg"}, "Expected network='vgg' to be one of 'resnet18', 'convnet', 'resnet20', 'lenet'."),
+        (
+            {"network": "vgg"},
+            "Expected network='vgg' to be one of 'resnet18', 'convnet', 'normed-convnet', 'resnet20', 'lenet'.",
+        ),
         ({"labels": "some"}, "Expected labels='some' to be one of 'known', 'unknown'."),
         ({"learning_rate": "fast"}, "Expected learning_rate='fast' to be of type float."),
     ],

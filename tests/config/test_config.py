@@ -199,7 +199,11 @@ def test_an_integer_will_do_for_a_float() -> None:
         (CaptureConfig, {"steps": 0}, "Expected steps=0 to be a list."),
         (CaptureConfig, {"steps": ["0"]}, "Expected steps='0' to be of type int."),
         (TopKConfig, {"level": "all"}, "Expected level='all' to be of type float."),
-        (ModelConfig, {"name": "vgg"}, "Expected name='vgg' to be one of 'resnet18', 'convnet', 'resnet20', 'lenet'."),
+        (
+            ModelConfig,
+            {"name": "vgg"},
+            "Expected name='vgg' to be one of 'resnet18', 'convnet', 'normed-convnet', 'resnet20', 'lenet'.",
+        ),
         (ModelConfig, {"width": 0}, "Expected width=0 in [1, 1024]."),
     ],
 )
@@ -266,7 +270,7 @@ NAN, INF = float("nan"), float("inf")
         (
             ModelConfig,
             {"name": "resnet50"},
-            "Expected name='resnet50' to be one of 'resnet18', 'convnet', 'resnet20', 'lenet'.",
+            "Expected name='resnet50' to be one of 'resnet18', 'convnet', 'normed-convnet', 'resnet20', 'lenet'.",
         ),
         (ModelConfig, {"stem": "mnist"}, "Expected stem='mnist' to be one of 'cifar', 'imagenet'."),
         (ModelConfig, {"width": 1025}, "Expected width=1025 in [1, 1024]."),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.config import CaptureConfig, DPSGDConfig, ModelConfig, Threat, TrainConfig, parse_defence
+from raytrust.config import CaptureConfig, DPSGDConfig, LocalConfig, ModelConfig, Threat, TrainConfig, parse_defence
 from raytrust.data import Dataset
+from raytrust.leak.transformed import noise_variance
 from raytrust.metrics.accountant import epsilon
 from raytrust.networks.build import build_model
+from raytrust.studies.frontier.jobs import guarantee
 from raytrust.train.clipped import ClippedGradients
 from raytrust.train.loop import Evaluation, Step, _batches, train
 from raytrust.wire.channel import LocalChannel
@@ -83,6 +87,45 @@ def test_noise_is_of_the_sum_and_divided_with_it() -> None:
     assert float(loss) == 0
     draws = [gradient(x, y, *key)[1][0].flatten()[0].item() for key in ((0, 0), (1, 0), (0, 1), (0, 0, 0), (0, 0, 1))]
     assert len(set(draws)) == len(draws)
+
+
+def test_local_steps_are_clipped_image_by_image_with_noise_in_each() -> None:
+    """Steps by hand; then a z-test of the noise, at a rate at which steps don't move, that fails once in a thousand."""
+    model, (x, y), clip, rate = build_model(MODELS[0], 3, 4, seed=0), batch(), 0.1, 0.5
+    for local in (LocalConfig(3, rate), LocalConfig(3, rate, batch_size=2)):
+        gradient = ClippedGradients(model, DPSGDConfig(1e-12, clip), seed=0, local=local)
+        _, found = gradient(x, y, 0)
+        by_hand = copy.deepcopy(model)
+        for rows in local.rows(len(x)):
+            some = x[rows]
+            slopes = one_by_one(by_hand, some, y[rows], clip)
+            with torch.no_grad():
+                for p, g in zip(by_hand.parameters(), slopes, strict=True):
+                    p.sub_(rate * g / len(some))
+        for a, before, after in zip(found, model.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(a, (before - after).detach() / (3 * rate), rtol=1e-3, atol=1e-6)
+    noise, still = 0.7, LocalConfig(4, 1e-12)
+    sent, clean = (
+        torch.cat([g.flatten() for g in ClippedGradients(model, DPSGDConfig(n, clip), 0, local=still)(x, y, 0)[1]])
+        for n in (noise, 1e-12)
+    )
+    variance, n = (noise * clip / len(x)) ** 2 / 4, len(sent)
+    assert abs(float((sent - clean).var()) / variance - 1) < 3.3 * math.sqrt(2 / n)
+    assert noise_variance([DPSGDConfig(noise, clip)], len(x), local=still) == pytest.approx(variance)
+
+
+def test_local_steps_spend_what_less_noise_would(data: Dataset) -> None:
+    one, four = (
+        replace(
+            TrainConfig(parse_defence(f"dp-sgd:{noise}"), MODELS[0], workers=1, batch_size=16, steps=2),
+            local=LocalConfig(steps),
+        )
+        for noise, steps in ((1, 1), (2, 4))
+    )
+    assert guarantee(four, 200) == guarantee(one, 200)
+    assert any(isinstance(r, Step) for r in train(four, data, LocalChannel()))
+    with pytest.raises(ValueError, match="local_batch_size=4 to be left out with dp-sgd"):
+        replace(four, local=LocalConfig(4, batch_size=4))
 
 
 def test_batches_are_poisson_samples() -> None:

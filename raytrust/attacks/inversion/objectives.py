@@ -43,7 +43,8 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
     if isinstance(view, LinearView) and seen.defence.transforms:
         # A tensor of which next to all is noise then counts for next to nothing, see `TensorwiseView`.
         workers = decoded(seen).images // seen.threat.batch_size
-        view.noise = noise_variance(seen.defence.transforms, seen.threat.batch_size, view.observed, workers)
+        size, transforms = seen.threat.batch_size, seen.defence.transforms
+        view.noise = noise_variance(transforms, size, view.observed, workers, seen.local)
     return view
 
 

@@ -34,7 +34,8 @@ def auxiliary_messages(seen: Observation, images: Tensor, labels: Tensor, seed: 
     private, first = seen.defence.dp_sgd, list[Transform]()
     if private is not None:
         # Of an image alone the whole gradient is the image's.
-        first = [Clip(ClipConfig(private.clip)), Noise(NoiseConfig(private.noise * private.clip))]
+        deviation = private.noise * private.clip / seen.local.steps**0.5
+        first = [Clip(ClipConfig(private.clip)), Noise(NoiseConfig(deviation))]
     for some, targets in zip(images.split(size), labels.split(size), strict=True):
         grads = gradients.dense(((some - mean) / std)[:, None], targets[:, None])
         decoded = torch.empty(len(some), entries)

@@ -140,9 +140,7 @@ class Victim:
         """What makes the gradients of a network for a compressor that wants them clipped image by image."""
         if not isinstance(compressor, Transformed) or compressor.per_image is None:
             return None
-        if self.local.steps > 1:
-            raise ValueError(f"Expected local_steps={self.local.steps} to be 1 with dp-sgd, which clips each image's.")
-        return ClippedGradients(network, compressor.per_image, compressor.seed, self.task)
+        return ClippedGradients(network, compressor.per_image, compressor.seed, self.task, self.local)
 
     def check(self, data: Private, size: int) -> int:
         """How many classes there are, 0 where the loss is the owner's. Raises ValueError for a model that can't be

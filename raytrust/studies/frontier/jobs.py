@@ -145,7 +145,7 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
                 evaluation = {"correct": correct, "n_test": n, "test_loss": loss}
     return {
         **evaluation,
-        **_guarantee(config, len(data.train_labels)),
+        **guarantee(config, len(data.train_labels)),
         "losses": [s.loss for s in steps],
         # A mean, as threshold dropping sends another number of entries at every step. Without any step, that of the
         # private batches is what there is.
@@ -157,14 +157,16 @@ def train_and_capture(config: TrainConfig, data: Dataset, channel: Channel, fold
     }
 
 
-def _guarantee(config: TrainConfig, n_train: int) -> Figures:
+def guarantee(config: TrainConfig, n_train: int) -> Figures:
+    """Epsilon and delta of a training by DP-SGD on so many images; empty where nothing is guaranteed."""
     private = config.defence.dp_sgd
     # Without training there is nothing that it would be the guarantee of: private batches are no sample of anything.
     if private is None or config.steps == 0:
         return {}
     # Each worker's message of each step is a sum over a Poisson sample of its own, and what follows is made of these.
     rate, releases = config.batch_size / n_train, config.steps * config.workers
-    spent = epsilon(private.noise, rate, releases)
+    # The local steps of a round see one sample: together they are one release with so much less noise.
+    spent = epsilon(private.noise / math.sqrt(config.local.steps), rate, releases)
     # So little noise that no epsilon can be written down guarantees nothing.
     return {"epsilon": spent, "delta": DELTA} if math.isfinite(spent) else {}
 
