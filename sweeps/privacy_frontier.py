@@ -43,10 +43,14 @@ PAPER = ("none", *(f"{method}{rank}:ef" for method in ("powersgd:", "topk:rank")
 
 # The outer search goes on from there. Objectives: leakage down, accuracy up (--minimise-bytes: bytes down).
 DEFENCE_SPACE: Space = {
-    "compressor": Choice(("powersgd", "topk")),
+    "compressor": Choice(("none", "powersgd", "topk")),
     "rank": LogInteger(1, 64),  # PowerSGD's rank, or the rank whose bytes Top-K sends
     "error_feedback": Choice((False, True)),
+    "transform": Choice(("none", "noise", "prune")),  # before the compressor; and "dp-sgd" where no norm mixes images
+    "deviation": LogUniform(1e-4, 0.03),  # of noise
+    "fraction": Choice((0.5, 0.9, 0.99)),  # that is pruned
 }
+DP_SGD_SPACE: Space = {"transform": Choice(("none", "noise", "prune", "dp-sgd")), "noise": LogUniform(0.03, 3.0)}
 
 # The inner search, for each defence: maximise SSIM on the tuning images. "capture_step" is added from the preset; what
 # an option sets is left out.
@@ -238,6 +242,15 @@ def _batch(train: TrainConfig) -> tuple[int, bool]:
     return train.threat.batch_size, train.threat.labels == "known"
 
 
+def _defence_space(train: TrainConfig) -> Space:
+    try:
+        replace(train, defence=parse_defence("dp-sgd"))
+    # Where batch norm mixes images, none has a gradient of its own.
+    except ValueError:
+        return DEFENCE_SPACE
+    return DEFENCE_SPACE | DP_SGD_SPACE
+
+
 def _attack_space(options: argparse.Namespace, train: TrainConfig) -> Space:
     space: Space = {**ATTACK_SPACE, "capture_step": Choice(train.capture.steps)}
     if options.history:
@@ -255,7 +268,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
     given.pop("--plugin", None)  # it is among the words of the call
     rows = run_sweep(
         sweep,
-        Spaces(DEFENCE_SPACE, _attack_space(options, sweep.train)),
+        Spaces(_defence_space(sweep.train), _attack_space(options, sweep.train)),
         data,
         store,
         address=options.address,

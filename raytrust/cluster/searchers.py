@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,8 +14,8 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from raytrust.config import Choice, Defence, LogInteger, LogUniform, TopKConfig, to_dict
-from raytrust.config.register import COMPRESSORS
+from raytrust.config import Choice, Defence, DenseConfig, LogInteger, LogUniform, TopKConfig, to_dict
+from raytrust.config.register import COMPRESSORS, TRANSFORMS
 from raytrust.jobs.runner import too_late
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -43,7 +43,7 @@ def domains(space: dict[str, Any]) -> dict[str, Any]:
 class DefenceSearch(OptunaSearch):
     """Suggests {"defence": ...}: first a given list, then what Optuna samples for the joint objectives, none twice.
 
-    space: Tune domains of "compressor", "rank" and "error_feedback"; a Top-K's rank is that whose bytes it equals.
+    space: Tune domains of what `sampled_defence` takes.
     known: finished defences with their objectives; Optuna learns from them, and they are not suggested again. until: by
     `time.time`, when the last is suggested.
     """
@@ -101,7 +101,7 @@ class DefenceSearch(OptunaSearch):
     def _learn(self, defence: Defence, results: Results) -> None:
         """Add a finished trial that Optuna didn't suggest; one outside the space can't teach it anything."""
         parameters = _parameters(defence, self._domains)
-        if parameters is None or not _inside(parameters, self._domains):
+        if parameters is None:
             return
         self._ot_study.add_trial(
             optuna.trial.create_trial(
@@ -187,24 +187,37 @@ class AttackSearch(Searcher):
 
 
 def sampled_defence(parameters: dict[str, Any]) -> Defence:
-    """The defence that a point of the search space stands for: "compressor" is its method, other parameters are options
-    of those methods that have them. "rank" is of PowerSGD, or the rank whose bytes Top-K sends."""
-    kind = COMPRESSORS[parameters["compressor"]]
+    """The defence that a point of the search space stands for: "compressor" is its method, "transform" that of what
+    stands before it, if the space has it, or "none"; other parameters are options of those methods that have them.
+    "rank" is of PowerSGD, or the rank whose bytes Top-K sends."""
+    kind, before = COMPRESSORS[parameters["compressor"]], parameters.get("transform", "none")
     options = parameters | ({"equal_to_rank": parameters["rank"]} if kind is TopKConfig else {})
-    compressor = kind(**{field.name: options[field.name] for field in fields(kind) if field.name in options})
-    return Defence(compressor, bool(parameters["error_feedback"]) and compressor.takes_error_feedback)
+    compressor, *transforms = (
+        method(**{field.name: options[field.name] for field in fields(method) if field.name in options})
+        for method in (kind, *([] if before == "none" else [TRANSFORMS[before]]))
+    )
+    # Without a compressor there is no error: it would be one defence by two names.
+    forgets = compressor.takes_error_feedback and not isinstance(compressor, DenseConfig)
+    feedback = bool(parameters["error_feedback"]) and forgets
+    return Defence(compressor, feedback, transforms=tuple(transforms))
 
 
-def _parameters(defence: Defence, names: Iterable[str]) -> dict[str, Any] | None:
-    """Inverse of `sampled_defence`, None where there is none."""
-    options = {field.name: getattr(defence.compressor, field.name) for field in fields(defence.compressor)}  # type: ignore[arg-type]
-    point = options | {"compressor": defence.compressor.method, "error_feedback": defence.error_feedback}
+def _parameters(defence: Defence, domains: dict[str, Any]) -> dict[str, Any] | None:
+    """Inverse of `sampled_defence`, None where there is none; what is no option of its methods has any value."""
+    methods = [defence.compressor, *defence.transforms]
+    point = {field.name: getattr(method, field.name) for method in methods for field in fields(method)}  # type: ignore[arg-type]
+    point |= {"compressor": defence.compressor.method, "error_feedback": defence.error_feedback}
+    point["transform"] = methods[1].method if len(methods) > 1 else "none"
     if isinstance(defence.compressor, TopKConfig):
         point["rank"] = defence.compressor.equal_to_rank
-    if not set(names) <= {name for name, value in point.items() if value is not None}:
+    parameters = {name: point.get(name, _any_of(domain)) for name, domain in domains.items()}
+    if None in parameters.values() or not _inside(parameters, domains):
         return None
-    parameters = {name: point[name] for name in names}
     return parameters if sampled_defence(parameters) == defence else None
+
+
+def _any_of(domain: Any) -> Any:
+    return domain.choices[0] if hasattr(domain, "choices") else domain.low
 
 
 def _inside(parameters: dict[str, Any], domains: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import urllib.request
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,11 +25,13 @@ from sweep_fixtures import SCRIPT, load_script, save_images
 from torch import nn
 
 from raytrust.cli import options as cli
+from raytrust.cluster.searchers import sampled_defence
 from raytrust.config import (
     AtomoConfig,
     CaptureConfig,
     Choice,
     Defence,
+    DenseConfig,
     DGCConfig,
     HalfConfig,
     InversionConfig,
@@ -479,10 +482,16 @@ def test_the_spaces_are_of_settings_that_there_are(script: ModuleType) -> None:
         for value in ends(space):
             assert getattr(InversionConfig(**{name: value}), name) == value
     found = {name: ends(space) for name, space in script.DEFENCE_SPACE.items()}
-    assert set(found) == {"compressor", "rank", "error_feedback"}
-    for compressor in found["compressor"]:
-        for rank in found["rank"]:
-            parse_defence(f"powersgd:{rank}" if compressor == "powersgd" else f"{compressor}:rank{rank}")
+    found |= {name: ends(space) for name, space in script.DP_SGD_SPACE.items()}
+    methods = {"powersgd": {PowerSGDConfig(1), PowerSGDConfig(64)}, "none": {DenseConfig()}}
+    methods["topk"] = {TopKConfig(equal_to_rank=rank, equal_by="bytes") for rank in (1, 64)}
+    transforms = {"none": 1, "noise": 2, "prune": 3, "dp-sgd": 2}
+    points = [dict(zip(found, values, strict=True)) for values in product(*found.values())]
+    every = {sampled_defence(point) for point in points}
+    assert {d.compressor for d in every} == set().union(*methods.values())
+    assert {d.transforms[0].method if d.transforms else "none" for d in every} == set(transforms)
+    # Nothing but PowerSGD and Top-K has error feedback: 5 compressors, 4 of them with it and without.
+    assert len(every) == (1 + 2 * 4) * sum(transforms.values())
 
 
 def ends(space: Choice | LogUniform | LogInteger) -> tuple[Any, ...]:

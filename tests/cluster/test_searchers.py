@@ -11,7 +11,16 @@ from ray.tune.search import Searcher
 
 from raytrust.cluster import searchers
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch, sampled_defence
-from raytrust.config import Defence, DGCConfig, PowerSGDConfig, TopKConfig, from_dict
+from raytrust.config import (
+    Defence,
+    DGCConfig,
+    DPSGDConfig,
+    NoiseConfig,
+    PowerSGDConfig,
+    TopKConfig,
+    from_dict,
+    parse_defence,
+)
 
 SPACE = {
     "compressor": tune.choice(["powersgd", "topk"]),
@@ -159,6 +168,31 @@ def test_a_sampled_topk_is_equal_in_bytes_to_the_rank() -> None:
     point = {"compressor": "topk", "rank": 5, "error_feedback": True}
     assert sampled_defence(point) == Defence(TopKConfig(equal_to_rank=5, equal_by="bytes"), True)
     assert sampled_defence(point | {"compressor": "powersgd"}) == Defence(PowerSGDConfig(5), True)
+
+
+def test_a_space_with_transforms_learns_from_the_list() -> None:
+    """What a defence of the list has no option for, the study is told any value of."""
+    space = SPACE | {
+        "compressor": tune.choice(["none", "powersgd"]),
+        "transform": tune.choice(["none", "noise", "dp-sgd"]),
+        "deviation": tune.loguniform(0.01, 0.1),
+        "noise": tune.loguniform(0.1, 1.0),
+    }
+    listed = [
+        "none",
+        "powersgd:2:ef",
+        "noise:0.02+powersgd:2",
+        "dp-sgd:0.5",
+        "dp-sgd:0.5:clip=2",
+        "noise:0.2",
+        "qsgd:4",
+    ]
+    searcher = search(known=[(parse_defence(name), GOOD) for name in listed], space=space)
+    taught = [sampled_defence(trial.params) for trial in searcher._ot_study.trials]
+    assert taught == [parse_defence(name) for name in listed[:4]]
+    found = {suggested(searcher, f"{i}") for i in range(30)} - {None}
+    assert {type(t) for defence in found for t in defence.transforms} == {NoiseConfig, DPSGDConfig}
+    assert not found & {parse_defence(name) for name in listed}
 
 
 def test_a_space_of_any_methods() -> None:
