@@ -57,6 +57,7 @@ MAP = Fields(
         "train.threat.batch_size": "--private-batches",
         "train.threat.batch_norm": "--batch-norms",
         "train.threat.labels": "--labels",
+        "train.threat.batch_statistics": "--batch-statistics",
         "train.threat.history": "there are no steps before",
         "train.local.steps": "--local-steps",
     },

@@ -10,7 +10,7 @@ from raytrust.config.attacks import InversionConfig
 from raytrust.config.compressors import PowerSGDConfig
 from raytrust.config.defence import Defence
 from raytrust.config.training import CaptureConfig, TrainConfig
-from raytrust.config.values import expect
+from raytrust.config.values import ADDED, expect
 
 State: TypeAlias = Literal["untrained", "trained"]
 
@@ -55,6 +55,7 @@ class ThreatMapConfig:
     batch_norms: modes in which the private gradient is taken.
     local_steps: how many a worker makes before it sends.
     labels: whether the attacker has them.
+    batch_statistics: what he has of a private batch's in training mode; in evaluation mode there are none.
     states: of the model.
     """
 
@@ -66,6 +67,7 @@ class ThreatMapConfig:
     local_steps: tuple[int, ...] = (1, 5)
     labels: tuple[Literal["known", "unknown"], ...] = ("known",)
     states: tuple[State, ...] = ("untrained", "trained")
+    batch_statistics: tuple[Literal["unknown", "known", "proxy"], ...] = field(default=("unknown",), metadata=ADDED)
 
     def __post_init__(self) -> None:
         for name, least in (("private_batches", 1), ("local_steps", 1)):
@@ -73,10 +75,19 @@ class ThreatMapConfig:
             expect(len(value) > 0 and min(value, default=0) >= least, name, value, f"to be numbers from {least} on")
         for name, choices in (
             ("batch_norms", ("eval", "train")), ("labels", ("known", "unknown")), ("states", get_args(State)),
+            ("batch_statistics", ("unknown", "known", "proxy")),
         ):  # fmt: skip
             value = getattr(self, name)
             expect(len(value) > 0 and set(value) <= {*choices}, name, value, f"to be among {', '.join(choices)}")
-        for name in ("private_batches", "batch_norms", "local_steps", "labels", "states", "defences"):
+        for name in (
+            "private_batches",
+            "batch_norms",
+            "local_steps",
+            "labels",
+            "states",
+            "batch_statistics",
+            "defences",
+        ):
             value = getattr(self, name)
             expect(len(set(value)) == len(value), name, value, "to hold each once")
         expect(self.defences[:1] == (Defence(),), "defences", self.defences, "to begin with none, the control")
@@ -89,10 +100,13 @@ class ThreatMapConfig:
         """In the order in which a reader goes from what leaks most to what leaks least."""
         capture = replace(self.train.capture, steps=(0,))
         cells = []
-        for state, steps, mode, labels, size in product(
-            self.states, self.local_steps, self.batch_norms, self.labels, self.private_batches
+        modes = [(m, s) for m in self.batch_norms for s in (self.batch_statistics if m == "train" else ("unknown",))]
+        for state, steps, (mode, statistics), labels, size in product(
+            self.states, self.local_steps, modes, self.labels, self.private_batches
         ):
-            threat = replace(self.train.threat, batch_size=size, batch_norm=mode, labels=labels)
+            threat = replace(
+                self.train.threat, batch_size=size, batch_norm=mode, labels=labels, batch_statistics=statistics
+            )
             parts = None if steps == 1 else self.train.local.batch_size
             local = replace(self.train.local, steps=steps, batch_size=parts)
             cells.append(Cell(state, replace(self.train, steps=0, capture=capture, threat=threat, local=local)))

@@ -17,6 +17,7 @@ from raytrust.config import (
     LocalConfig,
     ModelConfig,
     PowerSGDConfig,
+    Threat,
     TrainConfig,
     from_dict,
     parse_defence,
@@ -76,14 +77,23 @@ def test_cells_have_figures_where_the_defence_has_a_place(mapped: list[Mapped]) 
         assert [none["status"], powersgd["status"]] == ["finished", "finished"]
         assert none["n_images"] == 2 * m.cell.train.threat.batch_size
         assert powersgd["bytes_per_step"] < none["bytes_per_step"]
-        # It clips the gradient of each image, which there is in evaluation mode and of one step alone.
-        placed = m.cell.train.threat.batch_norm == "eval" and m.cell.train.local.steps == 1
+        # It clips the gradient of each image, which there is in evaluation mode alone.
+        placed = m.cell.train.threat.batch_norm == "eval"
         assert private["status"] == ("finished" if placed else "failed")
         if not placed:
-            assert private["reason"].startswith(
-                ("Expected norm='batch' to be 'group'", "Expected local_steps=2 to be 1")
-            )
+            assert private["reason"].startswith("Expected norm='batch' to be 'group'")
             assert private.get("leakage_ssim") is None
+
+
+def test_statistics_are_granted_in_training_mode_alone() -> None:
+    granted = replace(
+        MAP, batch_statistics=("unknown", "known", "proxy"), train=replace(MAP.train, threat=Threat(auxiliary=4))
+    )
+    threats = [cell.train.threat for cell in granted.cells()]
+    assert len(threats) == 2 * 2 * 2 * (1 + 3)
+    assert len({cell.short for cell in granted.cells()}) == len(threats)
+    assert {t.batch_statistics for t in threats if t.batch_norm == "eval"} == {"unknown"}
+    assert [t.batch_statistics for t in threats[2:8]] == [*["unknown"] * 2, *["known"] * 2, *["proxy"] * 2]
 
 
 def test_the_trained_state_is_another_model(root: Path, mapped: list[Mapped]) -> None:
