@@ -6,7 +6,7 @@ likely it is if it wasn't (f_0), where f_1 is an exponential tilt of f_0:
     log f_1(s) / f_0(s) = eta s - K(eta),    K(eta) = log E_{f_0}[exp(eta s)].
 
 LiRA (Carlini et al. 2022) takes f_0 to be normal, s the logit, and fits eta = (mu_in - mu_out) / sigma^2 to each point;
-variances of their own for f_1 and f_0 add a term in s^2. RMIA (Zarifi, Zagorac & Shokri 2024) takes f_0 to be the
+variances of their own for f_1 and f_0 add a term in s^2. RMIA (Zarifzadeh, Liu & Shokri 2024) takes f_0 to be the
 shadows' empirical distribution, s = log p_y and eta = 1, so that K is the log of the mean p_y over shadows, and then
 ranks the ratio among those of population points. Online attackers have shadows that were trained on x, offline ones
 have none.
