@@ -1,4 +1,4 @@
-"""The example of the README runs as it stands there, and goes on with another number of workers."""
+"""The example of docs/training.md runs as it stands there, and goes on with another number of workers."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_it_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
         assert not all(torch.equal(x, saved["model"][key]) for key, x in final.items())
 
 
-def test_the_readme_quotes_the_example() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## In your own training\n")[1].split("\n## ")[0]
+def test_the_page_quotes_the_example() -> None:
+    section = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("\n## ")[0]
     (quoted,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     example = (ROOT / "examples" / "ddp.py").read_text(encoding="utf-8")
     lines = {line.strip() for line in example.splitlines()}
