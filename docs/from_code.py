@@ -1,6 +1,7 @@
 """What the site takes from the repository when it is built: files outside docs/, options, docstrings as lists.
 
-`on_page_markdown` is a hook of MkDocs, `Fields` an extension of griffe, with which mkdocstrings reads docstrings.
+`on_page_markdown` and `on_page_content` are hooks of MkDocs, `Fields` is an extension of griffe, with which
+mkdocstrings reads docstrings.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     line("include", lambda file: included(ROOT / file, folder))
     line("options", options_of)
     return re.sub(r"\[([^\]]+)\]\(([\w/-]+)\)", lambda m: _files(m, folder), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep short code in one line: a browser would break `--tv` after its hyphens."""
+    return re.sub(r"<code>([^<>\n]{1,28})</code>", r'<code class="short">\1</code>', html)
 
 
 def included(file: Path, folder: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from raytrust.__main__ import COMMANDS
+from raytrust.config import parse_defence
 from raytrust.config.method import CompressorConfig, TransformConfig
 from raytrust.studies.frontier import row as frontier
 from raytrust.studies.membership import row as membership
@@ -68,3 +72,34 @@ def test_every_method_has_its_place(kind: type, page: str) -> None:
     assert len(ours) > 3
     # "half" is written by its formats, and shown as such.
     assert [method for method in ours if not re.search(rf"`{method}\b", text) and method != "half"] == []
+
+
+def commands() -> list[str]:
+    """All calls of our programs that the pages show, but for those of findings and results, which are of their day."""
+    dated = (DOCS / "findings.md", DOCS / "results" / "README.md")
+    pages = [ROOT / "README.md", *(path for path in DOCS.rglob("*.md") if path not in dated)]
+    found: set[str] = set()
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        lines = [line.split("#")[0] for language, block in blocks if not language for line in block.splitlines()]
+        inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+        found |= {" ".join(line.split()) for line in (*lines, *inline)}
+    start = re.compile(rf"(\S+=\S+ )*(raytrust ({'|'.join(COMMANDS)}) -|raytrust audit \S+:|python sweeps/\w+\.py -)")
+    return sorted(line for line in found if start.match(line) and "--help" not in line)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_has_options_that_there_are(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [word for word in shlex.split(command) if not re.match(r"\w+=", word)]
+    program, rest = words[1], words[2:]
+    if words[0] == "raytrust":
+        program = COMMANDS[program][0]
+        rest = ["--network", *rest] if not rest[0].startswith("-") else rest
+    else:
+        program = Path(program).stem
+    monkeypatch.syspath_prepend(ROOT / "sweeps")
+    options = importlib.import_module(program)._parser().parse_args([word for word in rest if word != "..."])
+    for defence in getattr(options, "defence", []):
+        if not defence.startswith("grid"):  # of docs/extend.md
+            assert parse_defence(defence)
