@@ -35,7 +35,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         # A function, as what it returns may hold backslashes.
         markdown = re.sub(rf"^<!-- {name}: (\S+) -->$", lambda m: text(m[1]), markdown, flags=re.MULTILINE)
 
-    line("include", lambda file: included(ROOT / file, folder))
+    alone = markdown.lstrip().startswith("<!-- include")
+    # A page that has a heading of its own needs none from the file.
+    line("include", lambda file: re.sub(r"\A# .*\n", lambda m: m[0] * alone, included(ROOT / file, folder)))
     line("options", options_of)
     return re.sub(r"\[([^\]]+)\]\(([\w/-]+)\)", lambda m: _files(m, folder), markdown)
 
