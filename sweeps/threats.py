@@ -2,6 +2,7 @@
 
     python sweeps/threats.py                                    # handwritten digits, about ten minutes
     python sweeps/threats.py --preset paper --data cifar10.npz  # batches of up to 16, hours
+    python sweeps/threats.py --preset huang --data cifar10.npz  # the threats of Huang et al. 2021; wei: Wei et al. 2020
     python sweeps/threats.py --private-batches 1,4 --batch-norms train --defence none --defence powersgd:4
     python sweeps/threats.py --resume results/DIR
 
@@ -26,6 +27,10 @@ from raytrust.config.threats import ThreatMapConfig
 QUICK = ("none", "powersgd:4", "dp-sgd:0.1:clip=1")
 # Top-K sends the bytes of PowerSGD 4. DP-SGD has no gradient of an image where batch norm mixes them: no result there.
 PAPER = ("none", "powersgd:4", "topk:rank4", "signsgd", "dp-sgd:0.1:clip=1")
+# The axes of Huang et al. 2021: batches, labels, what is known of their statistics; of their defences, pruning.
+HUANG = ("none", "prune:0.9", "prune:0.99")
+# Those of Wei et al. 2020: batches, unknown labels, local steps, the share of entries that is sent, noise.
+WEI = ("none", "topk:0.9", "topk:0.5", "topk:0.1", "noise:0.001", "noise:0.01")
 
 #                 defences   private    states   local   private batches    attack       training         width
 #                            batches             steps   tuning  reported   iterations   steps   batch
@@ -35,6 +40,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(list=PAPER, private_batches=(1, 4, 16), states=("untrained", "trained"), local_steps=(1, 5),
                   tuning=1, evaluation=4, iterations=60, steps=1500, batch_size=128, width=32,
                   network="normed-convnet", local_batch_size=4),
+    "huang": dict(list=HUANG, private_batches=(1, 2, 4, 8, 16, 32), states=("untrained",), local_steps=(1,),
+                  batch_norms=("train",), batch_statistics=("known", "proxy", "unknown"), auxiliary=500,
+                  labels=("known", "unknown"), tuning=1, evaluation=4, iterations=200, steps=0, batch_size=64,
+                  network="normed-convnet", width=32),
+    "wei": dict(list=WEI, private_batches=(1, 2, 4, 8), states=("untrained",), local_steps=(1, 5),
+                batch_norms=("eval",), labels=("unknown",), tuning=1, evaluation=4, iterations=300, steps=0,
+                batch_size=64, network="lenet", width=12),
 }  # fmt: skip
 
 # Every field of the configuration is an option, too; here is which are called otherwise, and which are none.
@@ -79,7 +91,8 @@ def _parser() -> cli.Parser:
     add = parser.add_argument_group("map").add_argument
     add("--data", metavar="SOURCE", help="digits, faces, cifar10, cifar100, mnist, FILE.npz or DIR (ImageFolder)")
     add("--image-size", type=int, metavar="N", help="resize images to N x N")
-    add("--preset", choices=list(PRESETS), help="quick: about ten minutes on a laptop; paper: hours")
+    add("--preset", choices=list(PRESETS), help="quick: about ten minutes on a laptop; paper: hours; huang, wei: "
+        "the threats of Huang et al. 2021 and Wei et al. 2020 with our attacks, hours")  # fmt: skip
     add("--defence", action="append", metavar="NAME", help=f"a column of the map; repeatable; {syntax()}")
     add("--iterations", type=int, metavar="N", help="of every attack")
     add("--cpus", type=int, metavar="N", help="jobs at once, on a Ray of its own; default: all CPUs")
