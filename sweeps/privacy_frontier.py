@@ -225,13 +225,13 @@ def _closed_forms(sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
     which would then be called private."""
     model, first = sweep.train.model, sweep.portfolio[0]
     # None of those that are shipped has one, and to look costs the import of the attacks.
-    if model.shipped or sweep.train.threat.batch_size != 1:
+    if model.shipped:
         return ()
     from raytrust.attacks.inversion import closed_form
     from raytrust.networks.build import build_model
 
     network = build_model(model, data.channels, data.classes, seed=0)
-    if closed_form(network, tuple(data.train_images.shape[1:])) is None:
+    if closed_form(network, tuple(data.train_images.shape[1:]), sweep.train.threat.batch_size) is None:
         return ()
     solved = replace(NAMED["analytic"], capture_step=first.capture_step, iterations=first.iterations, seed=first.seed)
     return tuple(a for a in (solved, replace(solved, objective="aware")) if a not in sweep.portfolio)

@@ -16,10 +16,12 @@ from torch import Tensor
 from raytrust.attacks.inversion.engine import Candidates
 from raytrust.attacks.inversion.first_layer import ClosedForm, closed_form, entered_patches
 from raytrust.attacks.inversion.objectives import target_view
+from raytrust.attacks.inversion.separation import separate
 from raytrust.config import InversionConfig
 from raytrust.leak import LinearView
 from raytrust.leak.observation import Observation, decoded
 from raytrust.leak.views import Product, ProductView
+from raytrust.networks.task import row_of
 
 ITERATIONS = 300
 # Of the residual, relative to its beginning: what float32 resolves.
@@ -31,13 +33,45 @@ COLOUR = 0.3
 
 
 def analytic(seen: Observation, config: InversionConfig, device: str = "cpu") -> Candidates:
-    """The one candidate that the first layer's gradient gives; its objective is the residual, infinite without signal.
+    """The one candidate that the first layer's gradient gives; its objective is the residual, infinite without signal;
+    of several images, infinite where they can't be told apart.
 
-    Raises ValueError as `solve_first_layer` does.
+    Raises ValueError as `solve_first_layer` and `separate_images` do.
     """
-    image, residual = solve_first_layer(seen, config, device)
+    solve = solve_first_layer if seen.threat.batch_size == 1 else separate_images
+    images, residual = solve(seen, config, device)
     # NaN stands for a signal that was not sent. Candidates mark what was not found by infinity, which compares.
-    return Candidates(image[None], torch.tensor([residual]).nan_to_num(torch.inf))
+    return Candidates(images[None], torch.tensor([residual]).nan_to_num(torch.inf))
+
+
+def separate_images(seen: Observation, config: InversionConfig, device: str = "cpu") -> tuple[Tensor, float]:
+    """(images (batch, channels, height, width) in [0, 1], in any order, share of the layer's outputs whose signs they
+    don't explain), by `separate`, of what was decoded; mean images and NaN where it finds none.
+
+    PowerSGD of a rank of at least the batch sends the layer's gradient, of that rank, whole. Raises ValueError for a
+    model without a linear layer on the flat image, and after local steps.
+    """
+    size, model = seen.threat.batch_size, seen.build_model()
+    form = closed_form(model, seen.image_shape, size, seen.task, seen.targets)
+    if form is None or seen.local.steps > 1:
+        raise ValueError(
+            f"Expected batch_size={size} to be 1 for method='analytic', or one step of a model whose first layer is "
+            "linear, with bias, on the flat image."
+        )
+    names, layer = list(seen.weights), (form.weight, form.signal)
+    gradient = decoded(seen, device).gradient
+    weight, bias = (gradient[names.index(name)] for name in layer)
+    found = separate(tuple(seen.weights[name] for name in layer), (weight, bias), size, config.seed)  # type: ignore[arg-type]
+    entered, returned, offset = _first_inputs(seen, model, form, device)
+    if found is None:
+        pixels, mismatch = torch.zeros(size, *seen.image_shape), float("nan")
+    else:
+        inputs, mismatch = found
+        rights = [returned(x[None] - offset) for x in inputs]
+        solved = [conjugate_gradient(lambda v: returned(entered(v)), right)[0] for right in rights]
+        pixels = torch.stack(solved).float().cpu().view(size, *seen.image_shape)
+    images = pixels * seen.std.view(-1, 1, 1) + seen.mean.view(-1, 1, 1)
+    return images.clamp(0, 1), mismatch
 
 
 def solve_first_layer(seen: Observation, config: InversionConfig, device: str = "cpu") -> tuple[Tensor, float]:
@@ -45,11 +79,8 @@ def solve_first_layer(seen: Observation, config: InversionConfig, device: str = 
 
     Of the images that agree with products of the gradient (PowerSGD) it is the likeliest with a natural image's
     spectrum; in entries (Top-K) pixels on which the messages shed no light are those of the mean image. NaN where no
-    signal was sent. Raises ValueError for a batch of several images, a model without a closed form, and a view that
-    isn't linear.
+    signal was sent. Raises ValueError for a model without a closed form, and a view that isn't linear.
     """
-    if seen.threat.batch_size != 1:
-        raise ValueError(f"Expected batch_size={seen.threat.batch_size} to be 1 for method='analytic'.")
     model = seen.build_model()
     form = closed_form(model, seen.image_shape, 1, seen.task, seen.targets)
     if form is None:
@@ -93,7 +124,8 @@ def _first_inputs(
     """How the layer's inputs come of the pixels, (pixels,) -> (positions, inputs): the linear part, its adjoint, and
     the inputs for the mean image."""
     model = model.eval().to(device)
-    call = partial(seen.task.output, model, targets=torch.empty(0) if seen.targets is None else seen.targets)
+    targets = torch.empty(0) if seen.targets is None else row_of(seen.targets, slice(1))
+    call = partial(seen.task.output, model, targets=targets)
     blank = torch.zeros((1, *seen.image_shape), device=device, requires_grad=True)
     start = entered_patches(model, call, form.layer, blank)
     back = torch.zeros_like(start, requires_grad=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from raytrust.networks.build import copy_of
-from raytrust.networks.task import CROSS_ENTROPY, Targets, Task
+from raytrust.networks.task import CROSS_ENTROPY, Targets, Task, row_of
 
 # Relative to the largest entry: what float32 leaves of equal gradients that are summed in another order.
 TOLERANCE = 1e-3
@@ -43,6 +43,11 @@ class ClosedForm:
     def weight(self) -> str:
         return f"{self.layer}.weight"
 
+    @property
+    def flat(self) -> bool:
+        """Whether it is a linear layer on the flat image, whose bias has the signal."""
+        return self.signal == f"{self.layer}.bias" and len(self.entries) == 1
+
 
 def closed_form(
     model: nn.Module,
@@ -51,22 +56,22 @@ def closed_form(
     task: Task = CROSS_ENTROPY,
     targets: Targets | None = None,
 ) -> ClosedForm | None:
-    """Find the closed form of a model, for images (channels, height, width) and by two passes; None if it has none.
+    """Find the closed form of a model, for images (channels, height, width) and by two passes; None if it has none. Of
+    several images only a linear layer on the flat image gives them away, see `raytrust.attacks.inversion.separation`.
 
     Decided by what random images do to derivatives, not by names. Parameters that are frozen are not sent, and give no
-    signal. targets: what the model takes besides images, for a batch of one. The model stays as it is.
+    signal. targets: of the private batch, for what the model takes besides images. The model stays as it is.
     """
-    # Of several images the weight's gradient is a sum over all of them, and their signals are sums, too.
-    if batch_size != 1:
-        return None
     # What a model raises for noise, or in another precision, is no reason to refuse it the other attacks.
     try:
-        return _closed_form(model, image_shape, task, targets)
+        form = _closed_form(model, image_shape, task, targets)
     except Exception as error:
         # Said, as a transformer that is not solved for may look private.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warnings.warn(f"No closed form of the model was looked for: {reason}", stacklevel=2)
         return None
+    # Of several images the gradients are sums over all, which a position embedding's does not tell apart.
+    return form if form is None or batch_size == 1 or form.flat else None
 
 
 def _closed_form(
@@ -79,7 +84,7 @@ def _closed_form(
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     images = torch.randn((2, *image_shape), generator=generator)
-    call = partial(task.output, model, targets=torch.empty(0) if targets is None else targets)
+    call = partial(task.output, model, targets=torch.empty(0) if targets is None else row_of(targets, slice(1)))
     # Few layers see the image as it is, and to look at all others takes minutes for a large network.
     near = _affine_layers(model, call, images)
     if not near:
