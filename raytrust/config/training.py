@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from raytrust.config.defence import Defence
 from raytrust.config.register import NETWORKS
+from raytrust.config.transforms import SoteriaConfig
 from raytrust.config.values import ADDED, expect, expect_choices
 
 WIDTHS = {"resnet18": 64, "convnet": 64, "resnet20": 16, "lenet": 12}
@@ -234,6 +235,8 @@ class TrainConfig:
         expect(self.defence.dp_sgd is None or not mixes, "norm", self.model.norm, without)
         alone = self.defence.dp_sgd is None or self.local.steps == 1
         expect(alone, "local_steps", self.local.steps, "to be 1 with dp-sgd, which clips the gradient of each image")
+        one = not isinstance(self.defence.of_images, SoteriaConfig) or self.local.steps == 1
+        expect(one, "local_steps", self.local.steps, "to be 1 with soteria, which prunes the gradient of a batch")
         self.local.check_takes_all(self.threat.batch_size)
         # Steps are in increasing order, so that the last is the largest.
         within = self.capture.steps[-1] < max(1, self.steps)

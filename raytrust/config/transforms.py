@@ -70,6 +70,7 @@ class DPSGDConfig(TransformConfig):
     `clip`, and Gaussian noise of standard deviation noise * clip is added to the sum over a Poisson sample."""
 
     method: ClassVar[str] = "dp-sgd"
+    of_images: ClassVar[bool] = True
     noise: float = 1.0
     clip: float = 1.0
 
@@ -80,6 +81,30 @@ class DPSGDConfig(TransformConfig):
     @property
     def name(self) -> str:
         return f"DP-SGD noise {self.noise:g}, clip {self.clip:g}"
+
+
+@dataclass(frozen=True)
+class SoteriaConfig(TransformConfig):
+    """Soteria (Sun et al. 2021): of the weight's gradient in the final linear layer this fraction of the columns
+    becomes zero, those of the entries of the representation, the layer's input, that tell most of the image.
+
+    Those of the least ||dr/dX|| / |r|, summed over the images X of the batch (`raytrust.train.soteria`).
+    """
+
+    method: ClassVar[str] = "soteria"
+    of_images: ClassVar[bool] = True
+    fraction: float = 0.8
+
+    def __post_init__(self) -> None:
+        expect(0 < self.fraction < 1, "fraction", self.fraction, "in (0, 1), of the columns that become zero")
+
+    @property
+    def name(self) -> str:
+        return f"Soteria {100 * self.fraction:g} %"
+
+    def pruned(self, features: int) -> int:
+        """How many of so many columns become zero."""
+        return round(self.fraction * features)
 
 
 for _kind in TransformConfig.__subclasses__():

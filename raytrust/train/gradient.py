@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytrust.config import LocalConfig, TrainConfig
+from raytrust.config import DPSGDConfig, LocalConfig, SoteriaConfig, TrainConfig
+from raytrust.config.method import TransformConfig
 from raytrust.networks.kernels import sound_kernels
+from raytrust.networks.task import CROSS_ENTROPY, Task
 from raytrust.train.clipped import ClippedGradients
 from raytrust.train.local import pseudo_gradient
+from raytrust.train.soteria import SoteriaGradients
 
 
 class WorkerGradient:
@@ -19,8 +22,8 @@ class WorkerGradient:
     pseudo-gradient of its local steps."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
-        self._model, self._config, private = model, config, config.defence.dp_sgd
-        self._clipped = None if private is None else ClippedGradients(model, private, config.seed)
+        self._model, self._config = model, config
+        self._of_images = gradients_of_images(model, config.defence.of_images, config.seed)
 
     def __call__(
         self, images: Tensor, labels: Tensor, step: int, rank: int, private: int | None = None
@@ -29,10 +32,27 @@ class WorkerGradient:
 
         private: the index of a private batch, whose noise is its own; None for the worker's batch of this step.
         """
-        if self._clipped is None:
+        if self._of_images is None:
             return update_of(self._model, images, labels, self._config.local)
+        if isinstance(self._of_images, SoteriaGradients):
+            return self._of_images(images, labels, step, rank, private)
         expected = self._config.batch_size if private is None else None
-        return self._clipped(images, labels, step, rank, private, expected)
+        return self._of_images(images, labels, step, rank, private, expected)
+
+
+def gradients_of_images(
+    model: nn.Module, config: TransformConfig | None, seed: int, task: Task = CROSS_ENTROPY
+) -> ClippedGradients | SoteriaGradients | None:
+    """What makes the gradients of a model for a transform that needs to know the images; None for any other, or none.
+
+    seed: of what is private in it.
+    """
+    match config:
+        case DPSGDConfig():
+            return ClippedGradients(model, config, seed, task)
+        case SoteriaConfig():
+            return SoteriaGradients(model, config, task)
+    return None
 
 
 def update_of(model: nn.Module, images: Tensor, labels: Tensor, local: LocalConfig) -> tuple[Tensor, Sequence[Tensor]]:

@@ -26,7 +26,9 @@ from raytrust.networks.task import Sample, Targets, Task, row_of
 from raytrust.persample.matcher import GradientMatcher
 from raytrust.studies.audit.private import Private
 from raytrust.train.clipped import ClippedGradients
+from raytrust.train.gradient import gradients_of_images
 from raytrust.train.local import pseudo_gradient
+from raytrust.train.soteria import SoteriaGradients
 from raytrust.wire.channel import LocalChannel, Tap
 
 # Of two gradients of the same batch, relative: more than kernels that add in another order make of it, in float32.
@@ -131,18 +133,21 @@ class Victim:
         self, network: nn.Module, compressor: Compressor, x: Tensor, targets: Targets, step: int, index: int
     ) -> Sequence[Tensor]:
         """What the owner would hand to this compressor for private batch `index`."""
-        clipped = self.clipped(network, compressor)
-        if clipped is None:
+        network = copy_of(network)
+        special = self.of_images(network, compressor)
+        if special is None:
             return self.gradient(network, x, targets, seed=index, drops=self.drops)[1]
-        return [g.float() for g in clipped(x.to(self.dtype), self._in_dtype(targets), step, private=index)[1]]
+        with self._drawing(network, index, self.drops):
+            return [g.float() for g in special(x.to(self.dtype), self._in_dtype(targets), step, private=index)[1]]
 
-    def clipped(self, network: nn.Module, compressor: Compressor) -> ClippedGradients | None:
-        """What makes the gradients of a network for a compressor that wants them clipped image by image."""
-        if not isinstance(compressor, Transformed) or compressor.per_image is None:
+    def of_images(self, network: nn.Module, compressor: Compressor) -> ClippedGradients | SoteriaGradients | None:
+        """What makes the gradients of a network for a compressor with a transform that needs to know the images."""
+        if not isinstance(compressor, Transformed) or (config := compressor.of_images) is None:
             return None
         if self.local.steps > 1:
-            raise ValueError(f"Expected local_steps={self.local.steps} to be 1 with dp-sgd, which clips each image's.")
-        return ClippedGradients(network, compressor.per_image, compressor.seed, self.task)
+            takes = "which takes the gradient of one step"
+            raise ValueError(f"Expected local_steps={self.local.steps} to be 1 with {config.method}, {takes}.")
+        return gradients_of_images(network, config, compressor.seed, self.task)
 
     def check(self, data: Private, size: int) -> int:
         """How many classes there are, 0 where the loss is the owner's. Raises ValueError for a model that can't be
