@@ -8,7 +8,7 @@ from typing import Annotated
 from raytrust.config.compressors import DenseConfig, ScaledSignConfig
 from raytrust.config.method import CompressorConfig, TransformConfig
 from raytrust.config.register import COMPRESSORS, TRANSFORMS
-from raytrust.config.transforms import ClipConfig, DPSGDConfig, NoiseConfig, transform_types
+from raytrust.config.transforms import ClipConfig, DPSGDConfig, MixupConfig, NoiseConfig, transform_types
 from raytrust.config.values import ADDED, expect
 
 
@@ -86,6 +86,11 @@ class Defence:
     def dp_sgd(self) -> DPSGDConfig | None:
         """The transform that is of each image's gradient, if there is one."""
         return next((t for t in self.transforms if isinstance(t, DPSGDConfig)), None)
+
+    @property
+    def mixing(self) -> MixupConfig | None:
+        """The transform that mixes images, if there is one."""
+        return next((t for t in self.transforms if isinstance(t, MixupConfig)), None)
 
     @property
     def of_images(self) -> TransformConfig | None:

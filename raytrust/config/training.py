@@ -79,7 +79,8 @@ class Threat:
     batch_size: images in the private batch; the attacker knows it.
     batch_norm: the mode in which the private gradient is taken: "eval" uses the running statistics, which the attacker
         knows as buffers of the model; "train" uses the statistics of the private batch itself.
-    labels: "known" grants the private labels to the attacker; "unknown" does not.
+    labels: "known" grants the private labels to the attacker, and, where a defence mixes images, the targets that it
+        makes of them; "unknown" does not.
     batch_statistics: "known" grants the batch-norm buffers as the private batch left them, as a server that collects
         them has it, and with them the statistics of that batch; without effect in mode "eval". "proxy" has them
         estimated from the auxiliary images instead, in either mode.
@@ -237,6 +238,9 @@ class TrainConfig:
         expect(alone, "local_steps", self.local.steps, "to be 1 with dp-sgd, which clips the gradient of each image")
         one = not isinstance(self.defence.of_images, SoteriaConfig) or self.local.steps == 1
         expect(one, "local_steps", self.local.steps, "to be 1 with soteria, which prunes the gradient of a batch")
+        mixing = self.defence.mixing
+        enough = mixing is None or self.steps == 0 or mixing.images <= self.batch_size
+        expect(enough, "batch_size", self.batch_size, f"to be at least the images of {mixing and mixing.name}")
         self.local.check_takes_all(self.threat.batch_size)
         # Steps are in increasing order, so that the last is the largest.
         within = self.capture.steps[-1] < max(1, self.steps)

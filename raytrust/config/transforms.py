@@ -107,6 +107,31 @@ class SoteriaConfig(TransformConfig):
         return round(self.fraction * features)
 
 
+@dataclass(frozen=True)
+class MixupConfig(TransformConfig):
+    """MixUp (Zhang et al. 2018; against inversion Huang et al. 2021): the gradient is of images each of which is mixed
+    with others of the worker's own batch, `images` in all, and of targets that are mixed alike.
+
+    largest: the share that an image can have in a mixture. 1 with two images is Zhang's MixUp with alpha 1; of Huang et
+        al., who take 4 and 6, is the default.
+    """
+
+    method: ClassVar[str] = "mixup"
+    of_images: ClassVar[bool] = True
+    images: int = 2
+    largest: float = 0.65
+
+    def __post_init__(self) -> None:
+        expect(self.images >= 2, "images", self.images, "to be at least 2, of a mixture")
+        range_ = f"in (1 / {self.images}, 1], of which shares of {self.images} images can sum to 1"
+        expect(1 / self.images < self.largest <= 1, "largest", self.largest, range_)
+
+    @property
+    def name(self) -> str:
+        largest = "" if self.largest == type(self).largest else f", largest {self.largest:g}"
+        return f"MixUp of {self.images}{largest}"
+
+
 for _kind in TransformConfig.__subclasses__():
     TRANSFORMS.add(_kind.method, _kind)
 

@@ -9,7 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from raytrust.config import ClipConfig, DPSGDConfig, NoiseConfig, PruneConfig, SoteriaConfig, TransformConfig, register
+from raytrust.config import (
+    ClipConfig,
+    DPSGDConfig,
+    MixupConfig,
+    NoiseConfig,
+    PruneConfig,
+    SoteriaConfig,
+    TransformConfig,
+    register,
+)
 
 
 class Transform(Protocol):
@@ -95,6 +104,7 @@ class Prune:
         return torch.zeros_like(flat).index_copy(0, kept, flat[kept])
 
 
+@register.transform(MixupConfig)
 @register.transform(SoteriaConfig)
 class Beforehand:
     """Stands for what has been done already, where the images were known."""

@@ -14,6 +14,7 @@ from raytrust.networks.kernels import sound_kernels
 from raytrust.networks.task import CROSS_ENTROPY, Task
 from raytrust.train.clipped import ClippedGradients
 from raytrust.train.local import pseudo_gradient
+from raytrust.train.mixing import Images, Mixing
 from raytrust.train.soteria import SoteriaGradients
 
 
@@ -21,9 +22,16 @@ class WorkerGradient:
     """What a worker hands to its compressor: the gradient of its batch, as the training's defence has it made, or the
     pseudo-gradient of its local steps."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig):
+    def __init__(self, model: nn.Module, config: TrainConfig, classes: int):
         self._model, self._config = model, config
+        self._mixing = None if config.defence.mixing is None else Mixing(config.defence.mixing, config.seed, classes)
         self._of_images = gradients_of_images(model, config.defence.of_images, config.seed)
+
+    def mixed(
+        self, own: Images, step: int, rank: int, private: int | None = None, others: Images | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The batch of which the gradient is taken, and its targets: as `Mixing` says, or as they are."""
+        return own if self._mixing is None else self._mixing(own, step, rank, private, others)
 
     def __call__(
         self, images: Tensor, labels: Tensor, step: int, rank: int, private: int | None = None
@@ -69,8 +77,8 @@ def update_of(model: nn.Module, images: Tensor, labels: Tensor, local: LocalConf
 def gradient_of(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     """The mean cross-entropy of a batch (nats), and its gradient, one tensor a parameter.
 
-    images: (batch, channels, height, width), as the model sees them. labels: (batch,). The modes of the model's modules
-    are taken as they are.
+    images: (batch, channels, height, width), as the model sees them. labels: (batch,), or probabilities of the classes,
+    (batch, classes). The modes of the model's modules are taken as they are.
     """
     with sound_kernels(model):
         loss = F.cross_entropy(model(images), labels)

@@ -52,6 +52,7 @@ class Training:
             x, labels, *inputs = next(batches)
             targets = Sample(labels, inputs[0]) if inputs else labels
             x, targets = x.to(victim.dtype), victim._in_dtype(targets)
+            x, targets = victim.mixed(compressor, x, targets, step)
             with sound_kernels(network), victim.drawing(network, step):
                 loss, whole = victim.update(network, x, targets) if special is None else special(x, targets, step)
             if not all(bool(t.isfinite().all()) for t in (loss, *whole)):
