@@ -15,6 +15,7 @@ from torch import Tensor
 from toys import synthetic
 
 from raytrust.attacks.inversion import engine, invert
+from raytrust.attacks.learned import auxiliary_messages
 from raytrust.compress import build, ddp_comm_hook
 from raytrust.config import (
     CaptureConfig,
@@ -38,7 +39,8 @@ from raytrust.train.gradient import gradient_of, update_of
 from raytrust.train.loop import Step, capture_images, train
 from raytrust.train.mixing import Images, Mixing, mixing_shares
 from raytrust.train.private import auxiliary_images, partner_images, private_batches
-from raytrust.wire.channel import LocalChannel
+from raytrust.wire.channel import Channel, LocalChannel
+from raytrust.wire.processes import in_processes
 
 DATA = synthetic(vivid=True)
 NETWORK = ModelConfig("convnet", width=4)
@@ -229,7 +231,27 @@ def test_training_learns_and_is_repeatable() -> None:
     assert losses == [r.loss for r in train(config, DATA, LocalChannel()) if isinstance(r, Step)]
 
 
+def in_a_group(channel: Channel) -> dict[str, Any]:
+    config = TrainConfig(
+        parse_defence("mixup:2"), NETWORK, Threat(batch_size=2), CaptureConfig((0,), 1, 1), batch_size=8, steps=2
+    )
+    taken = [r for r in train(config, DATA, channel) if isinstance(r, Capture)]
+    return {"mixed": [c.seen.mixed for c in taken], "labels": [c.truth.labels for c in taken]}
+
+
+def test_workers_mix_by_draws_of_their_own() -> None:
+    workers = in_processes(in_a_group, 2, 120.0)
+    for rank, worker in enumerate(workers):
+        own = Images(torch.zeros(2, 3, 8, 8), worker["labels"][0])
+        expected = Mixing(MixupConfig(), 0, DATA.classes)(own, 0, rank, private=rank)[1]
+        torch.testing.assert_close(worker["mixed"][0], expected)
+
+
 def test_what_can_t_be_is_refused_in_a_line() -> None:
+    for name in ("mixup:2", "soteria:0.5"):
+        (one,) = captured(name, different(1))
+        with pytest.raises(ValueError, match=r"^Expected a defence without (mixup|soteria) for a learned inverter"):
+            next(auxiliary_messages(one.seen, one.truth.images, one.truth.labels, seed=0))
     with pytest.raises(ValueError, match=r"^Expected a defence without mixup: DistributedDataParallel hands"):
         ddp_comm_hook(build(parse_defence("mixup"), [torch.Size((4, 3))]))
     for text in ("dp-sgd:1+mixup", "clip:1+mixup+powersgd:2"):
