@@ -55,8 +55,10 @@ def ddp_comm_hook(compressor: Compressor, channel: Channel | None = None) -> Hoo
     sparse, or, by the name of the parameter, if one holds NaN or infinity, before anything is sent; other workers then
     wait until this one ends. A loss scaled for float16 overflows on purpose: train in bfloat16 instead.
     """
-    if isinstance(compressor, Transformed) and compressor.per_image:
-        raise ValueError("Expected a defence without dp-sgd: DistributedDataParallel hands over means of images.")
+    if isinstance(compressor, Transformed) and (config := compressor.of_images):
+        raise ValueError(
+            f"Expected a defence without {config.method}: DistributedDataParallel hands over means of images."
+        )
     pending: list[tuple[Bucket, Future[Tensor]]] = []
     # Of each parameter in the layout. Kept from the first pass on: DDP then rebuilds its buckets in the order in which
     # gradients came, and theirs says nothing any more.

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from raytrust.compress.interface import Compressor, FlatGradients, Layout, Reduced, Scratch, Vantage
 from raytrust.compress.state import State, expect_tensors, metadata_of
-from raytrust.config import DPSGDConfig, to_dict
+from raytrust.config import to_dict
 from raytrust.config.method import TransformConfig
 from raytrust.config.register import TRANSFORM_METHODS
-from raytrust.defend import PerImage, Transform, private_generator
+from raytrust.defend import Transform, private_generator
 from raytrust.wire.channel import Channel, Message
 
 _STEP = "transform_step"
@@ -38,9 +38,9 @@ class Transformed:
         return self.inner.layout
 
     @property
-    def per_image(self) -> DPSGDConfig | None:
-        """How the gradients that it is handed have to be clipped, image by image, if they have to be."""
-        return next((t.config for t in self.transforms if isinstance(t, PerImage)), None)
+    def of_images(self) -> TransformConfig | None:
+        """What has to be done where the images are known, to the gradients that it is handed."""
+        return next((config for config in self.configs if config.of_images), None)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         device = grads[0].device if grads else torch.device("cpu")

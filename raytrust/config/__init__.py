@@ -30,7 +30,7 @@ from raytrust.config.parsing import parse_defence
 from raytrust.config.spaces import Choice, LogInteger, LogUniform, Space
 from raytrust.config.sweeps import SweepConfig
 from raytrust.config.training import ONE_STEP, CaptureConfig, LocalConfig, ModelConfig, Threat, TrainConfig
-from raytrust.config.transforms import ClipConfig, DPSGDConfig, NoiseConfig, PruneConfig
+from raytrust.config.transforms import ClipConfig, DPSGDConfig, MixupConfig, NoiseConfig, PruneConfig, SoteriaConfig
 from raytrust.config.values import digest, from_dict, to_dict
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "LogInteger",
     "LogUniform",
     "MembershipConfig",
+    "MixupConfig",
     "ModelConfig",
     "NoiseConfig",
     "PowerSGDConfig",
@@ -60,6 +61,7 @@ __all__ = [
     "RandKConfig",
     "ScaledSignConfig",
     "SignSGDConfig",
+    "SoteriaConfig",
     "Space",
     "SweepConfig",
     "Threat",

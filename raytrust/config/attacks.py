@@ -35,8 +35,8 @@ class InversionConfig:
     capture_step: the training step whose messages are attacked.
     seed: of the starts.
     method: "optimise" looks for the images; "analytic" solves for the input of a linear first layer (Phong et al. 2018;
-        of several images, before a ReLU, Dimitrov et al. 2024) or of a patch embedding (Lu et al. 2022) and heeds no other setting but `objective` and `residual`; or an attack
-        that is registered.
+        of several images, before a ReLU, Dimitrov et al. 2024) or of a patch embedding (Lu et al. 2022) and heeds no
+        other setting but `objective` and `residual`; or an attack that is registered.
     matching: the distance on decoded gradients and on linear views: 1 - cosine of the whole, or of each tensor by
         itself and averaged by their entries ("tensors"), relative squared L2 or relative L1; or an objective that is
         registered. Signs and quantised gradients are compared tensor by tensor in any case, and know no other than

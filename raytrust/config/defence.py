@@ -8,7 +8,7 @@ from typing import Annotated
 from raytrust.config.compressors import DenseConfig, ScaledSignConfig
 from raytrust.config.method import CompressorConfig, TransformConfig
 from raytrust.config.register import COMPRESSORS, TRANSFORMS
-from raytrust.config.transforms import ClipConfig, DPSGDConfig, NoiseConfig, transform_types
+from raytrust.config.transforms import ClipConfig, DPSGDConfig, MixupConfig, NoiseConfig, transform_types
 from raytrust.config.values import ADDED, expect
 
 
@@ -23,8 +23,8 @@ class Defence:
     feedback.
 
     transforms: what is done to a worker's gradient before it is compressed, in this order. Error feedback goes around
-    the compressor alone: what a transform took away does not come back. DP-SGD, which clips the gradient of each image
-    instead of the worker's, comes first.
+    the compressor alone: what a transform took away does not come back. What is of the images and not of the worker's
+    gradient, such as DP-SGD, which clips that of each image, comes first, and there is no more than one such.
 
     Refused with error feedback: DGC and Signum, which have a memory of their own, and unbiased Rand-K, whose residual
     would grow without bound. So does that of other unbiased methods whose error exceeds the gradient: ATOMO, vqSGD, and
@@ -57,8 +57,9 @@ class Defence:
         among = ", ".join(sorted(kind.__name__ for kind in known))
         for transform in self.transforms:
             expect(type(transform) in known, "transforms", self.transforms, f"to be of {among}")
-        late = any(isinstance(transform, DPSGDConfig) for transform in self.transforms[1:])
-        expect(not late, "transforms", self.transforms, "to begin with DP-SGD, which is of images and not of gradients")
+        late = next((transform.method for transform in self.transforms[1:] if transform.of_images), "")
+        first = f"to begin with {late}, which is of images and not of gradients, and to have one such alone"
+        expect(not late, "transforms", self.transforms, first)
 
     @property
     def plain(self) -> bool:
@@ -85,6 +86,16 @@ class Defence:
     def dp_sgd(self) -> DPSGDConfig | None:
         """The transform that is of each image's gradient, if there is one."""
         return next((t for t in self.transforms if isinstance(t, DPSGDConfig)), None)
+
+    @property
+    def mixing(self) -> MixupConfig | None:
+        """The transform that mixes images, if there is one."""
+        return next((t for t in self.transforms if isinstance(t, MixupConfig)), None)
+
+    @property
+    def of_images(self) -> TransformConfig | None:
+        """The transform that is done where the images are known, if there is one."""
+        return next((t for t in self.transforms if t.of_images), None)
 
     @property
     def name(self) -> str:

@@ -88,6 +88,8 @@ class MembershipConfig:
         for defence in self.defences:
             # For what it refuses, before anything is trained.
             replace(self.train, defence=defence)
+            own = defence.of_images is None or defence.dp_sgd is not None
+            expect(own, "defences", defence.name, "to leave images as they are: no attack here knows otherwise")
         names = [arm.name for arm in self.arms]
         expect(len(set(names)) == len(names), "defences", names, "to have names that tell them apart")
 

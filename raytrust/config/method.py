@@ -36,3 +36,6 @@ class CompressorConfig(MethodConfig):
 class TransformConfig(MethodConfig):
     """Options of what is done to a gradient before it is compressed. `raytrust.config.register.transform` gives them to
     a class."""
+
+    # Done where the images are known, of which gradients that are handed over say too little: it comes first, alone.
+    of_images: ClassVar[bool] = False

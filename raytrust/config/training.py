@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from raytrust.config.defence import Defence
 from raytrust.config.register import NETWORKS
+from raytrust.config.transforms import SoteriaConfig
 from raytrust.config.values import ADDED, expect, expect_choices
 
 WIDTHS = {"resnet18": 64, "convnet": 64, "normed-convnet": 64, "resnet20": 16, "lenet": 12}
@@ -81,7 +82,8 @@ class Threat:
     batch_size: images in the private batch; the attacker knows it.
     batch_norm: the mode in which the private gradient is taken: "eval" uses the running statistics, which the attacker
         knows as buffers of the model; "train" uses the statistics of the private batch itself.
-    labels: "known" grants the private labels to the attacker; "unknown" does not.
+    labels: "known" grants the private labels to the attacker, and, where a defence mixes images, the targets that it
+        makes of them; "unknown" does not.
     batch_statistics: "known" grants the batch-norm buffers as the private batch left them, as a server that collects
         them has it, and with them the statistics of that batch; without effect in mode "eval". "proxy" has them
         estimated from the auxiliary images instead, in either mode.
@@ -238,6 +240,11 @@ class TrainConfig:
         whole = self.defence.dp_sgd is None or self.steps == 0 or self.local.batch_size is None
         parts = "to be left out with dp-sgd, as one image more would move others to another local step"
         expect(whole, "local_batch_size", self.local.batch_size, parts)
+        one = not isinstance(self.defence.of_images, SoteriaConfig) or self.local.steps == 1
+        expect(one, "local_steps", self.local.steps, "to be 1 with soteria, which prunes the gradient of a batch")
+        mixing = self.defence.mixing
+        enough = mixing is None or self.steps == 0 or mixing.images <= self.batch_size
+        expect(enough, "batch_size", self.batch_size, f"to be at least the images of {mixing and mixing.name}")
         self.local.check_takes_all(self.threat.batch_size)
         # Steps are in increasing order, so that the last is the largest.
         within = self.capture.steps[-1] < max(1, self.steps)

@@ -70,6 +70,7 @@ class DPSGDConfig(TransformConfig):
     `clip`, and Gaussian noise of standard deviation noise * clip is added to the sum over a Poisson sample."""
 
     method: ClassVar[str] = "dp-sgd"
+    of_images: ClassVar[bool] = True
     noise: float = 1.0
     clip: float = 1.0
 
@@ -80,6 +81,55 @@ class DPSGDConfig(TransformConfig):
     @property
     def name(self) -> str:
         return f"DP-SGD noise {self.noise:g}, clip {self.clip:g}"
+
+
+@dataclass(frozen=True)
+class SoteriaConfig(TransformConfig):
+    """Soteria (Sun et al. 2021): of the weight's gradient in the final linear layer this fraction of the columns
+    becomes zero, those of the entries of the representation, the layer's input, that tell most of the image.
+
+    Those of the least ||dr/dX|| / |r|, summed over the images X of the batch (`raytrust.train.soteria`).
+    """
+
+    method: ClassVar[str] = "soteria"
+    of_images: ClassVar[bool] = True
+    fraction: float = 0.8
+
+    def __post_init__(self) -> None:
+        expect(0 < self.fraction < 1, "fraction", self.fraction, "in (0, 1), of the columns that become zero")
+
+    @property
+    def name(self) -> str:
+        return f"Soteria {100 * self.fraction:g} %"
+
+    def pruned(self, features: int) -> int:
+        """How many of so many columns become zero."""
+        return round(self.fraction * features)
+
+
+@dataclass(frozen=True)
+class MixupConfig(TransformConfig):
+    """MixUp (Zhang et al. 2018; against inversion Huang et al. 2021): the gradient is of images each of which is mixed
+    with others of the worker's own batch, `images` in all, and of targets that are mixed alike.
+
+    largest: the share that an image can have in a mixture. 1 with two images is Zhang's MixUp with alpha 1; of Huang et
+        al., who take 4 and 6, is the default.
+    """
+
+    method: ClassVar[str] = "mixup"
+    of_images: ClassVar[bool] = True
+    images: int = 2
+    largest: float = 0.65
+
+    def __post_init__(self) -> None:
+        expect(self.images >= 2, "images", self.images, "to be at least 2, of a mixture")
+        range_ = f"in (1 / {self.images}, 1], of which shares of {self.images} images can sum to 1"
+        expect(1 / self.images < self.largest <= 1, "largest", self.largest, range_)
+
+    @property
+    def name(self) -> str:
+        largest = "" if self.largest == type(self).largest else f", largest {self.largest:g}"
+        return f"MixUp of {self.images}{largest}"
 
 
 for _kind in TransformConfig.__subclasses__():

@@ -9,7 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from raytrust.config import ClipConfig, DPSGDConfig, NoiseConfig, PruneConfig, register
+from raytrust.config import (
+    ClipConfig,
+    DPSGDConfig,
+    MixupConfig,
+    NoiseConfig,
+    PruneConfig,
+    SoteriaConfig,
+    TransformConfig,
+    register,
+)
 
 
 class Transform(Protocol):
@@ -95,15 +104,23 @@ class Prune:
         return torch.zeros_like(flat).index_copy(0, kept, flat[kept])
 
 
-@register.transform(DPSGDConfig)
-class PerImage:
-    """Stands for what has been done already, where the gradients of single images were known."""
+@register.transform(MixupConfig)
+@register.transform(SoteriaConfig)
+class Beforehand:
+    """Stands for what has been done already, where the images were known."""
 
-    def __init__(self, config: DPSGDConfig):
+    def __init__(self, config: TransformConfig):
         self.config = config
 
     def __call__(self, grads: Sequence[Tensor], generator: torch.Generator) -> None:
-        """Nothing: see `raytrust.train.clipped`."""
+        """Nothing: see `raytrust.train.gradient`."""
+
+
+@register.transform(DPSGDConfig)
+class PerImage(Beforehand):
+    """Of DP-SGD, whose noise is known."""
+
+    config: DPSGDConfig
 
     def variance(self, images: int) -> float:
         return (self.config.noise * self.config.clip / images) ** 2

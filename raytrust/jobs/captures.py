@@ -55,6 +55,7 @@ def save_capture(directory: Path, capture: Capture) -> None:
     body = {
         **{name: getattr(seen, name) for name in AS_THEY_ARE},
         "messages": _packed(seen.messages),
+        "mixed": seen.mixed,
         "history": len(seen.history),
         "defence": to_dict(seen.defence),
         "model": to_dict(seen.model),
@@ -95,7 +96,8 @@ def _read(folder: Path, model: dict[str, Any], histories: dict[int, tuple[Earlie
         defence=from_dict(Defence, body["defence"]),
         model=from_dict(ModelConfig, body["model"]),
         threat=from_dict(Threat, body["threat"]),
-        # Files from before there were local steps hold none, and are of one.
+        # Files from before there were mixed images and local steps hold none of them.
+        mixed=body.get("mixed"),
         local=from_dict(LocalConfig, body.get("local", {})),
         image_shape=tuple(body["image_shape"]),
         history=histories[victim] if body["history"] else (),

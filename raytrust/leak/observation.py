@@ -34,6 +34,8 @@ class Observation:
     knows it.
     residual: whether the messages hold the residual of earlier steps besides the gradient (of DGC, what its v kept).
     buffers_after: the buffers as the private batch left them, if the threat grants its statistics, else None.
+    mixed: the targets that mixing made of the labels, probabilities (batch_size, classes), where a defence mixes images
+    and the threat grants the labels, else None.
     local: the steps that the victim made by itself, whose pseudo-gradient the messages are of.
     history: the victim's steps before this one, oldest first: as many as the threat grants and there were.
     auxiliary: other images of the kind, (n, channels, height, width) in [0, 1], none of them private: as many as the
@@ -63,6 +65,7 @@ class Observation:
     targets: Targets | None = None
     method: Compressor | None = None
     auxiliary: Tensor | None = None
+    mixed: Tensor | None = None
     local: LocalConfig = ONE_STEP
 
     def build_model(self) -> nn.Module:

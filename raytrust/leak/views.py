@@ -82,7 +82,7 @@ class ProductView(LinearView):
 
     # The factors are kept besides the functions that use them: factors of equal shapes can be stacked, functions can't.
     def __init__(self, observed: Sequence[Tensor], products: Sequence[Product], shapes: Sequence[torch.Size]):
-        self.products = products
+        self.products, self.shapes = products, shapes
 
         def measured(m: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
             if left is None:
@@ -126,7 +126,7 @@ class SparseView(LinearView):
         shapes: Sequence[torch.Size],
         bound: Tensor | None = None,
     ):
-        self.positions, self.bound = positions, bound
+        self.positions, self.shapes, self.bound = positions, shapes, bound
 
         def measure(grads: Sequence[Tensor]) -> list[Tensor]:
             return [rows(g)[:, p] for g, p in zip(grads, positions, strict=True)]

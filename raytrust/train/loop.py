@@ -27,7 +27,8 @@ from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.networks.build import build_model
 from raytrust.networks.checkpoint import load_checkpoint
 from raytrust.train.gradient import WorkerGradient
-from raytrust.train.private import auxiliary_images, check_sizes, private_batches
+from raytrust.train.mixing import Images
+from raytrust.train.private import auxiliary_images, check_sizes, partner_images, private_batches
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 
 # Begins the key of Poisson samples, which no other draws share.
@@ -95,7 +96,7 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: learning_rate_factor(t, max(1, config.steps)))
     batches = _batches(config, len(data.train_labels), channel)
-    gradient = WorkerGradient(model, config)
+    gradient = WorkerGradient(model, config, data.classes)
     history: deque[EarlierStep] = deque(maxlen=config.threat.history)
     auxiliary = auxiliary_images(config, data)
     for step in range(max(1, config.steps)):
@@ -108,7 +109,8 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
             )
         if step == config.steps:
             break
-        images, labels = _fetch(data.train_images, data.train_labels, next(batches), data, device)
+        own = _fetch(data.train_images, data.train_labels, next(batches), data, device)
+        images, labels = gradient.mixed(own, step, channel.rank)
         model.train()
         loss, grads = gradient(images, labels, step, channel.rank)
         _agree_to_go_on(step, loss, grads, compressor, channel)
@@ -183,11 +185,11 @@ def _batches(config: TrainConfig, n_train: int, channel: Channel) -> Iterator[Te
             yield order[start + channel.rank : start + share : channel.world_size]
 
 
-def _fetch(images: Tensor, labels: Tensor, indices: Tensor, data: Dataset, device: str) -> tuple[Tensor, Tensor]:
+def _fetch(images: Tensor, labels: Tensor, indices: Tensor, data: Dataset, device: str) -> Images:
     """The images of a uint8 tensor, normalised as the model sees them, and their labels."""
     x = images[indices].to(device).float().div_(255)
     mean, std = (s.to(device).view(-1, 1, 1) for s in (data.mean, data.std))
-    return (x - mean) / std, labels[indices].to(device)
+    return Images((x - mean) / std, labels[indices].to(device))
 
 
 def _agree_to_go_on(step: int, loss: Tensor, grads: Sequence[Tensor], compressor: Compressor, channel: Channel) -> None:
@@ -229,18 +231,22 @@ def _captures(
     images, labels, indices = private
     weights, buffers = _state(model)
     state = _public_state(compressor)
-    gradient_of = WorkerGradient(model, config)
+    gradient_of = WorkerGradient(model, config, data.classes)
+    partners = partner_images(config, data, images[indices.flatten()], auxiliary)
+    others = None if partners is None else _fetch(data.train_images, data.train_labels, partners, data, device)
     for first in range(0, len(indices), channel.world_size):
         index = first + channel.rank
         # In a last, short round some workers have no batch left, but must take part in the collective.
         mine = indices[index % len(indices)]
-        x, y = _fetch(images, labels, mine, data, device)
+        own = _fetch(images, labels, mine, data, device)
+        x, y = gradient_of.mixed(own, step, channel.rank, index, others)
         tap = Tap(channel, keep=True)
         gradient, after = _private_gradient(model, config, partial(gradient_of, x, y, step, channel.rank, index))
         # A copy, or error feedback would carry what the private batch left into training.
         for_private_batch(compressor, index).reduce(gradient, tap)
         if index >= len(indices):
             continue
+        known = config.threat.labels == "known"
         granted = config.threat.batch_statistics == "known" and config.threat.batch_norm == "train"
         seen = Observation(
             step=step,
@@ -251,7 +257,8 @@ def _captures(
             defence=config.defence,
             model=config.model,
             threat=config.threat,
-            labels=y.cpu() if config.threat.labels == "known" else None,
+            labels=own.labels.cpu() if known else None,
+            mixed=y.cpu() if known and config.defence.mixing is not None else None,
             image_shape=(data.channels, *data.image_size),
             classes=data.classes,
             mean=data.mean,

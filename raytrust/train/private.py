@@ -10,6 +10,9 @@ from torch import Tensor
 from raytrust.config import TrainConfig
 from raytrust.data import Dataset
 
+# For a mixture one or a few of them are drawn, so that more would tell an attacker no less.
+PARTNERS = 256
+
 
 def check_sizes(config: TrainConfig, n_train: int) -> None:
     """Raises ValueError if there are too few training images for one step or for the private batches."""
@@ -62,6 +65,23 @@ def auxiliary_images(config: TrainConfig, data: Dataset) -> Tensor | None:
             f"{len(chosen)}."
         )
     return data.train_images[torch.tensor(chosen)].float() / 255
+
+
+def partner_images(config: TrainConfig, data: Dataset, private: Tensor, auxiliary: Tensor | None) -> Tensor | None:
+    """Indices of training images with which a private batch is mixed that is too small to be mixed within itself; None
+    where none is.
+
+    private: (n, channels, height, width), uint8. The last ones in the order of the seed that are neither private nor
+    auxiliary, at most `PARTNERS`.
+    """
+    mixing = config.defence.mixing
+    if mixing is None or config.threat.batch_size >= mixing.images:
+        return None
+    granted = [] if auxiliary is None else [*(auxiliary * 255).round().byte()]
+    taken = {x.numpy().tobytes() for x in (*private, *granted)}
+    order = reversed(_order(config, len(data.train_labels)).tolist())
+    others = (i for i in order if data.train_images[i].numpy().tobytes() not in taken)
+    return torch.tensor(list(islice(others, PARTNERS)), dtype=torch.long)
 
 
 def _order(config: TrainConfig, n_train: int) -> Tensor:

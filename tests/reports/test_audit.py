@@ -16,8 +16,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torchvision.models import VisionTransformer
 
 import raytrust
-from raytrust.compress import HookCompressor
-from raytrust.config import InversionConfig, LocalConfig
+from raytrust.compress import HookCompressor, build
+from raytrust.config import InversionConfig, LocalConfig, parse_defence
 from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED
 from raytrust.studies.frontier.row import load_rows
 
@@ -208,6 +208,22 @@ def test_the_attack_works_on_whatever_is_trained(task: str) -> None:
     assert row["status"] == "finished", row["reason"]
     assert row["excess"] > 0.05
     assert row["verdict"] == LEAKS
+
+
+@pytest.mark.parametrize("defence", ["soteria:0.8", "mixup:2+powersgd:4"])
+def test_what_is_done_to_images_is_known_to_the_attacker(defence: str) -> None:
+    """Named, or handed over as a compressor, in the training before a capture and in the capture itself."""
+    steps = raytrust.Training(
+        [(smooth(8, seed=1), labels(8))], steps=(0, 2), optimiser=lambda p: torch.optim.SGD(p, lr=0.1)
+    )
+    for batch_size in (1, 2):
+        named = audited(convnet(), defences=[defence], batch_size=batch_size, training=steps)
+        row = next(row for row in named.rows if row["name"] != "none")
+        assert row["naive_ssim"] < row["aware_ssim"]
+        assert row["understood"]
+    built = build(parse_defence(defence), convnet(), private_seed=0)
+    (_, row) = audited(convnet(), defences=[built]).rows
+    assert row["naive_ssim"] < row["aware_ssim"]
 
 
 def test_captures_of_a_training_of_ones_own() -> None:

@@ -215,6 +215,8 @@ def test_models_are_jobs_and_trained_once(tmp_path: Path, shadow: Shadow, monkey
             "Expected norm='batch' to be 'group' with dp-sgd",
         ),
         ({"defences": (parse_defence("dp-sgd:1"),), "dp_sgd": (DPSGDConfig(),)}, "to have names that tell them apart"),
+        ({"defences": (parse_defence("mixup:2"),)}, "Expected defences='MixUp of 2' to leave images as they are"),
+        ({"defences": (parse_defence("soteria"),)}, "Expected defences='Soteria 80 %' to leave images as they are"),
     ],
 )
 def test_bad_audits_are_refused(change: dict[str, object], message: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from raytrust.config import ClipConfig
 from raytrust.leak.observation import Observation, decoded
+from raytrust.leak.soteria import pruned_by_soteria
 from raytrust.networks.classifier import final_linear
 
 NOISE_IMAGES = 64
@@ -32,7 +33,8 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
         first, and again from the first if places are left (after Yin et al. 2021, sec. 3.2, for distinct labels).
     "counts": how often each class occurs, by the identity above with the mean probabilities that the model gives to
         noise (in the manner of LLG, Wainakh et al. 2022). If the gradient is exact, no class gets less than it must. Of
-        a clipped gradient the length is estimated first, from the classes that are not in the batch.
+        a clipped gradient, or of one whose columns Soteria pruned and that has no bias, the length is estimated first,
+        from the classes that are not in the batch.
 
     Raises ValueError for a model without a final linear layer of one output a class, and for "idlg" on a batch.
     """
@@ -55,7 +57,8 @@ def recover_labels(seen: Observation, method: str) -> Tensor:
         # Compression may have dropped every negative entry: the least one is the best guess then.
         present = order[: max(1, int((slopes < 0).sum()))]
         return present.repeat(batch)[:batch].sort().values
-    clipped = _is_shorter(seen)
+    # Without a bias slopes come from rows, which lack what Soteria pruned of them.
+    clipped = _is_shorter(seen) or (bias is None and pruned_by_soteria(seen) is not None)
     if clipped:
         slopes = slopes / _length(slopes, probabilities)
     expected = batch * (probabilities - slopes)

@@ -12,6 +12,7 @@ from raytrust.config.register import OBJECTIVES
 from raytrust.leak import LinearView, SparseView, View, identity_view, view_of
 from raytrust.leak.history import pure_view, weighed_view
 from raytrust.leak.observation import Observation, decoded
+from raytrust.leak.soteria import pruned_by_soteria, without_pruned
 from raytrust.leak.transformed import noise_variance
 from raytrust.leak.views import SignView, TensorwiseView
 from raytrust.persample.ghost import as_plain
@@ -32,6 +33,13 @@ def target_view(seen: Observation, config: InversionConfig, device: str = "cpu")
         raise ValueError("Expected finite messages, got NaN or infinity in them.")
     if config.objective == "naive":
         return identity_view(decoded(seen, device).gradient)
+    pruned = pruned_by_soteria(seen, device)
+    view = _revealed(seen, config, device)
+    return view if pruned is None else without_pruned(view, pruned)
+
+
+def _revealed(seen: Observation, config: InversionConfig, device: str) -> View:
+    """What the messages tell of what was handed to the compressor, or of its part that transforms let through."""
     messages = [m.to(device) for m in seen.messages]
     compressor = seen.build_compressor()
     # At step 0 no residual has come about yet that could be told apart from the gradient.

@@ -35,8 +35,10 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the fields of `engine.C
 @dataclass(frozen=True)
 class Piece:
     """Some restarts of one job. seen: with the weights and local steps of the gradients that candidates are given.
-    view: what these are compared with. labels: (batch,), None if they are optimised. statistics: for the batch-norm
-    prior. point: identifies weights that are not the model's but the observation's own, else 0."""
+    view: what these are compared with. labels: (batch,), or probabilities of classes, None if they are optimised.
+    statistics: for the batch-norm prior. shares: (batch, batch), of the images in those that the network saw; None
+    where candidates are what it saw. point: identifies weights that are not the model's but the observation's own, else
+    0."""
 
     job: int
     seen: Observation
@@ -46,13 +48,15 @@ class Piece:
     labels: Targets | None
     statistics: Statistics | None
     point: int = 0
+    shares: Tensor | None = None
 
     @property
     def program(self) -> tuple[object, ...]:
         """What all pieces of a batch have in common."""
         config = self.config
-        loop = config.iterations, config.optimiser, config.precision, self.labels is None
-        return *loop, self.seen.local, self.point
+        loop = config.iterations, config.optimiser, config.precision
+        labels = self.labels.ndim if isinstance(self.labels, Tensor) else self.labels is None
+        return *loop, labels, self.shares is None, self.seen.local, self.point
 
 
 def search(pieces: Sequence[Piece], device: str) -> list[Found]:
@@ -117,10 +121,12 @@ class _Batch:
     def look(self) -> Tensor:
         """Evaluate the objective, keep what is better than the best so far, and return its derivative (n, d)."""
         x = self.images(self.z[:, : self.pixels]).requires_grad_()
+        entered = self._entered(x)
         if self.pieces[0].labels is None:
-            value, *slopes = self.gradients.jointly(x, self._soft(self.z), self._distance)
+            value, *slopes = self.gradients.jointly(entered, self._soft(self.z), self._distance)
         else:
-            value, *slopes = self.gradients(x, self.settings.labels, self._distance)
+            value, *slopes = self.gradients(entered, self.settings.labels, self._distance)
+        (slopes[0],) = torch.autograd.grad(entered, x, slopes[0])
         gradient = torch.cat([slope.flatten(1) for slope in slopes], 1)
         prior = self._prior(x)
         (slope,) = torch.autograd.grad(prior.sum(), x)
@@ -169,6 +175,11 @@ class _Batch:
         """(n, pixels) -> (n, batch, channels, height, width)."""
         return pixels.unflatten(1, (-1, *self.first.image_shape))
 
+    def _entered(self, x: Tensor) -> Tensor:
+        """What the network saw of candidates: themselves, or mixtures of them."""
+        shares = self.settings.shares
+        return x.view_as(x) if shares is None else torch.einsum("nij,njchw->nichw", shares, x)
+
     def _soft(self, z: Tensor) -> Tensor:
         return z[:, self.pixels :].unflatten(1, (-1, self.first.classes))
 
@@ -195,7 +206,7 @@ class _Batch:
             "colour": lambda: total_colour(x),
             "l2": lambda: mean_square(x),
             "group": lambda: group_spread(x, self.counts),
-            "bn": lambda: self.bn_prior(x, self.settings.statistics),
+            "bn": lambda: self.bn_prior(self._entered(x), self.settings.statistics),
         }
         prior = 0 * x.flatten(1).sum(1)  # depends on x even without a prior
         for name, weight in self.settings.weights.items():
@@ -252,6 +263,7 @@ class _Settings:
     rates: Tensor  # (iterations, n)
     labels: Targets  # (n, batch, ...), empty if they are optimised
     statistics: Statistics  # each (n, channels), empty without a prior on them
+    shares: Tensor | None = None  # (n, batch, batch), of images in what the network saw, where it is not these
 
     @staticmethod
     def of(pieces: Sequence[Piece], owner: Tensor, device: str) -> _Settings:
@@ -265,6 +277,7 @@ class _Settings:
         layers = [  # a piece without this prior, whose weight is 0, takes any
             [(p.statistics or known[0])[i] for p in pieces] for i in range(len(known[0]) if known else 0)
         ]
+        mixed = [p.shares for p in pieces if p.shares is not None]
         labels = stacked([torch.empty(0) if p.labels is None else p.labels for p in pieces])
         return _Settings(
             weights={name: each(values) for name, values in weights.items() if any(values)},
@@ -279,6 +292,7 @@ class _Settings:
                 )
                 for layer in layers
             ],
+            shares=torch.stack(mixed).to(device)[owner] if mixed else None,
         )
 
     def keep(self, rows: Tensor) -> _Settings:
@@ -289,6 +303,7 @@ class _Settings:
             rates=self.rates[:, rows],
             labels=row_of(self.labels, rows),
             statistics=[(mean[rows], variance[rows]) for mean, variance in self.statistics],
+            shares=None if self.shares is None else self.shares[rows],
         )
 
 

@@ -32,6 +32,8 @@ def auxiliary_messages(seen: Observation, images: Tensor, labels: Tensor, seed: 
     dice = torch.Generator().manual_seed(seed)
     size = max(1, CHUNK_ENTRIES // entries)
     private, first = seen.defence.dp_sgd, list[Transform]()
+    if private is None and (other := seen.defence.of_images):
+        raise ValueError(f"Expected a defence without {other.method} for a learned inverter, which doesn't know of it.")
     if private is not None:
         # Of an image alone the whole gradient is the image's.
         deviation = private.noise * private.clip / seen.local.steps**0.5

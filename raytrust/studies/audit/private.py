@@ -25,6 +25,11 @@ class Private:
         rows = slice(index * size, (index + 1) * size)
         return Private(self.images[rows], row_of(self.targets, rows))
 
+    def without(self, index: int, size: int) -> Private:
+        """All but one batch."""
+        rows = [i for i in range(len(self.images)) if i // size != index]
+        return Private(self.images[rows], row_of(self.targets, rows))
+
 
 def private(images: Any, labels: Any, inputs: Mapping[str, Any] | None, task: Task) -> Private:
     """Checked: ValueError for images that are no images in [0, 1], and for labels or inputs of another number."""

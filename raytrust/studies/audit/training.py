@@ -43,7 +43,7 @@ class Training:
         if len(self._batches) < self.steps[-1]:
             # Once for all defences, which are compared on one training: a loader may shuffle anew, or be over.
             self._batches.extend(islice(self._endless(), self.steps[-1]))
-        batches, clipped = iter(self._batches), victim.clipped(network, compressor)
+        batches, special = iter(self._batches), victim.of_images(network, compressor)
         for step in range(self.steps[-1] + 1):
             if step in self.steps:
                 yield step, network
@@ -52,8 +52,9 @@ class Training:
             x, labels, *inputs = next(batches)
             targets = Sample(labels, inputs[0]) if inputs else labels
             x, targets = x.to(victim.dtype), victim._in_dtype(targets)
+            x, targets = victim.mixed(compressor, x, targets, step)
             with sound_kernels(network), victim.drawing(network, step):
-                loss, whole = victim.update(network, x, targets) if clipped is None else clipped(x, targets, step)
+                loss, whole = victim.update(network, x, targets) if special is None else special(x, targets, step)
             if not all(bool(t.isfinite().all()) for t in (loss, *whole)):
                 raise FloatingPointError(f"The training loss or gradient is not finite at step {step}.")
             reduced = compressor.reduce([g.float() for g in whole], LocalChannel())

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from raytrust.compress import Compressor, HookCompressor, Transformed, build, for_private_batch
-from raytrust.config import ONE_STEP, Defence, LocalConfig, Threat
+from raytrust.config import ONE_STEP, Defence, LocalConfig, MixupConfig, Threat
 from raytrust.leak import identity_view
 from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth
@@ -26,7 +26,10 @@ from raytrust.networks.task import Sample, Targets, Task, row_of
 from raytrust.persample.matcher import GradientMatcher
 from raytrust.studies.audit.private import Private
 from raytrust.train.clipped import ClippedGradients
+from raytrust.train.gradient import gradients_of_images
 from raytrust.train.local import pseudo_gradient
+from raytrust.train.mixing import Images, Mixing
+from raytrust.train.soteria import SoteriaGradients
 from raytrust.wire.channel import LocalChannel, Tap
 
 # Of two gradients of the same batch, relative: more than kernels that add in another order make of it, in float32.
@@ -68,6 +71,7 @@ class Victim:
         self.dtype = next(p.dtype for p in self.network.parameters() if p.is_floating_point())
         # Whatever the owner computes in, the attacker's derivatives are in float32.
         self.known = copy_of(self.network).float()
+        self.classes = 0  # of cross-entropy, once `check` has seen them
 
     @property
     def trains_norms(self) -> bool:
@@ -131,16 +135,41 @@ class Victim:
         self, network: nn.Module, compressor: Compressor, x: Tensor, targets: Targets, step: int, index: int
     ) -> Sequence[Tensor]:
         """What the owner would hand to this compressor for private batch `index`."""
-        clipped = self.clipped(network, compressor)
-        if clipped is None:
+        network = copy_of(network)
+        special = self.of_images(network, compressor)
+        if special is None:
             return self.gradient(network, x, targets, seed=index, drops=self.drops)[1]
-        return [g.float() for g in clipped(x.to(self.dtype), self._in_dtype(targets), step, private=index)[1]]
+        with self._drawing(network, index, self.drops):
+            return [g.float() for g in special(x.to(self.dtype), self._in_dtype(targets), step, private=index)[1]]
 
-    def clipped(self, network: nn.Module, compressor: Compressor) -> ClippedGradients | None:
-        """What makes the gradients of a network for a compressor that wants them clipped image by image."""
-        if not isinstance(compressor, Transformed) or compressor.per_image is None:
+    def of_images(self, network: nn.Module, compressor: Compressor) -> ClippedGradients | SoteriaGradients | None:
+        """What makes the gradients of a network for a compressor with a transform that needs to know the images."""
+        if not isinstance(compressor, Transformed) or (config := compressor.of_images) is None:
             return None
-        return ClippedGradients(network, compressor.per_image, compressor.seed, self.task, self.local)
+        gradients = gradients_of_images(network, config, compressor.seed, self.task, self.local)
+        if isinstance(gradients, SoteriaGradients) and self.local.steps > 1:
+            takes = "which takes the gradient of one step"
+            raise ValueError(f"Expected local_steps={self.local.steps} to be 1 with {config.method}, {takes}.")
+        return gradients
+
+    def mixed(
+        self, compressor: Compressor, x: Tensor, targets: Targets, step: int,
+        private: int | None = None, others: Private | None = None,
+    ) -> tuple[Tensor, Targets]:  # fmt: skip
+        """A batch as the owner mixes it for a compressor with such a transform, and its targets; else as it is.
+
+        others: what a private batch is mixed with that is too small to be mixed within itself.
+        """
+        config = compressor.of_images if isinstance(compressor, Transformed) else None
+        if not isinstance(config, MixupConfig):
+            return x, targets
+        if self.classes == 0 or not isinstance(targets, Tensor):
+            raise ValueError(f"Expected cross-entropy of images alone for {config.method}, which mixes labels.")
+        mixing, more = Mixing(config, compressor.seed, self.classes), None  # type: ignore[attr-defined]
+        if others is not None and isinstance(others.targets, Tensor):
+            more = Images(self.seen(others.images), others.targets)
+        x, mixed = mixing(Images(x, targets), step, private=private, others=more)
+        return x, mixed.to(torch.promote_types(self.dtype, torch.float32))
 
     def check(self, data: Private, size: int) -> int:
         """How many classes there are, 0 where the loss is the owner's. Raises ValueError for a model that can't be
@@ -149,6 +178,7 @@ class Victim:
         batch = data.batch(0, size)
         x, targets = self.seen(batch.images), batch.targets
         classes = self._classes(x, targets, data.targets)
+        self.classes = classes
         _, first = self.gradient(self.network, x, targets, seed=1)
         if not all(bool(g.isfinite().all()) for g in first):
             raise ValueError("Expected a finite gradient of these images, got NaN or infinity in it.")
@@ -215,9 +245,11 @@ class Victim:
         twin = compressor.as_seen() if isinstance(compressor, HookCompressor) else first
         for index in range(len(data.images) // threat.batch_size):
             batch = data.batch(index, threat.batch_size)
+            granted = threat.labels == "known"
             labels = batch.targets if self.task.loss is None and isinstance(batch.targets, Tensor) else None
-            x = self.seen(batch.images)
-            gradient = self._handed_over(network, compressor, x, batch.targets, step, index)
+            rest = data.without(index, threat.batch_size)
+            x, targets = self.mixed(compressor, self.seen(batch.images), batch.targets, step, index, rest)
+            gradient = self._handed_over(network, compressor, x, targets, step, index)
             if not all(bool(g.isfinite().all()) for g in gradient):
                 raise FloatingPointError(f"The gradient of private batch {index} is not finite at step {step}.")
             tap = Tap(LocalChannel(), keep=True)
@@ -232,7 +264,7 @@ class Victim:
                 defence=defence,
                 model=None,
                 threat=threat,
-                labels=labels if threat.labels == "known" else None,
+                labels=labels if granted else None,
                 image_shape=(batch.images.shape[1], batch.images.shape[2], batch.images.shape[3]),
                 classes=classes,
                 mean=self.mean,
@@ -243,6 +275,7 @@ class Victim:
                 network=self.known,
                 task=self.task,
                 targets=batch.targets if labels is None else None,
+                mixed=targets.float() if granted and targets is not batch.targets else None,  # type: ignore[union-attr]
                 method=twin,
                 auxiliary=auxiliary,
                 local=self.local,
