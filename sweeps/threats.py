@@ -27,7 +27,7 @@ from raytrust.config.threats import ThreatMapConfig
 QUICK = ("none", "powersgd:4", "dp-sgd:0.1:clip=1")
 # Top-K sends the bytes of PowerSGD 4. DP-SGD has no gradient of an image where batch norm mixes them: no result there.
 PAPER = ("none", "powersgd:4", "topk:rank4", "signsgd", "dp-sgd:0.1:clip=1")
-# The axes of Huang et al. 2021: batches, labels, what is known of their statistics; of their defences, pruning and MixUp.
+# The axes of Huang et al. 2021: batches, labels, knowledge of their statistics; of their defences, pruning and MixUp.
 HUANG = ("none", "prune:0.9", "prune:0.99", "mixup:4")
 # Those of Wei et al. 2020: batches, unknown labels, local steps, the share of entries that is sent, noise.
 WEI = ("none", "topk:0.9", "topk:0.5", "topk:0.1", "noise:0.001", "noise:0.01")
