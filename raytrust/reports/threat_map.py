@@ -51,9 +51,9 @@ def _cell(row: Any) -> str:
 
 
 def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
-    """A square for each threat and defence, coloured by verdict, with the leakage in it."""
+    """A square for each threat and defence, coloured by verdict, with the leakage and the images identified in it."""
     names = [row["name"] for row in mapped[0].rows]
-    figure = Figure(figsize=(2.8 + 1.15 * len(names), 1.9 + 0.34 * len(mapped)), layout="constrained")
+    figure = Figure(figsize=(2.8 + 1.15 * len(names), 2.3 + 0.44 * len(mapped)), layout="constrained")
     ax = figure.subplots()
     for y, m in enumerate(mapped):
         works = control_works(m.rows)
@@ -66,8 +66,15 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
             ax.add_patch(
                 Rectangle((x, y), 1, 1, facecolor=colour, alpha=0.12 if faint else 0.55, edgecolor="white", linewidth=2)
             )
-            text = f"{row['leakage_ssim']:.2f}" if finished else "-"
-            ax.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="0.45" if faint else "black")
+            ink = "0.45" if faint else "black"
+            if not finished:
+                ax.text(x + 0.5, y + 0.5, "no result", ha="center", va="center", fontsize=7, color="0.45")
+                continue
+            ax.text(x + 0.5, y + 0.36, f"{row['leakage_ssim']:.2f}", ha="center", va="center", fontsize=9, color=ink)
+            # Some leak below the floor: the images are told from others, though they look like none.
+            if row.get("identified") is not None:
+                count = f"{row['identified']} of {row['n_images']}"
+                ax.text(x + 0.5, y + 0.74, count, ha="center", va="center", fontsize=6.5, color=ink)
     ax.set_xlim(0, len(names))
     ax.set_ylim(len(mapped), 0)
     # Wrapped and not turned: turned ones are hard to read, and leave the picture at its right.
@@ -79,6 +86,10 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
         side.set_visible(False)
     entries = [Patch(facecolor=STYLES[v][0], alpha=0.55, label=STYLES[v][2]) for v in (LEAKS, RESISTS, UNDECIDED)]
     entries.append(Patch(facecolor="0.93", label=f"pale: {NO_CONTROL}"))
+    figure.suptitle(
+        "Mean SSIM under the strongest attack,\nand how many images were identified among others",
+        fontsize=10, x=0.02, ha="left",
+    )  # fmt: skip
     figure.legend(handles=entries, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
 
