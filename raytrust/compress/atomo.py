@@ -57,11 +57,19 @@ class Atomo(Stochastic):
         return [self._decoded((*theirs, *count)) for theirs, count in zip(floats, counts, strict=True)]
 
     def _sample(self, matrix: Tensor, coins: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        u, s, v = _svd(matrix)
-        p = _probabilities(s, self._rank)
+        wide = matrix.shape[0] <= matrix.shape[1]
+        a = matrix.double() if wide else matrix.double().T
+        vectors, values = _spectrum(a)
+        p = _probabilities(values, self._rank)
         kept = torch.from_numpy(coins.random(len(p)) < p).to(matrix.device)
-        weights = (s / torch.from_numpy(p).to(s).clamp_min(torch.finfo(torch.float32).tiny))[kept]
-        return weights, u[kept], v[kept]
+        # The other side's vectors, which take as long as the spectrum, of those triples alone that are sent.
+        left = vectors[kept]
+        right = left @ a
+        s = right.norm(dim=1)
+        right /= s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        weights = s / torch.from_numpy(p).to(s)[kept]
+        u, v = (left, right) if wide else (right, left)
+        return weights.float(), u.float(), v.float()
 
     def _length(self, ranks: Sequence[int]) -> int:
         floats = sum(r * (n + m + 1) for r, (n, m) in zip(ranks, self._sizes, strict=True))
@@ -90,18 +98,14 @@ class Atomo(Stochastic):
         return x
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, m) -> u (k, n), s (k,), v (k, m) with k = min(n, m), the largest first."""
+def _spectrum(a: Tensor) -> tuple[Tensor, Tensor]:
+    """(k, m), float64, k <= m -> its left singular vectors, as rows (k, k), and singular values (k,), the largest
+    first; those that rounding can't tell from zero are zero."""
     # By the eigenvectors of the smaller Gram matrix, a convolution's 512 x 512 instead of 512 x 4608. In float64, as it
     # squares the condition number: in float32 all but the largest values would be noise.
-    wide = matrix.shape[0] <= matrix.shape[1]
-    a = matrix.double() if wide else matrix.double().T
-    left = torch.linalg.eigh(a @ a.T).eigenvectors.T.flip(0)  # (k, smaller side)
-    product = left @ a
-    s = product.norm(dim=1)
-    right = product / s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-    u, v = (left, right) if wide else (right, left)
-    return u.float(), s.float(), v.float()
+    values, vectors = torch.linalg.eigh(a @ a.T)
+    values, least = values.flip(0), torch.finfo(torch.float64).eps * len(a) * values[-1]
+    return vectors.T.flip(0), torch.where(values > least, values, 0).sqrt()
 
 
 def _probabilities(s: Tensor, rank: int) -> np.ndarray:
