@@ -223,15 +223,15 @@ def _on_statistics(options: argparse.Namespace, sweep: SweepConfig, data: Any) -
 def _closed_forms(sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
     """The attacks that solve for the image, where the network has a closed form: optimisers fail on many transformers,
     which would then be called private."""
-    model, first = sweep.train.model, sweep.portfolio[0]
+    model, first, size = sweep.train.model, sweep.portfolio[0], sweep.train.threat.batch_size
     # None of those that are shipped has one, and to look costs the import of the attacks.
-    if model.shipped:
+    if model.shipped or (size > 1 and sweep.train.local.steps > 1):
         return ()
     from raytrust.attacks.inversion import closed_form
     from raytrust.networks.build import build_model
 
     network = build_model(model, data.channels, data.classes, seed=0)
-    if closed_form(network, tuple(data.train_images.shape[1:]), sweep.train.threat.batch_size) is None:
+    if closed_form(network, tuple(data.train_images.shape[1:]), size) is None:
         return ()
     solved = replace(NAMED["analytic"], capture_step=first.capture_step, iterations=first.iterations, seed=first.seed)
     return tuple(a for a in (solved, replace(solved, objective="aware")) if a not in sweep.portfolio)

@@ -63,12 +63,12 @@ MAP = Fields(
         "defences": "--defence lists them",
         "portfolio": "--iterations; each defence meets attacks that ignore and that know it, by two distances",
         "train.defence": "--defence lists them",
-        "train.workers": "1: the victim's messages alone are attacked",
         "train.model.checkpoint": "the map trains its model itself",
         "train.capture.steps": "the model of each state is attacked as it is",
         "train.threat.batch_size": "--private-batches",
         "train.threat.batch_norm": "--batch-norms",
         "train.threat.labels": "--labels",
+        "train.threat.vantage": "--vantages",
         "train.threat.batch_statistics": "--batch-statistics",
         "train.threat.history": "there are no steps before",
         "train.local.steps": "--local-steps",
@@ -117,7 +117,7 @@ def _begin(options: argparse.Namespace, root: Path) -> Callable[[], int]:
     portfolio = [replace(strong, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
     # Each cell has its own number; what the others share is checked with the largest.
     fixed: dict[str, Any] = {"train.local.steps": max(options.local_steps, default=1), "train.capture.steps": (0,)}
-    fixed |= {"defences": tuple(map(parse_defence, names)), "portfolio": tuple(portfolio), "train.workers": 1}
+    fixed |= {"defences": tuple(map(parse_defence, names)), "portfolio": tuple(portfolio)}
     config: ThreatMapConfig = MAP.make(vars(options), fixed)
     from raytrust.cli.threats import open_map  # imports torch: not needed to refuse a wrong option
     from raytrust.data import load

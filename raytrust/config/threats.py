@@ -31,7 +31,8 @@ class Cell:
         labels = "" if threat.labels == "known" else ", labels unknown"
         known = "" if threat.batch_statistics == "unknown" else f", statistics {threat.batch_statistics}"
         local = "1 step" if steps == 1 else f"{steps} local steps"
-        return f"{self.state}, {size}, batch norm in {mode} mode{known}, {local}{labels}"
+        peer = f", the mean of {self.train.workers} workers" if threat.vantage == "peer" else ""
+        return f"{self.state}, {size}, batch norm in {mode} mode{known}, {local}{labels}{peer}"
 
     @property
     def short(self) -> str:
@@ -48,7 +49,7 @@ class ThreatMapConfig:
     """Every defence under every threat, with the same attacker.
 
     train: the model, the data's order and the captures; its steps train the model of the state "trained", without a
-        defence, and its threat says what the map does not vary. Cells are captured with one worker, who is the victim.
+        defence and by one worker, and its threat says what the map does not vary.
     defences: the columns of the map; without compression comes first, as it is the control.
     portfolio: attacks that every defence meets, in each way through local steps.
     private_batches: images of a private batch.
@@ -56,6 +57,7 @@ class ThreatMapConfig:
     local_steps: how many a worker makes before it sends.
     labels: whether the attacker has them.
     batch_statistics: what he has of a private batch's in training mode; in evaluation mode there are none.
+    vantages: where he stands; "peer" sees the mean of all workers' private batches, of which there are at least 2 then.
     states: of the model.
     """
 
@@ -68,6 +70,7 @@ class ThreatMapConfig:
     labels: tuple[Literal["known", "unknown"], ...] = ("known",)
     states: tuple[State, ...] = ("untrained", "trained")
     batch_statistics: tuple[Literal["unknown", "known", "proxy"], ...] = field(default=("unknown",), metadata=ADDED)
+    vantages: tuple[Literal["link", "peer"], ...] = field(default=("link",), metadata=ADDED)
 
     def __post_init__(self) -> None:
         for name, least in (("private_batches", 1), ("local_steps", 1)):
@@ -75,24 +78,18 @@ class ThreatMapConfig:
             expect(len(value) > 0 and min(value, default=0) >= least, name, value, f"to be numbers from {least} on")
         for name, choices in (
             ("batch_norms", ("eval", "train")), ("labels", ("known", "unknown")), ("states", get_args(State)),
-            ("batch_statistics", ("unknown", "known", "proxy")),
+            ("batch_statistics", ("unknown", "known", "proxy")), ("vantages", ("link", "peer")),
         ):  # fmt: skip
             value = getattr(self, name)
             expect(len(value) > 0 and set(value) <= {*choices}, name, value, f"to be among {', '.join(choices)}")
-        for name in (
-            "private_batches",
-            "batch_norms",
-            "local_steps",
-            "labels",
-            "states",
-            "batch_statistics",
-            "defences",
-        ):
+        axes = ("private_batches", "batch_norms", "local_steps", "labels", "states", "batch_statistics", "vantages")
+        for name in (*axes, "defences"):
             value = getattr(self, name)
             expect(len(set(value)) == len(value), name, value, "to hold each once")
         expect(self.defences[:1] == (Defence(),), "defences", self.defences, "to begin with none, the control")
         expect(len(self.portfolio) > 0, "portfolio", self.portfolio, "to hold at least one attack")
-        expect(self.train.workers == 1, "workers", self.train.workers, "to be 1")
+        several = self.train.workers > 1 or "peer" not in self.vantages
+        expect(several, "workers", self.train.workers, "to be at least 2 for the vantage 'peer'")
         trains = self.train.steps > 0 or "trained" not in self.states
         expect(trains, "steps", self.train.steps, "to be at least 1 for the state 'trained'")
 
@@ -101,11 +98,16 @@ class ThreatMapConfig:
         capture = replace(self.train.capture, steps=(0,))
         cells = []
         modes = [(m, s) for m in self.batch_norms for s in (self.batch_statistics if m == "train" else ("unknown",))]
-        for state, steps, (mode, statistics), labels, size in product(
-            self.states, self.local_steps, modes, self.labels, self.private_batches
+        for state, steps, (mode, statistics), labels, vantage, size in product(
+            self.states, self.local_steps, modes, self.labels, self.vantages, self.private_batches
         ):
             threat = replace(
-                self.train.threat, batch_size=size, batch_norm=mode, labels=labels, batch_statistics=statistics
+                self.train.threat,
+                vantage=vantage,
+                batch_size=size,
+                batch_norm=mode,
+                labels=labels,
+                batch_statistics=statistics,
             )
             parts = None if steps == 1 else self.train.local.batch_size
             local = replace(self.train.local, steps=steps, batch_size=parts)
@@ -116,4 +118,7 @@ class ThreatMapConfig:
     def training(self) -> TrainConfig:
         """Of the model of the state "trained"."""
         plain = replace(self.train.local, steps=1, batch_size=None)
-        return replace(self.train, defence=Defence(), capture=CaptureConfig((0,), 1, 1), local=plain)
+        threat = replace(self.train.threat, vantage="link")
+        return replace(
+            self.train, defence=Defence(), threat=threat, capture=CaptureConfig((0,), 1, 1), local=plain, workers=1
+        )

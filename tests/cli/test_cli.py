@@ -399,7 +399,7 @@ def test_a_resumed_sweep_takes_other_settings_of_its_attacks(
 def test_a_network_with_a_closed_form_meets_it_unasked(
     script: ModuleType, begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
 ) -> None:
-    """One that is shipped does not, nor does a private batch of several images."""
+    """One that is shipped does not, nor does a private batch of several images after local steps."""
 
     @register.network("perceptron")
     def perceptron(channels: int, classes: int) -> nn.Module:
@@ -407,7 +407,8 @@ def test_a_network_with_a_closed_form_meets_it_unasked(
 
     for arguments, expected in (
         (("--network", "perceptron"), ["naive", "aware"]),
-        (("--network", "perceptron", "--private-batch", "2"), []),
+        (("--network", "perceptron", "--private-batch", "2"), ["naive", "aware"]),
+        (("--network", "perceptron", "--private-batch", "2", "--local-steps", "2"), []),
         (("--network", "lenet"), []),
     ):
         output = str(tmp_path / "".join(arguments))

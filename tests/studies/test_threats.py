@@ -114,6 +114,17 @@ def test_local_steps_meet_every_way_through_them(root: Path, mapped: list[Mapped
         assert ways == ({"steps"} if m.cell.train.local.steps == 1 else {"steps", "surrogate", "gradient"})
 
 
+def test_a_peer_sees_the_mean_of_all_workers(tmp_path: Path) -> None:
+    several = replace(
+        MAP, train=replace(MAP.train, workers=2), vantages=("link", "peer"), private_batches=(1,), local_steps=(1,),
+        batch_norms=("eval",), states=("untrained",), defences=MAP.defences[:2],
+    )  # fmt: skip
+    mapped = run_threats(several, DATA, open_map(tmp_path, several, DATA, {}), spread=False)
+    assert [m.cell.name.partition(", 1 step")[2] for m in mapped] == ["", ", the mean of 2 workers"]
+    assert [[row["status"] for row in m.rows] for m in mapped] == [["finished"] * 2] * 2
+    assert several.training.workers == 1
+
+
 def test_a_second_run_does_nothing_twice(root: Path, mapped: list[Mapped], capsys: pytest.CaptureFixture[str]) -> None:
     files = {p: p.stat().st_mtime_ns for p in (root / "captures").rglob("*.json")}
     assert len(files) > 50
@@ -159,7 +170,7 @@ def test_the_headline_counts_threats_in_which_the_attack_works(mapped: list[Mapp
         ({"local_steps": (0,)}, r"^Expected local_steps=\(0,\) to be numbers from 1 on\.$"),
         ({"states": ("ripe",)}, r"^Expected states=\('ripe',\) to be among untrained, trained\.$"),
         ({"defences": (Defence(PowerSGDConfig(1)),)}, r"^Expected defences=.* to begin with none, the control\.$"),
-        ({"train": replace(MAP.train, workers=2)}, r"^Expected workers=2 to be 1\.$"),
+        ({"vantages": ("peer",)}, r"^Expected workers=1 to be at least 2 for the vantage 'peer'\.$"),
         ({"train": replace(MAP.train, steps=0)}, r"^Expected steps=0 to be at least 1 for the state 'trained'\.$"),
     ],
 )
