@@ -102,3 +102,20 @@ def test_powersgd_of_the_rank_of_the_batch_gives_it_away() -> None:
     for name in ("PowerSGD rank 2", "noise 0.01"):
         assert found[name]["leakage_ssim"] < 0.5
         assert found[name]["attack"]["method"] == "optimise"
+
+
+def test_batches_that_can_t_be_told_apart_leave_the_others_found() -> None:
+    """Of an attack that fails on one batch nothing would be reported, and all would look private."""
+    x, y = images(24)
+    x, y = x.clone(), y.clone()
+    x[8:10], y[8:10] = x[8], y[8]  # in the last batch that is reported one image comes twice
+    result = raytrust.audit(
+        network(nn.ReLU()), x, y, ["none"], batch_size=4, evaluation=2, tuning=1,
+        attack=InversionConfig(iterations=2), progress=False,
+    )  # fmt: skip
+    (row,) = result.rows
+    assert row["attack"]["method"] == "analytic"
+    assert row["leakage_ssim"] == pytest.approx(0.5, abs=0.25)
+    reached = next(r for r in result.defences[0].reported if r.attack.method == "analytic")
+    assert min(reached.ssim[:4]) > 0.99
+    assert reached.objective[1] == 1
