@@ -112,6 +112,8 @@ def _begin(options: argparse.Namespace, root: Path) -> Callable[[], int]:
     cli.check_hours(options)
     cli.check_local(options)
     cli.drop_width(options)
+    if isinstance(options.batch_statistics, str):  # a resumed map of before it was an axis
+        options.batch_statistics = (options.batch_statistics,)
     names = list(dict.fromkeys(["none", *(options.defence or options.list)]))
     strong = InversionConfig(iterations=options.iterations, tv=0.01, step_size=1.0, seed=options.seed)
     portfolio = [replace(strong, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]

@@ -50,7 +50,8 @@ class Reconstructions:
     mean_image_ssim, other_image_ssim: floors, from other images of the data set: SSIM of their mean to the private
         image, and the mean of their SSIM to it, which is what a random other image can expect.
     history: of how many preceding steps the attacker had the messages, too.
-    objective, matching: of the picked restart, one a batch; matching is without priors, None where there is none.
+    objective, matching: of the picked restart, one a batch; matching is without priors, None where there is none. Of an
+        attack that solves for images, the objective is 1 where it had no solution, and mean images stand for one.
     diverged: restarts that broke off. seconds: wall. cpu_seconds: of the process, meanwhile.
     reconstructions, originals: (images, channels, height, width) in [0, 1].
     """
@@ -166,7 +167,8 @@ def _result(
     try:
         if isinstance(candidates, ValueError):
             raise candidates
-        return InversionResult(attack=attack, **vars(_compare(captures, candidates, floors, spent)))
+        solves = attack.method == "analytic"
+        return InversionResult(attack=attack, **vars(_compare(captures, candidates, floors, spent, solves)))
     # A failure becomes a value, so that an attack which diverges does not take the others of its batch with it.
     except (ValueError, FloatingPointError) as error:
         return InversionFailure(attack, error)
@@ -252,21 +254,33 @@ def _floors(captures: Sequence[Capture], references: Tensor | None) -> Floors | 
 
 
 def _compare(
-    captures: Sequence[Capture], candidates: Sequence[Candidates], floors: Floors | None, spent: _Spent
+    captures: Sequence[Capture],
+    candidates: Sequence[Candidates],
+    floors: Floors | None,
+    spent: _Spent,
+    solves: bool = False,
 ) -> Reconstructions:
-    # The attacker picks by its own objective: to pick by SSIM to the truth would flatter the attack.
-    picked = [match(c.images[c.pick()], capture.truth.images) for capture, c in zip(captures, candidates, strict=True)]
+    """solves: whether the attack solves for images, and has none where nothing can be solved."""
+    unsolved = [solves and not bool(c.objective.isfinite().any()) for c in candidates]
+    if all(unsolved):
+        raise FloatingPointError("Expected messages that the attack can solve for the images, got none.")
+    # The attacker picks by its own objective: to pick by SSIM to the truth would flatter the attack. Where it solves
+    # some batches alone, it hands in mean images for the others: without any result those would not count, either.
+    chosen = [0 if lost else c.pick() for c, lost in zip(candidates, unsolved, strict=True)]
+    handed_in = [c.images[i] for c, i in zip(candidates, chosen, strict=True)]
+    picked = [match(images, c.truth.images) for images, c in zip(handed_in, captures, strict=True)]
     oracle: list[float] = []
-    for capture, found in zip(captures, candidates, strict=True):
+    for capture, found, lost in zip(captures, candidates, unsolved, strict=True):
         # A restart that never had a finite objective arrived nowhere, and bounds nothing.
-        every = [match(images, capture.truth.images)[1] for images in found.images[found.objective.isfinite()]]
+        some = found.images if lost else found.images[found.objective.isfinite()]
+        every = [match(images, capture.truth.images)[1] for images in some]
         oracle += np.max(every, axis=0).tolist()
     originals = torch.cat([c.truth.images for c in captures])
     reconstructions = torch.cat([images for images, _ in picked])
     pairs = [(a.numpy(), b.numpy()) for a, b in zip(reconstructions, originals, strict=True)]
     ssim, errors = [s for _, values in picked for s in values], [mse(a, b) for a, b in pairs]
     lpips, tolerant = perceptual_distance(), shift_tolerant_distance((originals.shape[2], originals.shape[3]))
-    matching = [None if c.matching is None else c.matching[c.pick()] for c in candidates]
+    matching = [None if c.matching is None else c.matching[i] for c, i in zip(candidates, chosen, strict=True)]
     return Reconstructions(
         ssim=ssim,
         psnr=[psnr(a, b) for a, b in pairs],
@@ -284,7 +298,8 @@ def _compare(
         mean_image_ssim=None if floors is None else floors.mean_image,
         other_image_ssim=None if floors is None else floors.other_image,
         history=min(len(c.seen.history) for c in captures),
-        objective=[float(c.objective.min()) for c in candidates],
+        # Of a solution it is a share that is left over: all of it where there is none.
+        objective=[1.0 if lost else float(c.objective.min()) for c, lost in zip(candidates, unsolved, strict=True)],
         matching=None if any(m is None for m in matching) else [float(m) for m in matching if m is not None],
         diverged=sum(c.diverged for c in candidates),
         seconds=spent.wall,

@@ -325,3 +325,17 @@ print("done")
     ]
     done = subprocess.run([sys.executable, "-c", *lines], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_a_map_from_before_statistics_were_an_axis_goes_on(tmp_path: Path) -> None:
+    """Its options hold the one value that they had."""
+    root, run = tmp_path / "map", THREATS.RUN
+    given = THREATS._parser().parse_args(["--output", str(root), "--steps", "0", "--states", "untrained"])
+    options, _ = run.resolve(given, THREATS.DEFAULTS, THREATS._with_preset)
+    THREATS._begin(options, root)
+    kept = json.loads((root / "threats.json").read_text())
+    assert kept["options"]["batch_statistics"] == ["unknown"]
+    kept["options"]["batch_statistics"] = "unknown"
+    (root / "threats.json").write_text(json.dumps(kept))
+    again, _ = run.resolve(THREATS._parser().parse_args(["--resume", str(root)]), THREATS.DEFAULTS)
+    THREATS._begin(again, root)

@@ -344,10 +344,29 @@ def test_an_attack_that_fails_does_so_alone(monkeypatch: pytest.MonkeyPatch) -> 
     lost = restarts(private[0].truth.images, objective=[float("inf")])
     fine = [restarts(c.truth.images, objective=[0.0]) for c in private]
     claim(monkeypatch, [*fine, fine[0], lost, fine[2]])
-    one, other = evaluate_inversions(private, [ATTACK, impossible])
+    one, other = evaluate_inversions(private, [ATTACK, replace(ATTACK, seed=3)])
     assert isinstance(one, InversionResult)
     assert isinstance(other, InversionFailure)
     assert isinstance(other.error, FloatingPointError)
+
+
+def test_an_attack_that_solves_some_batches_is_reported_with_mean_images_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    private, solving = captures(2), replace(ATTACK, method="analytic")
+    lost = [restarts(noise(c.truth.images), objective=[float("inf")]) for c in private]
+    fine = [restarts(c.truth.images, objective=[0.0]) for c in private]
+    claim(monkeypatch, [fine[0], lost[1], fine[2]])
+    (some,) = evaluate_inversions(private, [solving])
+    assert isinstance(some, InversionResult)
+    assert some.objective == [0, 1, 0]
+    assert some.ssim[:2] == [1, 1]
+    assert max(some.ssim[2:4]) < 0.5
+    assert some.diverged == 1
+    claim(monkeypatch, lost)
+    (none,) = evaluate_inversions(private, [solving])
+    assert isinstance(none, InversionFailure)
+    assert str(none.error) == "Expected messages that the attack can solve for the images, got none."
 
 
 def test_st_lpips_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
