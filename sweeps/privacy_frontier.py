@@ -242,12 +242,20 @@ def _batch(train: TrainConfig) -> tuple[int, bool]:
     return train.threat.batch_size, train.threat.labels == "known"
 
 
-def _defence_space(train: TrainConfig) -> Space:
+def _defence_space(train: TrainConfig, data: Any) -> Space:
     try:
         replace(train, defence=parse_defence("dp-sgd"))
     # Where batch norm mixes images, none has a gradient of its own.
     except ValueError:
         return DEFENCE_SPACE
+    if not train.model.shipped and (train.steps > 0 or train.threat.batch_norm == "train"):
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        from raytrust.networks.build import build_model
+
+        network = build_model(train.model, data.channels, data.classes, seed=0)
+        if any(isinstance(module, _BatchNorm) for module in network.modules()):
+            return DEFENCE_SPACE
     return DEFENCE_SPACE | DP_SGD_SPACE
 
 
@@ -268,7 +276,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
     given.pop("--plugin", None)  # it is among the words of the call
     rows = run_sweep(
         sweep,
-        Spaces(_defence_space(sweep.train), _attack_space(options, sweep.train)),
+        Spaces(_defence_space(sweep.train, data), _attack_space(options, sweep.train)),
         data,
         store,
         address=options.address,

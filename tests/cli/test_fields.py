@@ -12,11 +12,13 @@ from types import ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
+from torch import nn
+from toys import synthetic
 
 from raytrust.cli import options as cli
 from raytrust.cli.fields import Field, Fields, field_help
 from raytrust.cli.options import Parser
-from raytrust.config import Choice, InversionConfig, MembershipConfig, TrainConfig
+from raytrust.config import Choice, InversionConfig, MembershipConfig, ModelConfig, TrainConfig
 from raytrust.config.threats import ThreatMapConfig
 from raytrust.config.values import registry_of, type_hints
 from raytrust.studies.paper.plan import BUDGETS, Budget
@@ -339,3 +341,19 @@ def test_a_map_from_before_statistics_were_an_axis_goes_on(tmp_path: Path) -> No
     (root / "threats.json").write_text(json.dumps(kept))
     again, _ = run.resolve(THREATS._parser().parse_args(["--resume", str(root)]), THREATS.DEFAULTS)
     THREATS._begin(again, root)
+
+
+def test_dp_sgd_is_searched_where_no_norm_mixes_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or every fourth trial would fail: of networks that are not ours the modules tell."""
+    data, owned = synthetic(), ModuleType("owned")
+    for name, norms in (("normed", [nn.BatchNorm2d(3)]), ("plain", [])):
+        model = nn.Sequential(*norms, nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+        setattr(owned, name, lambda channels, classes, model=model: model)
+    monkeypatch.setitem(sys.modules, "owned", owned)
+    monkeypatch.setenv("RAYTRUST_PLUGINS", "owned")
+    for name, steps, searched in (
+        ("convnet", 1, True), ("resnet18", 1, False), ("resnet18", 0, True),
+        ("owned:normed", 1, False), ("owned:normed", 0, True), ("owned:plain", 1, True),
+    ):  # fmt: skip
+        train = TrainConfig(model=ModelConfig(name, width=None), steps=steps)
+        assert ("dp-sgd" in FRONTIER._defence_space(train, data)["transform"].values) is searched, (name, steps)

@@ -490,3 +490,15 @@ def test_it_takes_arrays_and_bytes() -> None:
         convnet(), x, labels().numpy().astype("int32"), ["none"], attack=QUICK, evaluation=3, tuning=1, progress=False
     )
     assert plain(result)["verdict"] == LEAKS
+
+
+def test_a_compressor_s_private_seed_stays_with_its_owner() -> None:
+    """By it an attacker would draw the same noise, or the same shares of mixed images."""
+    x, y = torch.rand((12, 1, 8, 8), generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    compressor = build(parse_defence("noise:0.1"), model, private_seed=12345)
+    result = raytrust.audit(
+        model, x, y, [compressor], evaluation=1, tuning=1, attack=InversionConfig(iterations=1), progress=False
+    )
+    (captures,) = result.defences[1].captures.values()
+    assert all(c.seen.method is not None and c.seen.method.seed != 12345 for c in captures)  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from raytrust.attacks.inversion.stacks import LARGEST
-from raytrust.compress import Compressor, HookCompressor
+from raytrust.compress import Compressor, HookCompressor, Transformed
 from raytrust.config import ONE_STEP, Defence, InversionConfig, LocalConfig, Threat
 from raytrust.config.attacks import against_each, through_noise
 from raytrust.config.register import METHODS
@@ -105,6 +105,8 @@ class Audit:
         self, audited: Audited, victim: Victim, data: Private, start: State, training: Training | None
     ) -> None:
         first = copy.deepcopy(audited.method)
+        if isinstance(first, Transformed):
+            first.seed = 0  # of private draws, which an attacker must not have
         compressor = audited.method or compressor_of(audited.defence, start, self.seed)
         networks = [(0, victim.network)] if training is None else training.networks(victim, compressor)
         try:
