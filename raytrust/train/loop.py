@@ -28,22 +28,25 @@ from raytrust.networks.build import build_model
 from raytrust.networks.checkpoint import load_checkpoint
 from raytrust.train.gradient import WorkerGradient
 from raytrust.train.mixing import Images
+from raytrust.train.part import Part
 from raytrust.train.private import auxiliary_images, check_sizes, partner_images, private_batches
 from raytrust.wire.channel import Channel, LocalChannel, Tap
 
 # Begins the key of Poisson samples, which no other draws share.
 _POISSON = 0x50
+HONEST = Part()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step: this worker's mean training loss (nats), the payload bytes that it sent for the gradient, and
-    the bytes of the gradient itself."""
+    """One optimiser step: this worker's mean training loss (nats), the payload bytes that it sent for the gradient, the
+    bytes of the gradient itself, and the payload bytes that the collectives returned."""
 
     step: int
     loss: float
     sent_bytes: int
     gradient_bytes: int
+    received_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class Trained:
 Record: TypeAlias = Step | Capture | Trained | Evaluation
 
 
-def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "cpu") -> Iterator[Record]:
+def train(
+    config: TrainConfig, data: Dataset, channel: Channel, device: str = "cpu", part: Part = HONEST
+) -> Iterator[Record]:
     """Train, and yield a `Step` each step, a `Capture` for each private batch of this worker, at last one `Trained` and
     one `Evaluation`.
 
@@ -75,8 +80,9 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
     through the real collective with a copy of the compressor in its current state: what is captured is what would have
     crossed the wire had this batch been the worker's batch of this step; training itself goes on undisturbed.
 
-    A run is a function of its arguments. When the training loss or gradient of one worker stops being finite, all
-    workers raise FloatingPointError in that step, before the gradient is sent: none is left waiting for another.
+    part: what this worker does in each step. A run is a function of its arguments. When the training loss or gradient
+    of one worker stops being finite, all workers raise FloatingPointError in that step, before the gradient is sent:
+    none is left waiting for another.
     """
     if config.workers != channel.world_size:
         raise ValueError(f"Expected workers={config.workers} to equal the channel's world size, {channel.world_size}.")
@@ -109,10 +115,11 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
             )
         if step == config.steps:
             break
-        own = _fetch(data.train_images, data.train_labels, next(batches), data, device)
+        own = part.batch(_fetch(data.train_images, data.train_labels, next(batches), data, device), step)
         images, labels = gradient.mixed(own, step, channel.rank)
         model.train()
         loss, grads = gradient(images, labels, step, channel.rank)
+        grads = part.gradient(grads, step, compressor, channel)
         _agree_to_go_on(step, loss, grads, compressor, channel)
         # A message of every step would fill the memory: only those that a later capture may hold as its history are
         # kept.
@@ -120,14 +127,18 @@ def train(config: TrainConfig, data: Dataset, channel: Channel, device: str = "c
         tap = Tap(channel, keep=keep)
         # Before the reduction, which changes it: a message means what the state says in which it was made.
         state = _public_state(compressor) if keep else {}
-        reduced = compressor.reduce(grads, tap)
+        means = part.reduce(compressor, grads, tap)
         if keep:
             history.append(EarlierStep(seen_messages([m.to("cpu") for m in tap.messages], config.threat), state))
-        for parameter, mean in zip(parameters, reduced.mean, strict=True):
+        for parameter, mean in zip(parameters, means, strict=True):
             parameter.grad = mean
         optimiser.step()
         schedule.step()
-        yield Step(step, loss.item(), tap.sent_bytes, sum(g.numel() * g.element_size() for g in grads))
+        if step + 1 in part.looks:
+            _average_buffers(model, channel)
+            part.look(step + 1, model)
+        size = sum(g.numel() * g.element_size() for g in grads)
+        yield Step(step, loss.item(), tap.sent_bytes, size, tap.received_bytes)
     _average_buffers(model, channel)
     yield Trained(*_state(model))
     yield _evaluate(config.steps, model, data, device)

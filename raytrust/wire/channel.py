@@ -128,6 +128,10 @@ class Message:
     def sent_bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in self.sent)
 
+    @property
+    def received_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.received)
+
     def to(self, device: str) -> Message:
         """The message with its payloads on `device`; payloads that the vantage hides stay hidden."""
         sent, received = (tuple(x if x.is_meta else x.to(device) for x in xs) for xs in (self.sent, self.received))
@@ -145,11 +149,12 @@ class Record:
     is several times the gradient at every step. messages: those that crossed so far; ValueError without `keep`.
     sent_bytes: payload bytes handed to collectives so far, a worker; headers and the collective's own algorithm
     (a ring moves each byte 2 (W-1)/W times) are not in it, so that the figure does not depend on the network.
+    received_bytes: what the collectives returned: one payload of a mean, that of each worker of a gather.
     """
 
     def __init__(self, keep: bool = False):
         self._keep = keep
-        self.sent_bytes = 0
+        self.sent_bytes = self.received_bytes = 0
         self._messages: list[Message] = []
 
     @property
@@ -163,6 +168,7 @@ class Record:
     def note(self, message: Message) -> None:
         """Count a message, and keep a copy of it if asked."""
         self.sent_bytes += message.sent_bytes
+        self.received_bytes += message.received_bytes
         # A compressor may use its buffers again in the next step; what crossed the wire must stay as it was.
         if self._keep:
             sent, received = (tuple(x.detach().clone() for x in xs) for xs in (message.sent, message.received))
