@@ -123,7 +123,8 @@ def test_an_option_changes_its_field_alone(module: ModuleType, table: Fields, co
     also |= {"network": "resnet18", "width": 8} if option.name == "norm" else {}
     also |= {"local_steps": 3} if option.name == "local_batch_size" and module is FRONTIER else {}
     fixed = {p: getattr(config, p) for p in table.without if hasattr(config, p)} if table.kind is Budget else {}
-    fixed |= {"train.workers": 1} if table.kind in (MembershipConfig, ThreatMapConfig) else {}
+    also |= {"workers": 4} if option.name == "vantages" else {}
+    fixed |= {"train.workers": 1} if table.kind is MembershipConfig else {}
     fixed |= {"train.local.steps": 7} if table.kind is ThreatMapConfig else {}
     if option.name == "steps":
         also["capture_steps"] = (0,)
