@@ -183,8 +183,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     check_sizes(sweep.train, len(data.train_labels))
     auxiliary_images(sweep.train, data)  # there may be too few that are no copies of private ones
     check_network(sweep.train.model, data.train_images.shape[1:], data.classes)
-    further = (*_on_statistics(options, sweep, data), *_closed_forms(sweep, data))
-    return data, replace(sweep, portfolio=(*sweep.portfolio, *further))
+    return data, replace(sweep, portfolio=(*sweep.portfolio, *_further(options, sweep, data)))
 
 
 def _portfolio(options: argparse.Namespace, train: TrainConfig) -> tuple[InversionConfig, ...]:
@@ -207,34 +206,20 @@ def _portfolio(options: argparse.Namespace, train: TrainConfig) -> tuple[Inversi
     return (*attacks, *(replace(named_attack(name), **own) for name in options.attack or ()))
 
 
-def _on_statistics(options: argparse.Namespace, sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
-    """The attacks with a prior on the private batch's statistics, where the threat tells of them."""
-    threat = sweep.train.threat
-    # To look costs the import of the attacks.
-    if threat.batch_statistics == "unknown" or "bn" in options.chosen:
+def _further(options: argparse.Namespace, sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
+    """The attacks for which the threat or the network gives an opening."""
+    threat, model = sweep.train.threat, sweep.train.model
+    told = threat.batch_statistics != "unknown" or threat.auxiliary
+    # No network that is shipped has a closed form, and to look costs the import of the attacks.
+    if not told and model.shipped:
         return ()
-    from raytrust.attacks.inversion.priors import attacks_on_statistics
-    from raytrust.networks.build import build_model
-
-    network = build_model(sweep.train.model, data.channels, data.classes, seed=0)
-    return tuple(a for a in attacks_on_statistics(sweep.portfolio, threat, network) if a not in sweep.portfolio)
-
-
-def _closed_forms(sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
-    """The attacks that solve for the image, where the network has a closed form: optimisers fail on many transformers,
-    which would then be called private."""
-    model, first, size = sweep.train.model, sweep.portfolio[0], sweep.train.threat.batch_size
-    # None of those that are shipped has one, and to look costs the import of the attacks.
-    if model.shipped or (size > 1 and sweep.train.local.steps > 1):
-        return ()
-    from raytrust.attacks.inversion import closed_form
+    from raytrust.attacks.inversion.further import further_attacks
     from raytrust.networks.build import build_model
 
     network = build_model(model, data.channels, data.classes, seed=0)
-    if closed_form(network, tuple(data.train_images.shape[1:]), size) is None:
-        return ()
-    solved = replace(NAMED["analytic"], capture_step=first.capture_step, iterations=first.iterations, seed=first.seed)
-    return tuple(a for a in (solved, replace(solved, objective="aware")) if a not in sweep.portfolio)
+    shape = tuple(data.train_images.shape[1:])
+    found = further_attacks(sweep.portfolio, threat, network, shape, sweep.train.local, classes=data.classes)
+    return tuple(attack for attack in found if "bn" not in options.chosen or attack.bn == options.bn)
 
 
 def _batch(train: TrainConfig) -> tuple[int, bool]:

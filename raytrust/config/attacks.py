@@ -36,7 +36,9 @@ class InversionConfig:
     seed: of the starts.
     method: "optimise" looks for the images; "analytic" solves for the input of a linear first layer (Phong et al. 2018;
         of several images, before a ReLU, Dimitrov et al. 2024) or of a patch embedding (Lu et al. 2022) and heeds no
-        other setting but `objective` and `residual`; or an attack that is registered.
+        other setting but `objective` and `residual`; "regression" makes images of the last layer's input, which the
+        classifier's gradient gives away, by a linear map that is fitted to auxiliary images, and heeds but `denoise`;
+        or an attack that is registered.
     matching: the distance on decoded gradients and on linear views: 1 - cosine of the whole, or of each tensor by
         itself and averaged by their entries ("tensors"), relative squared L2 or relative L1; or an objective that is
         registered. Signs and quantised gradients are compared tensor by tensor in any case, and know no other than
@@ -63,6 +65,9 @@ class InversionConfig:
         published attacks on one step do. Without effect on one step, and for other methods than "optimise". Nobody can
         simulate DP-SGD's noise: its steps are simulated as if they had none, nor been clipped.
     halving: whether, after 1/8, 1/4 and 1/2 of the iterations, the worse half of the restarts is retired.
+    start: where the first restart begins: normal noise, or what the "regression" arrives at; the others at noise.
+    denoise: the standard deviation, in units of the range of pixels, of noise that is taken out of what the attack
+        arrived at, by a network that is trained on auxiliary images (Yue et al. 2023); 0 for none.
     """
 
     objective: Literal["naive", "aware"] = "aware"
@@ -96,12 +101,15 @@ class InversionConfig:
     # batches are as small as the private one.
     residual: Literal["ignore", "avoid", "weigh"] = "ignore"
     through: Through = field(default="steps", metadata=ADDED)
+    start: Literal["noise", "regression"] = field(default="noise", metadata=ADDED)
+    denoise: float = field(default=0.0, metadata=ADDED)
 
     def __post_init__(self) -> None:
         expect_choices(self)
         for name in ("tv", "bound", "l2", "colour", "bn", "group"):
             weight = getattr(self, name)
             expect(0 <= weight < math.inf, name, weight, "to be at least 0 and finite")
+        expect(0 <= self.denoise <= 1, "denoise", self.denoise, "in [0, 1], a share of the range of pixels")
         expect(0 < self.step_size < math.inf, "step_size", self.step_size, "to be positive and finite")
         expect(self.iterations >= 1, "iterations", self.iterations, "to be at least 1")
         expect(self.restarts >= 1, "restarts", self.restarts, "to be at least 1")
@@ -117,7 +125,9 @@ class InversionConfig:
         for setting in fields(self)[names.index("method") :]:
             value = getattr(self, setting.name)
             if value != setting.default:
-                name += f" {value}" if isinstance(value, str) else f" {setting.name}={value:.2g}"
+                text = value if isinstance(value, str) else f"{value:.2g}"
+                # A method may have the name of a start.
+                name += f" {text}" if isinstance(value, str) and setting.name != "start" else f" {setting.name}={text}"
         return name
 
     def passes(self, local: LocalConfig) -> int:
@@ -136,6 +146,10 @@ class InversionConfig:
             objective = "naive" if isinstance(defence.compressor, by_tensor) else attack.objective
             kept = {name: getattr(self, name) for name in ("capture_step", "iterations", "seed", "residual")}
             attack = replace(ANALYTIC, objective=objective, **kept)
+        if self.method == "regression":
+            # Of what messages decode to, whoever sent them.
+            kept = {name: getattr(self, name) for name in ("capture_step", "iterations", "seed", "denoise")}
+            attack = replace(REGRESSION, **kept)
         if attack.objective == "aware" and attack.matching == "tensors" and isinstance(defence.compressor, by_tensor):
             attack = replace(attack, matching="cosine")
         remembers = defence.error_feedback or isinstance(defence.compressor, DGCConfig)
@@ -216,6 +230,11 @@ ANALYTIC = InversionConfig("naive", method="analytic")
 `raytrust.attacks.inversion.closed_form`."""
 
 
+REGRESSION = InversionConfig("naive", method="regression")
+"""After Xue et al. 2024 (FGLA), who train a generator from the features that the classifier's gradient gives away to
+the images: a linear map in its place. See `raytrust.attacks.inversion.regression`."""
+
+
 @dataclass(frozen=True)
 class LearnedInverterConfig:
     """Learning to Invert (Wu et al. 2023): a network from messages to images, trained on images of the attacker's own.
@@ -281,6 +300,7 @@ NAMED = {
     "idlg": IDLG,
     "gradinversion": GRAD_INVERSION,
     "analytic": ANALYTIC,
+    "regression": REGRESSION,
 }
 """The attacks of the field by the names that command lines know."""
 

@@ -113,7 +113,12 @@ OBJECTIVES = Registry(
     },
 )
 ATTACKS = Registry(
-    "raytrust.attacks", {"optimise": f"{_INVERSION}search:search", "analytic": f"{_INVERSION}analytic:analytic"}
+    "raytrust.attacks",
+    {
+        "optimise": f"{_INVERSION}search:search",
+        "analytic": f"{_INVERSION}analytic:analytic",
+        "regression": f"{_INVERSION}regression:regression",
+    },
 )
 
 

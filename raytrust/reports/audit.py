@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from raytrust.attacks.inversion import closed_form
-from raytrust.attacks.inversion.priors import attacks_on_statistics
+from raytrust.attacks.inversion.further import further_attacks
 from raytrust.compress import Compressor, HookCompressor, ddp_comm_hook
 from raytrust.compress.hook import AnyHook
 from raytrust.config import ONE_STEP, Defence, InversionConfig, LocalConfig, Threat, parse_defence
-from raytrust.config.attacks import ANALYTIC, through_local_steps
+from raytrust.config.attacks import through_local_steps
 from raytrust.jobs.files import write_file
-from raytrust.networks.task import LossFunction, Sample, Task
+from raytrust.networks.task import LossFunction, Task
 from raytrust.reports.frontier_table import frontier_table
 from raytrust.reports.summary import answer, control_sentence
 from raytrust.studies.audit.private import Private, images_of, private
@@ -137,7 +136,7 @@ def audit(
     # A model that is not solved for may look private: what kept it from being so stands on the page.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attacks = _portfolio(base, victim, data.batch(0, batch_size), threat)
+        attacks = _portfolio(base, victim, data.batch(0, batch_size), threat, classes)
     remarks = [str(w.message) for w in caught]
     listed = _audited([defences] if isinstance(defences, str) else defences)
     if hook is not None:
@@ -291,23 +290,21 @@ def _hooked(hook: AnyHook, state: Any, network: nn.Module) -> Audited:
     return Audited(parse_defence("none"), compressor, name)
 
 
-def _portfolio(base: InversionConfig, victim: Victim, data: Private, threat: Threat) -> tuple[InversionConfig, ...]:
-    """Attacks that ignore and that know the compressor, by two distances, in each way through local steps; with a prior
-    on the batch's statistics, where the threat tells of them; and those that solve for the image, where the model has a
-    closed form: on many transformers no other works."""
+def _portfolio(
+    base: InversionConfig, victim: Victim, data: Private, threat: Threat, classes: int
+) -> tuple[InversionConfig, ...]:
+    """Attacks that ignore and that know the compressor, by two distances, in each way through local steps; and those
+    for which the threat or the model gives an opening."""
     attacks = [replace(base, objective=o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]
     if base.matching not in ("cosine", "tensors") or base.method != "optimise":
         attacks = [base, *(replace(a, method="optimise") for a in attacks)]
     if base.through == "steps":
         attacks = [*through_local_steps(attacks, victim.local, len(data.images), threat.labels == "known")]
-    # The prior's passes are of images alone.
-    if victim.task.argument is None and not (isinstance(data.targets, Sample) and data.targets.inputs):
-        attacks += attacks_on_statistics(attacks, threat, victim.known)
     shape = (data.images.shape[1], data.images.shape[2], data.images.shape[3])
-    solved = len(data.images) == 1 or victim.local.steps == 1
-    if solved and closed_form(victim.known, shape, len(data.images), victim.task, data.targets) is not None:
-        attacks += [replace(ANALYTIC, objective=o, seed=base.seed) for o in ("naive", "aware")]
-    return tuple(attacks)
+    further = further_attacks(
+        attacks, threat, victim.known, shape, victim.local, victim.task, data.targets, classes or None
+    )
+    return (*attacks, *further)
 
 
 def _by_channel(values: Sequence[float] | None, channels: int, name: str) -> torch.Tensor:

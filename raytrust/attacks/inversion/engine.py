@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from raytrust.attacks.inversion.denoiser import denoised
 from raytrust.attacks.inversion.labels import recover_labels
 from raytrust.attacks.inversion.objectives import target_view
 from raytrust.attacks.inversion.priors import known_statistics
@@ -88,9 +89,31 @@ class GradientInversion:
 def invert(jobs: Sequence[Job], device: str = "cpu") -> list[Candidates]:
     """Attack several observations of one model, each with its own settings, in as few batches as memory allows.
 
-    What a job arrives at does not depend on the others. Raises ValueError, before any work, for observations of
+    What a job arrives at does not depend on the others. Raises ValueError, before any search, for observations of
     different models and for a job whose settings don't apply to what was seen.
     """
+    for seen, config in jobs:
+        if config.denoise > 0 and seen.auxiliary is None:
+            raise ValueError(f"Expected denoise={config.denoise} to be 0: the threat grants no auxiliary images.")
+    # What differs in its end alone is searched for once.
+    alike: dict[tuple[int, InversionConfig], int] = {}
+    searched = [(seen, replace(config, denoise=0.0)) for seen, config in jobs]
+    places = [alike.setdefault((id(seen), config), len(alike)) for seen, config in searched]
+    first = {place: i for i, place in reversed(list(enumerate(places)))}
+    found = _invert([searched[first[place]] for place in range(len(alike))], device)
+    return [_finished(found[place], *job, device) for place, job in zip(places, jobs, strict=True)]
+
+
+def _finished(found: Candidates, seen: Observation, config: InversionConfig, device: str) -> Candidates:
+    """The candidates, cleaned by what the attacker knows of images, if the config asks for it."""
+    if config.denoise == 0:
+        return found
+    assert seen.auxiliary is not None
+    cleaned = denoised(found.images.flatten(0, 1), seen.auxiliary, config.denoise, device)
+    return replace(found, images=cleaned.view(found.images.shape))
+
+
+def _invert(jobs: Sequence[Job], device: str) -> list[Candidates]:
     # All candidates pass through one network together, so they must be of the same weights.
     for seen, _ in jobs[1:]:
         if not same_model(jobs[0][0], seen):
@@ -139,15 +162,22 @@ def _prepare(
         config=config,
         restarts=range(config.restarts),
         view=target_view(seen, config, device),
-        labels=_labels(seen, config),
+        labels=labels_of(seen, config),
         shares=_undone(seen) if config.objective == "aware" else None,
         # Asked for only where they count, as a network without batch norm, or one that never saw data, is refused
         # there.
         statistics=known_statistics(seen) if config.bn > 0 else None,
+        start=None if config.start == "noise" else _first_images(seen, config, device),
     )
 
 
-def _labels(seen: Observation, config: InversionConfig) -> Targets | None:
+def _first_images(seen: Observation, config: InversionConfig, device: str) -> Tensor:
+    """What the attack that is to be begun with arrives at, (batch, channels, height, width) in [0, 1]."""
+    begun = ATTACKS[config.start](seen, config, device)
+    return begun.images[begun.pick()]
+
+
+def labels_of(seen: Observation, config: InversionConfig) -> Targets | None:
     """(batch,), or what else the task takes: granted, or recovered; None where they are found with the images."""
     if seen.targets is not None:
         return seen.targets

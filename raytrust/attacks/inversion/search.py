@@ -38,7 +38,7 @@ class Piece:
     view: what these are compared with. labels: (batch,), or probabilities of classes, None if they are optimised.
     statistics: for the batch-norm prior. shares: (batch, batch), of the images in those that the network saw; None
     where candidates are what it saw. point: identifies weights that are not the model's but the observation's own, else
-    0."""
+    0. start: (batch, channels, height, width) in [0, 1], where the first restart begins; None for noise."""
 
     job: int
     seen: Observation
@@ -49,6 +49,7 @@ class Piece:
     statistics: Statistics | None
     point: int = 0
     shares: Tensor | None = None
+    start: Tensor | None = None
 
     @property
     def program(self) -> tuple[object, ...]:
@@ -308,9 +309,15 @@ class _Settings:
 
 
 def _start(piece: Piece) -> Tensor:
-    """Normal noise, (restarts, pixels): one draw for each restart of the job, in their order."""
-    shape = (piece.seen.threat.batch_size, *piece.seen.image_shape)
-    return _draws(piece, shape, piece.config.seed)
+    """Normal noise, (restarts, pixels): one draw for each restart of the job, in their order; of the first, the images
+    that it is to begin with, if there are any."""
+    seen = piece.seen
+    starts = _draws(piece, (seen.threat.batch_size, *seen.image_shape), piece.config.seed)
+    # The others keep their noise: restarts that began at one place would be hardly more than one.
+    if piece.start is not None and piece.restarts.start == 0:
+        mean, std = (s.cpu().view(-1, 1, 1) for s in (seen.mean, seen.std))
+        starts[0] = ((piece.start - mean) / std).flatten()
+    return starts
 
 
 def _soft_labels(piece: Piece) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raytrust.attacks.inversion.priors import attacks_on_statistics
+from raytrust.attacks.inversion.further import further_attacks
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig
 from raytrust.config.attacks import through_local_steps
 from raytrust.config.threats import Cell, ThreatMapConfig
@@ -87,8 +87,10 @@ class ThreatStudy:
         attacks: Sequence[InversionConfig] = through_local_steps(
             self.config.portfolio, cell.train.local, threat.batch_size, threat.labels == "known"
         )
-        further = attacks_on_statistics(attacks, threat, self._network)
-        return tuple(dict.fromkeys([*attacks, *further]))
+        data = self.data[self._store.fingerprint]
+        shape = (data.channels, *data.image_size)
+        further = further_attacks(attacks, threat, self._network, shape, cell.train.local, classes=data.classes)
+        return (*attacks, *further)
 
     def _known(self) -> list[Cell]:
         """The cells whose model is there, with its checkpoint."""

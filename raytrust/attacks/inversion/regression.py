@@ -1,0 +1,188 @@
+"""Images regressed on the features that the classifier's gradient gives away, with images of the attacker's own.
+
+For one image the gradient of the last linear layer is (p - y) h^T and that of its bias p - y: the two give h, what goes
+into that layer, exactly. Of rank one, it passes PowerSGD of any rank whole, and as the largest part of the gradient
+most of it passes Top-K. From h to the image it is a regression, for which the attacker needs forward passes of other
+images alone, and no iterations. Xue et al. 2024 ("Fast Generation-Based Gradient Leakage against Highly Compressed
+Gradients") train a generator for it; ours is linear, with a closed form: on untrained networks a small convolutional
+generator did no better (docs/findings.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from raytrust.attacks.inversion.engine import Candidates, labels_of
+from raytrust.config import InversionConfig
+from raytrust.leak.observation import Observation, decoded
+from raytrust.networks.classifier import final_linear
+from raytrust.networks.task import Sample
+
+CHUNK = 64  # images of a forward pass
+FIXED_POINT = 30  # rounds of finding the probabilities, which the features decide, and the features, which they decide
+WEAKEST = 1e-6  # relative to the strongest: directions of the classifier's gradient that are weaker hold rounding alone
+# Weights of the ridge that are tried, relative to the mean square of the standardised features.
+RIDGES = tuple(10.0**k for k in range(-6, 3))
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A linear map from features to images.
+
+    centre, scale: (features,), by which features are standardised. weight: (features, pixels). mean: (pixels,), in
+    [0, 1]. unexplained: the share of the pixels' variance that it leaves on images that it was not fitted to, as
+    generalised cross-validation estimates it.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    weight: Tensor
+    mean: Tensor
+    unexplained: float
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(n, features) -> (n, pixels) in [0, 1]."""
+        standardised = (features - self.centre) * self.scale
+        return (self.mean + standardised @ self.weight).clamp(0, 1)
+
+
+def regression(seen: Observation, config: InversionConfig, device: str = "cpu") -> Candidates:
+    """The images that the regression makes of the features; its objective is what it leaves unexplained, the same for
+    all observations of a model.
+
+    Raises ValueError as `regressed_images` does.
+    """
+    images, fitted = regressed_images(seen, config, device)
+    return Candidates(images[None], torch.tensor([fitted.unexplained]))
+
+
+def regressed_images(seen: Observation, config: InversionConfig, device: str = "cpu") -> tuple[Tensor, Regression]:
+    """(images (batch, channels, height, width) in [0, 1], the regression that made them).
+
+    Raises ValueError without auxiliary images, for several local steps, for another loss than the cross-entropy, for a
+    model that does not end in a linear layer, and for a batch of more images than there are classes, whose features the
+    gradient does not determine.
+    """
+    least = max(2, seen.threat.batch_size)
+    if seen.auxiliary is None or len(seen.auxiliary) < least:
+        raise ValueError(f"Expected auxiliary={seen.threat.auxiliary} to be at least {least} images for a regression.")
+    if seen.local.steps > 1:
+        raise ValueError(f"Expected local_steps={seen.local.steps} to be 1 for a regression on features.")
+    inputs = isinstance(seen.targets, Sample) and bool(seen.targets.inputs)
+    if seen.task.loss is not None or seen.task.argument is not None or inputs:
+        raise ValueError("Expected the loss to be the cross-entropy of images' classes for a regression on features.")
+    fitted = _fitted(_Fit(seen, device))
+    images = fitted(_features_sent(seen, config, fitted.centre, device))
+    return images.view(-1, *seen.image_shape).cpu(), fitted
+
+
+def _features_sent(seen: Observation, config: InversionConfig, typical: Tensor, device: str) -> Tensor:
+    """What went into the last linear layer, (batch, features), as the decoded gradient G = D^T H of it has it, with
+    D = (p - y) / batch.
+
+    typical: (features,), of which the first guess at the probabilities p is made.
+    """
+    size, classes = seen.threat.batch_size, seen.classes
+    if size > classes:
+        raise ValueError(f"Expected batch_size={size} to be at most classes={classes} for a regression on features.")
+    name, layer = final_linear(seen.build_model(), seen.image_shape, classes)
+    names, (gradient, _) = list(seen.weights), decoded(seen, device)
+    weight = gradient[names.index(f"{name}.weight")].float()
+    sent_bias = f"{name}.bias" in seen.weights
+    if size == 1 and sent_bias:
+        # Exact without the probabilities, which the bias's gradient gives as they are.
+        slope = gradient[names.index(f"{name}.bias")].float()
+        return ((slope @ weight) / slope.square().sum().clamp_min(torch.finfo(slope.dtype).tiny))[None]
+    labels = labels_of(seen, config)
+    if labels is None:
+        raise ValueError("Expected labels that are known, or recovered beforehand, for a regression on features.")
+    wanted = torch.nn.functional.one_hot(labels.to(device), classes).to(weight)
+    w, b = layer.weight.detach().to(weight), None if layer.bias is None else layer.bias.detach().to(weight)
+    features = typical.to(weight).expand(size, -1)
+    # A trained model's features decide their probabilities, and these with the gradient the features: from a typical
+    # image's on, the two are found in turns.
+    for _ in range(FIXED_POINT):
+        errors = (nn.functional.linear(features, w, b).softmax(1) - wanted) / size
+        features, last = torch.linalg.pinv(errors.T, rtol=WEAKEST) @ weight, features
+        if bool((features - last).norm() <= 1e-6 * features.norm()):
+            break
+    return features
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """What a regression is of, as a key: equal models and equal auxiliary images have one."""
+
+    seen: Observation
+    device: str
+
+    def _key(self) -> str:
+        digest = hashlib.sha256(f"{self.device} {self.seen.threat.batch_norm} {self.seen.image_shape}".encode())
+        assert self.seen.auxiliary is not None
+        for tensor in (*self.seen.weights.values(), *self.seen.buffers.values(), self.seen.mean, self.seen.auxiliary):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fit) and self._key() == other._key()
+
+
+# The captures of a step share a model, and come in several calls: those that choose attacks and those that report.
+@lru_cache(maxsize=2)
+def _fitted(fit: _Fit) -> Regression:
+    seen = fit.seen
+    assert seen.auxiliary is not None
+    images, features = seen.auxiliary.flatten(1).to(fit.device), _features(seen, seen.auxiliary, fit.device)
+    return fit_regression(features, images)
+
+
+@torch.no_grad()
+def _features(seen: Observation, images: Tensor, device: str) -> Tensor:
+    """What goes into the last linear layer, (n, features), of images (n, channels, height, width) in [0, 1]: in batches
+    of the private one's size where batch norm mixes them."""
+    model = seen.build_model()
+    _, layer = final_linear(model, seen.image_shape, seen.classes)
+    found: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    model.to(device)
+    mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
+    size = seen.threat.batch_size if seen.threat.batch_norm == "train" else CHUNK
+    for batch in images[: len(images) // size * size].split(size) if size != CHUNK else images.split(CHUNK):
+        model(((batch - mean) / std).to(device))
+    handle.remove()
+    return torch.cat(found)
+
+
+def fit_regression(features: Tensor, images: Tensor) -> Regression:
+    """Ridge regression of images (n, pixels) on features (n, features), n at least 2, whose weight has the least error
+    by generalised cross-validation (Golub, Heath & Wahba 1979)."""
+    images = images[: len(features)]
+    centre, mean = features.mean(0), images.mean(0)
+    spread = features.std(0)
+    # A feature that (nearly) never varied tells nothing, and would be blown up if it once did.
+    scale = torch.where(spread > 1e-3 * spread.mean(), 1 / spread, torch.zeros_like(spread))
+    a, y = ((features - centre) * scale).double(), (images - mean).double()
+    u, s, rows = torch.linalg.svd(a, full_matrices=False)
+    turned, total, n = u.T @ y, float(y.square().sum()), len(a)
+    # One decomposition serves all weights: with filters f the residual is |y|^2 - sum (2 f - f^2) |u^T y|^2.
+    energy = turned.square().sum(1)
+    best, least = s * 0, float("inf")
+    for ridge in RIDGES:
+        kept = s.square() / (s.square() + ridge * float(s.square().sum()) / max(1, len(s)))
+        residual = max(0.0, total - float(((2 * kept - kept.square()) * energy).sum()))
+        # One degree of freedom more is the mean's.
+        freedom = max(1.0, n - 1 - float(kept.sum())) / n
+        error = residual / n / freedom**2
+        if error < least:
+            best, least = kept, error
+    inverse = torch.where(s > 0, best / s.clamp_min(torch.finfo(s.dtype).tiny), torch.zeros_like(s))
+    weight = rows.T @ (inverse[:, None] * turned)
+    return Regression(centre, scale, weight.float(), mean, least * n / total if total > 0 else 1.0)
