@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from raytrust.config import (
     TrainConfig,
     parse_defence,
 )
-from raytrust.config.attacks import NAMED, named_attack, through_local_steps, ways_through
+from raytrust.config.attacks import NAMED, PUBLISHED, named_attack, published_attacks, through_local_steps, ways_through
 from raytrust.config.parsing import syntax
 
 # Audited always, in this order. Methods whose paper has error feedback are audited with it; Top-K sends the bytes of
@@ -63,6 +63,9 @@ ATTACK_SPACE: Space = {
     "schedule": Choice(("steps", "cosine")),
     "restarts": Choice((1, 2)),
 }
+
+# Besides, where the threat grants images to learn from.
+AUXILIARY_SPACE: Space = {"start": Choice(("noise", "regression")), "denoise": Choice((0.0, 0.03, 0.06, 0.1))}
 
 #                 further attacks   tuning   evaluation   attack       training               captured
 #                 on each defence   images   images       iterations   steps batch   width    at steps
@@ -117,7 +120,8 @@ def _parser() -> cli.Parser:
     add("--attack-trials", type=int, metavar="N", help="further attacks that the search tries on each defence; with "
         "--resume, attacks the captures again")  # fmt: skip
     add("--attack", action="append", metavar="NAME", help="an attack that every defence meets, too: with --iterations, "
-        f"its own settings otherwise; repeatable; {', '.join(NAMED)}, or one that is registered")  # fmt: skip
+        f"its own settings otherwise; repeatable; {', '.join(NAMED)}, {PUBLISHED} for all of the field, or one that is "
+        "registered")  # fmt: skip
     add("--hours", type=float, metavar="H", help="begin no further trial after H hours; --resume goes on from there")
     add("--parallel", type=int, metavar="N", help="trials at once on a cluster that starts nodes for them")
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train and attack; auto: GPUs that torch can use")
@@ -172,8 +176,6 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
         attack_trials=options.attack_trials,
         bytes_objective=options.minimise_bytes,
     )
-    if sweep.attack_trials and not _attack_space(options, train):
-        raise ValueError(f"Expected attack_trials={sweep.attack_trials} to be 0: options set all that a search varies.")
     cli.check_cpus("workers", options.workers, options.address)
     from raytrust.data import load
     from raytrust.networks.build import check_network
@@ -183,7 +185,10 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, SweepConfig]:
     check_sizes(sweep.train, len(data.train_labels))
     auxiliary_images(sweep.train, data)  # there may be too few that are no copies of private ones
     check_network(sweep.train.model, data.train_images.shape[1:], data.classes)
-    return data, replace(sweep, portfolio=(*sweep.portfolio, *_further(options, sweep, data)))
+    sweep = replace(sweep, portfolio=(*sweep.portfolio, *_further(options, sweep, data)))
+    if sweep.attack_trials and not _attack_space(options, sweep):
+        raise ValueError(f"Expected attack_trials={sweep.attack_trials} to be 0: options set all that a search varies.")
+    return data, sweep
 
 
 def _portfolio(options: argparse.Namespace, train: TrainConfig) -> tuple[InversionConfig, ...]:
@@ -203,7 +208,12 @@ def _portfolio(options: argparse.Namespace, train: TrainConfig) -> tuple[Inversi
     own = {"iterations": options.iterations, "seed": options.seed}
     if train.local.steps > 1:
         own["through"] = strong.through if one_way else "gradient"
-    return (*attacks, *(replace(named_attack(name), **own) for name in options.attack or ()))
+    named = [a for name in options.attack or () for a in _named(name, train)]
+    return (*attacks, *(replace(attack, **own) for attack in named))
+
+
+def _named(name: str, train: TrainConfig) -> Sequence[InversionConfig]:
+    return published_attacks(train.threat) if name == PUBLISHED else (named_attack(name),)
 
 
 def _further(options: argparse.Namespace, sweep: SweepConfig, data: Any) -> tuple[InversionConfig, ...]:
@@ -219,7 +229,8 @@ def _further(options: argparse.Namespace, sweep: SweepConfig, data: Any) -> tupl
     network = build_model(model, data.channels, data.classes, seed=0)
     shape = tuple(data.train_images.shape[1:])
     found = further_attacks(sweep.portfolio, threat, network, shape, sweep.train.local, classes=data.classes)
-    return tuple(attack for attack in found if "bn" not in options.chosen or attack.bn == options.bn)
+    given = "bn" in options.chosen
+    return tuple(a for a in found if not given or a.method != "optimise" or a.bn == options.bn)
 
 
 def _batch(train: TrainConfig) -> tuple[int, bool]:
@@ -244,12 +255,15 @@ def _defence_space(train: TrainConfig, data: Any) -> Space:
     return DEFENCE_SPACE | DP_SGD_SPACE
 
 
-def _attack_space(options: argparse.Namespace, train: TrainConfig) -> Space:
+def _attack_space(options: argparse.Namespace, sweep: SweepConfig) -> Space:
+    train = sweep.train
     space: Space = {**ATTACK_SPACE, "capture_step": Choice(train.capture.steps)}
     if options.history:
         space["residual"] = Choice(("ignore", "avoid"))
     if train.local.steps > 1:
         space["through"] = Choice(ways_through(train.local, *_batch(train)))
+    if any(attack.method == "regression" for attack in sweep.portfolio):
+        space |= AUXILIARY_SPACE
     return {name: values for name, values in space.items() if name not in options.chosen}
 
 
@@ -261,7 +275,7 @@ def _run(options: argparse.Namespace, data: Any, sweep: SweepConfig, store: Any)
     given.pop("--plugin", None)  # it is among the words of the call
     rows = run_sweep(
         sweep,
-        Spaces(_defence_space(sweep.train, data), _attack_space(options, sweep.train)),
+        Spaces(_defence_space(sweep.train, data), _attack_space(options, sweep)),
         data,
         store,
         address=options.address,

@@ -101,9 +101,9 @@ def search_attacks(
     known, budget = {}, {}
     for run, train in runs.items():
         figures = store.attacks(train, "tuning")
-        known[run] = [({k: f["attack"][k] for k in space}, float(np.mean(f["ssim"]))) for f in figures]
         portfolio = sweep.portfolio_against(train.defence)
         attacks = [from_dict(InversionConfig, f["attack"]) for f in figures]
+        known[run] = lessons(sweep.portfolio[0], space, attacks, [float(np.mean(f["ssim"])) for f in figures])
         tried = sum(a not in portfolio and a.iterations == sweep.portfolio[0].iterations for a in attacks)
         budget[run] = max(0, sweep.attack_trials - tried)
     search = AttackSearch(space, budget, known, sweep.train.seed, TOGETHER, until)
@@ -120,6 +120,23 @@ def search_attacks(
         finish=partial(tell_of_attacks, listener),
     )
     run_trials("attacks", trainable, search, search.trials, max(parallel or 0, places(placement)), store, relay)
+
+
+def lessons(
+    base: InversionConfig, space: dict[str, Any], attacks: Sequence[InversionConfig], reached: Sequence[float]
+) -> list[tuple[Parameters, float]]:
+    """What a study starts from: the point of the space that each attack is, with what it reached.
+
+    base: what trials are made of. Attacks that differ from it in more than the space are no points of it: what they
+    reached says nothing of these.
+    """
+    # Of configs and not of what was stored, which leaves settings out that have their default.
+    points = [{name: getattr(attack, name) for name in space} for attack in attacks]
+    return [
+        (point, value)
+        for point, attack, value in zip(points, attacks, reached, strict=True)
+        if replace(base, **point) == attack
+    ]
 
 
 def tell_of_attacks(listener: Listener, key: str, result: Parameters) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeAlias
 from raytrust.config.compressors import DGCConfig, QSGDConfig, ScaledSignConfig, SignSGDConfig, VqSGDConfig
 from raytrust.config.defence import Defence
 from raytrust.config.register import ATTACKS, OBJECTIVES
-from raytrust.config.training import LocalConfig
+from raytrust.config.training import LocalConfig, Threat
 from raytrust.config.values import ADDED, expect, expect_choices
 
 Through: TypeAlias = Literal["steps", "surrogate", "gradient"]
@@ -332,6 +332,24 @@ def through_local_steps(
     first = searching[0].matching if searching else ""
     tried = [replace(a, through=w) for w in ways for a in searching if w != "gradient" or a.matching == first]
     return (*(attack for attack in attacks if attack.method != "optimise"), *tried)
+
+
+PUBLISHED = "published"
+
+
+def published_attacks(threat: Threat) -> tuple[InversionConfig, ...]:
+    """The attacks of the field by optimisation, as far as this threat tells them apart.
+
+    Where labels are known, iDLG is DLG; of a batch it finds none. The prior of GradInversion on batch-norm statistics
+    is left out unless the threat tells of these: an untrained model has none but initial ones.
+    """
+    names = ["geiping", "modern", "dlg", "gradinversion"]
+    if threat.labels == "unknown" and threat.batch_size == 1:
+        names.append("idlg")
+    found = {name: NAMED[name] for name in names}
+    if threat.batch_statistics == "unknown":
+        found["gradinversion"] = replace(GRAD_INVERSION, bn=0.0)
+    return tuple(found.values())
 
 
 def named_attack(name: str) -> InversionConfig:

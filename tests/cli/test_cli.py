@@ -416,6 +416,44 @@ def test_a_network_with_a_closed_form_meets_it_unasked(
         assert [a.objective for a in sweep.portfolio if a.method == "analytic"] == expected
 
 
+def test_images_that_the_threat_grants_are_learned_from_unasked(
+    script: ModuleType, begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
+) -> None:
+    for number, (arguments, expected) in enumerate(
+        (
+            (("--auxiliary", "20"), ["noise"] * 4 + ["noise"] + ["regression"] * 4),
+            (("--auxiliary", "20", "--private-batch", "11"), ["noise"] * 4),  # of ten classes
+            ((), ["noise"] * 4),
+        )
+    ):
+        options, sweep, _ = begin("--output", str(tmp_path / str(number)), "--image-size", "8", *arguments)
+        assert [a.start for a in sweep.portfolio] == expected
+        learns = "regression" in expected
+        assert [a.method for a in sweep.portfolio].count("regression") == learns
+        assert ("denoise" in script._attack_space(options, sweep)) == learns
+
+
+def test_all_attacks_of_the_field_are_tried_by_one_word(
+    begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
+) -> None:
+    _, sweep, _ = begin("--output", str(tmp_path / "a"), "--attack", "published", "--iterations", "7")
+    named = sweep.portfolio[4:]
+    assert [(a.optimiser, a.restarts) for a in named] == [("adam", 1), ("adam", 1), ("lbfgs", 1), ("adam", 8)]
+    assert {a.iterations for a in named} == {7}
+    assert all(a.bn == 0 for a in named)
+    _, sweep, _ = begin("--output", str(tmp_path / "b"), "--attack", "published", "--labels", "unknown")
+    assert [a.label_recovery for a in sweep.portfolio[4:]] == ["counts", "counts", "joint", "bias_sign", "idlg"]
+
+
+def test_an_attack_that_learns_is_refused_without_images_to_learn_from(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for number, arguments in enumerate((("--attack", "regression"), ("--start", "regression"), ("--denoise", "0.1"))):
+        with pytest.raises(SystemExit, match="2"):
+            script.main(["--output", str(tmp_path / str(number)), *arguments])
+        assert "Expected auxiliary=0 to be at least 2 for attack='" in capsys.readouterr().err
+
+
 def test_known_statistics_of_the_batch_are_used_unasked(
     begin: Callable[..., tuple[Namespace, SweepConfig, Path]], tmp_path: Path
 ) -> None:
@@ -434,7 +472,7 @@ def test_known_statistics_of_the_batch_are_used_unasked(
         _, sweep, _ = begin("--output", str(tmp_path / str(number)), *arguments)
         assert [a.objective for a in sweep.portfolio if a.bn > 0] == expected
     _, given, _ = begin("--output", str(tmp_path / "given"), *proxy, "--bn", "0.5")
-    assert [a.bn for a in given.portfolio] == [0.5] * 4
+    assert {a.bn for a in given.portfolio if a.method == "optimise"} == {0.5}
     assert (given.train.threat.batch_statistics, given.train.threat.auxiliary) == ("proxy", 8)
 
 

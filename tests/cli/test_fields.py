@@ -18,7 +18,7 @@ from toys import synthetic
 from raytrust.cli import options as cli
 from raytrust.cli.fields import Field, Fields, field_help
 from raytrust.cli.options import Parser
-from raytrust.config import Choice, InversionConfig, MembershipConfig, ModelConfig, TrainConfig
+from raytrust.config import Choice, InversionConfig, MembershipConfig, ModelConfig, SweepConfig, TrainConfig
 from raytrust.config.threats import ThreatMapConfig
 from raytrust.config.values import registry_of, type_hints
 from raytrust.studies.paper.plan import BUDGETS, Budget
@@ -226,7 +226,9 @@ def portfolio(*arguments: str) -> Any:
         FRONTIER._parser().parse_args(list(arguments)), FRONTIER.DEFAULTS, FRONTIER._with_preset
     )
     train = FRONTIER.TRAIN.make(vars(options), {"capture.steps": tuple(options.capture_steps)})
-    return FRONTIER._portfolio(options, train), FRONTIER._attack_space(options, train)
+    attacks = FRONTIER._portfolio(options, train)
+    sweep = SweepConfig(train=train, portfolio=attacks)
+    return attacks, FRONTIER._attack_space(options, sweep)
 
 
 def test_an_attack_option_sets_all_attacks_and_leaves_the_search_the_rest() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from ray.tune.search import Searcher
 
 from raytrust.cluster import searchers
 from raytrust.cluster.searchers import AttackSearch, DefenceSearch, sampled_defence
+from raytrust.cluster.searches import lessons
 from raytrust.config import (
     Defence,
     DGCConfig,
     DPSGDConfig,
+    InversionConfig,
     NoiseConfig,
     PowerSGDConfig,
     TopKConfig,
@@ -356,3 +359,16 @@ def test_the_search_moves_towards_what_worked() -> None:
     searcher = attack_search({"a": 10}, {"a": known})
     found = [searcher.suggest(f"{i}") for i in range(10)]
     assert sum(distance(f["settings"][0]["tv"]) for f in found if isinstance(f, dict)) / 10 < math.log(3)
+
+
+def test_a_study_learns_from_attacks_that_are_points_of_its_space_alone() -> None:
+    base = InversionConfig("naive", iterations=50)
+    space = {"objective": None, "tv": None, "start": None, "through": None}
+    aware, other = replace(base, objective="aware", tv=0.1, start="regression"), replace(base, iterations=60)
+    solved = replace(base, method="regression")
+    told = lessons(base, space, [base, aware, other, solved], [0.1, 0.2, 0.3, 0.4])
+    # Settings with their default are not stored, and must be known all the same.
+    assert told == [
+        ({"objective": "naive", "tv": 0.01, "start": "noise", "through": "steps"}, 0.1),
+        ({"objective": "aware", "tv": 0.1, "start": "regression", "through": "steps"}, 0.2),
+    ]
