@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,9 +77,11 @@ class Ours:
 
     name: str
     config: InversionConfig
+    auxiliary: int = 0  # images that it may learn from
 
     def settings(self, defence: Defence, iterations: int) -> dict[str, Any]:
-        return to_dict(replace(self.config, iterations=iterations).against(defence))
+        settings = to_dict(replace(self.config, iterations=iterations).against(defence))
+        return settings | ({"auxiliary": self.auxiliary} if self.config.learns else {})
 
     def attack(self, seen: Observation, iterations: int, seed: int, device: str) -> Callable[[], Tensor]:
         config = replace(self.config, iterations=iterations, seed=self.config.seed + seed).against(seen.defence)
@@ -252,6 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
     for defence in defences:
         captures = captures_of_test_images(data, images, ModelConfig(width=options.width), defence)
         floors[defence.name] = _floor(data, captures)
+        if options.auxiliary:
+            captures = [_granted(capture, data, options.auxiliary) for capture in captures]
         chosen = _applying(attackers, defence, captures[0].seen, notes)
         for iterations in options.iterations:
             chosen = [a for a in chosen if not _too_long(a, rows, defence, iterations, options.seconds, notes)]
@@ -260,6 +265,17 @@ def main(arguments: list[str] | None = None) -> int:
             _write(_compared(rows), floors, notes, attackers, options)
     print((options.output / "attackers.md").read_text(), end="")
     return 0
+
+
+def _granted(capture: Capture, data: Dataset, count: int) -> Capture:
+    """The capture under a threat that grants the first training images."""
+    seen, images = capture.seen, _images(data, count)
+    return replace(capture, seen=replace(seen, auxiliary=images, threat=replace(seen.threat, auxiliary=count)))
+
+
+@cache
+def _images(data: Dataset, count: int) -> Tensor:
+    return data.train_images[:count].float() / 255
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -274,6 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--first", type=int, default=0, metavar="INDEX", help=f"of the test images {default}")
     add("--iterations", type=int, nargs="+", default=[50, 100, 200, 400], metavar="N", help=default)
     add("--seconds", type=float, default=math.inf, help="an image at most, judged by fewer iterations, which are run")
+    add("--auxiliary", type=int, default=0, metavar="N", help="training images that ours may learn from, for settings "
+        "such as start=regression; learning, once for all images, is not timed")  # fmt: skip
     add("--width", type=int, default=64, help=f"of the ResNet-18 {default}")
     add("--restarts", type=int, default=1, help=f"of every attacker {default}")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help=f"of ours {default}")
@@ -291,7 +309,7 @@ def _checked(options: argparse.Namespace) -> tuple[Dataset, list[Defence], list[
     for name, given in (("defence", [d.name for d in defences]), ("iterations", options.iterations)):
         if len(set(given)) < len(given):
             raise ValueError(f"Expected {name}={given} to name each once.")
-    for name, least in (("images", 1), ("first", 0), ("width", 1), ("restarts", 1)):
+    for name, least in (("images", 1), ("first", 0), ("auxiliary", 0), ("width", 1), ("restarts", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"Expected {name}={getattr(options, name)} to be at least {least}.")
     if min(options.iterations) < 1 or not options.seconds > 0:
@@ -302,7 +320,12 @@ def _checked(options: argparse.Namespace) -> tuple[Dataset, list[Defence], list[
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"Expected device={options.device!r} to be available here.")
     options.iterations.sort()
-    return data, defences, _attackers(options)
+    if options.auxiliary > len(data.train_labels):
+        raise ValueError(f"Expected auxiliary={options.auxiliary} to be at most {len(data.train_labels)}.")
+    attackers = _attackers(options)
+    if learning := [a.name for a in attackers if isinstance(a, Ours) and a.config.learns and options.auxiliary < 2]:
+        raise ValueError(f"Expected auxiliary={options.auxiliary} to be at least 2 for {learning[0]}.")
+    return data, defences, attackers
 
 
 def _attackers(options: argparse.Namespace) -> list[Attacker]:
@@ -312,7 +335,7 @@ def _attackers(options: argparse.Namespace) -> list[Attacker]:
     known: list[Attacker] = [
         Ours("ours", ours),
         Ours("ours naive", replace(ours, objective="naive")),
-        *(_parse_ours(text, ours) for text in options.ours),
+        *(replace(_parse_ours(text, ours), auxiliary=options.auxiliary) for text in options.ours),
         Textbook("textbook", textbook_config),
     ]
     peers = [Peer(name, name, restarts=options.restarts) for name in ("modern", "invertinggradients")]

@@ -130,6 +130,11 @@ class InversionConfig:
                 name += f" {text}" if isinstance(value, str) and setting.name != "start" else f" {setting.name}={text}"
         return name
 
+    @property
+    def learns(self) -> bool:
+        """Whether it takes auxiliary images to learn from."""
+        return "regression" in (self.method, self.start) or self.denoise > 0
+
     def passes(self, local: LocalConfig) -> int:
         """Passes through the network there and back, of one batch that was sent after such local steps."""
         return self.iterations * self.restarts * (local.steps if self.through == "steps" else 1)

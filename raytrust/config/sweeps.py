@@ -43,9 +43,8 @@ class SweepConfig:
             # Refused here, as the attack would else find no messages once training, which takes minutes, is over.
             steps = self.train.capture.steps
             expect(attack.capture_step in steps, "capture_step", attack.capture_step, f"to be a captured step {steps}")
-            granted = self.train.threat.auxiliary
-            learns = attack.method == "regression" or attack.start == "regression" or attack.denoise > 0
-            expect(granted >= 2 or not learns, "auxiliary", granted, f"to be at least 2 for attack={attack.name!r}")
+            granted, least = self.train.threat.auxiliary, f"to be at least 2 for attack={attack.name!r}"
+            expect(granted >= 2 or not attack.learns, "auxiliary", granted, least)
 
     def portfolio_against(self, defence: Defence) -> list[InversionConfig]:
         """The attacks of the portfolio as they apply to a defence, each once."""

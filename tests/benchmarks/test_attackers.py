@@ -275,3 +275,17 @@ def test_breaching_runs_beside_ours(
     assert [row[1] for row in table(printed)[5:]] == names
     assert run("--peer", "y: nothing") == 2
     assert run("--peer", "y: modern nothing=3") == 2
+
+
+def test_ours_may_learn_from_images_that_the_threat_grants(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learned = ("--ours", "own: start=regression", "--attacker", "ours", "own", "--iterations", "2", "--defence", "none")
+    assert run(*learned) == 2
+    assert "Expected auxiliary=0 to be at least 2 for own." in capsys.readouterr().err
+    assert run(*learned, "--auxiliary", "9") == 2
+    assert "Expected auxiliary=9 to be at most 8." in capsys.readouterr().err
+    assert run(*learned, "--auxiliary", "8") == 0
+    rows = json.loads((tmp_path / "out" / "attackers.json").read_text())["rows"]
+    assert {row["attacker"] for row in rows} == {"ours", "own"}
+    assert rows[0]["ssim"] != rows[1]["ssim"]
