@@ -66,7 +66,7 @@ WARM_UP = 2  # iterations
 REFERENCES = 99  # of other images, whose mean is what is reached without any attack
 # Okabe and Ito's, with a form each, for those who don't see them apart.
 COLOURS = ("#0072B2", "#56B4E9", "#6E6E6E", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000")
-MARKERS = "osD^v<>P"
+MARKERS = "osD^v<>PX"  # one more, so that what has a colour again has another form
 
 
 @dataclass(frozen=True)
@@ -557,6 +557,10 @@ def draw(rows: Sequence[Row], floors: dict[str, float], names: Sequence[str], la
             line = [row for row in rows if (row.defence, row.attacker) == (defence, name)]
             if line:
                 ends.append((name, *_draw_line(ax, line, j)))
+        # An interval of few images is longer than all that is to be seen: it is cut off.
+        reached = [floor, *(float(np.mean(row.ssim)) for row in rows if row.defence == defence)]
+        margin = 0.03 + 0.4 * (max(reached) - min(reached))
+        ax.set_ylim(min(reached) - margin, max(reached) + margin)
         _label(ax, ends, 0.16 / high)
     fig.text((left + width / 2) / 5, 0.1 / height, label, fontsize=10, ha="center")
     return fig
@@ -588,7 +592,6 @@ def _draw_line(ax: Axes, rows: Sequence[Row], number: int) -> tuple[float, float
 def _label(ax: Axes, ends: Sequence[tuple[str, float, float, str]], gap: float) -> None:
     """Names beside the panel, each at the height of its line's end, or as near as it does not cover another."""
     low, high = ax.get_ylim()
-    ax.set_ylim(low, high)
     order = sorted(ends, key=lambda end: end[2])
     heights, steps = np.array([(end[2] - low) / (high - low) for end in order]), gap * np.arange(len(order))
     # The least shifts by which they keep their order and this distance are an isotonic regression.
