@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED
 from raytrust.reports.frontier_figure import STYLES
 from raytrust.reports.html import file_uri, render
-from raytrust.reports.text import Lines
+from raytrust.reports.text import Lines, counted
 from raytrust.studies.frontier.row import leakage
 from raytrust.studies.frontier.verdicts import control_works
 from raytrust.studies.threats.study import Mapped
@@ -25,14 +25,17 @@ NO_CONTROL = "the attack fails without a defence"
 def headline(mapped: Sequence[Mapped]) -> str:
     """In how many threats the attack works without a defence, and of these how many cells leak, resist and are open."""
     works = [m for m in mapped if control_works(m.rows)]
-    text = f"Of {len(mapped)} threats, the attack works without a defence in {len(works)}"
+    text = f"Of {counted(len(mapped), 'threat')}, the attack works without a defence in {len(works)}"
+    if not works:
+        return f"{text}; nothing can be said about any defence, but that what leaks, leaks."
+    # The control fails only where it is too weak to judge by, and may leak all the same.
+    rest = "" if len(works) == len(mapped) else " In the others nothing can be said, but that what leaks, leaks."
     verdicts = [r["verdict"] for m in works for r in m.rows[1:] if r["status"] == "finished"]
     if not verdicts:
-        return text + "; in the others nothing can be said about any defence."
+        return f"{text}.{rest}"
     counts = [verdicts.count(v) for v in (LEAKS, RESISTS, UNDECIDED)]
     words = f"{counts[0]} leak, {counts[1]} resist the attacks tried, {counts[2]} are undecided"
-    rest = "" if len(works) == len(mapped) else " In the other threats nothing can be said, but that what leaks, leaks."
-    return f"{text}; of {len(verdicts)} defences there, {words}.{rest}"
+    return f"{text}; of {counted(len(verdicts), 'cell')} there, {words}.{rest}"
 
 
 def map_table(mapped: Sequence[Mapped]) -> Lines:
@@ -45,9 +48,19 @@ def map_table(mapped: Sequence[Mapped]) -> Lines:
 def _cell(row: Any) -> str:
     if row["status"] == "failed":
         return f"no result: {row['reason']}"
-    identified = f", {row['identified']}/{row['n_images']} identified" if row.get("identified") is not None else ""
+    identified = (
+        f", {row['identified']} of {row['n_images']} identified{_by_chance(row)}"
+        if row.get("identified") is not None
+        else ""
+    )
     floor = "" if row.get("floor_ssim") is None else f", floor {row['floor_ssim']:.2f}"
     return f"{row['verdict']}: {leakage(row)}{floor}{identified}"
+
+
+def _by_chance(row: Any) -> str:
+    """How many guessing identifies, for which 13 of 64 may be few and 2 of 4 many."""
+    candidates = row.get("candidates") or 1
+    return "" if candidates < 2 else f" (by chance {row['n_images'] / candidates:.2g})"
 
 
 def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
