@@ -115,7 +115,7 @@ def _words(rows: Sequence[Row], title: str, alarm: bool) -> list[tuple[str, floa
 
 
 def _name(row: Row) -> str:
-    """Before a line of the figure, in up to three lines of text; what is in brackets, the bytes on the same line say."""
+    """Before a line of the figure, in up to three lines; what is in brackets, the bytes on the same line say."""
     # A method keeps its number, and a plus what it adds: "clip 1" and "+ EF" are not torn apart.
     text = re.sub(
         r"(?<=[a-z]) (?=[\d%])|(?<=\d) (?=%)|(?<= \+) ", "\N{NO-BREAK SPACE}", re.sub(r" \([^)]*\)", "", row["name"])

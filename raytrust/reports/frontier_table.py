@@ -125,6 +125,6 @@ def provenance(finished: Sequence[Row]) -> str:
     accuracy = f"Accuracy: test images, n = {tests}; training seeds: {seeds}. " * any("accuracy" in r for r in finished)
     return (
         f"{accuracy}Leakage: mean SSIM (1 = exact copy) to the private images, n = {images}, under the strongest of "
-        f"{counted(tried, 'attack')}.{history * bool(steps)}{floor} 95 % intervals: {'Wilson, ' * bool(accuracy)}bootstrap over "
-        f"images{' (none where n = 1)' * missing}."
+        f"{counted(tried, 'attack')}.{history * bool(steps)}{floor} 95 % intervals: {'Wilson, ' * bool(accuracy)}"
+        f"bootstrap over images{' (none where n = 1)' * missing}."
     )

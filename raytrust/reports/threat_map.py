@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ def headline(mapped: Sequence[Mapped]) -> str:
     if not verdicts:
         return f"{text}.{rest}"
     counts = [verdicts.count(v) for v in (LEAKS, RESISTS, UNDECIDED)]
-    words = f"{counts[0]} leak, {counts[1]} resist the attacks tried, {counts[2]} are undecided"
+    leak, resist = (f"{n} {verb}{'s' * (n == 1)}" for n, verb in zip(counts, ("leak", "resist"), strict=False))
+    words = f"{leak}, {resist} the attacks tried, {counts[2]} undecided"
     return f"{text}; of {counted(len(verdicts), 'cell')} there, {words}.{rest}"
 
 
@@ -65,8 +67,13 @@ def _by_chance(row: Any) -> str:
 
 def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
     """A square for each threat and defence, coloured by verdict, with the leakage and the images identified in it."""
-    names = [row["name"] for row in mapped[0].rows]
-    figure = Figure(figsize=(2.8 + 1.15 * len(names), 2.3 + 0.44 * len(mapped)), layout="constrained")
+    # Wrapped and not turned: turned ones are hard to read, and leave the picture at its right.
+    names = [textwrap.fill(_with_number(row["name"]), 13) for row in mapped[0].rows]
+    labels = [m.cell.short for m in mapped]
+    # Inches. Letters of 9 points are about 0.075 wide; the legend takes 5.4 however few columns there are.
+    width = max(5.4, 0.3 + 0.075 * max(map(len, labels)) + 1.15 * len(names))
+    height = 1.5 + 0.16 * max(name.count("\n") + 1 for name in names) + 0.44 * max(len(mapped), 1.5)
+    figure = Figure(figsize=(width, height), layout="constrained")
     ax = figure.subplots()
     for y, m in enumerate(mapped):
         works = control_works(m.rows)
@@ -90,10 +97,9 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
                 ax.text(x + 0.5, y + 0.74, count, ha="center", va="center", fontsize=6.5, color=ink)
     ax.set_xlim(0, len(names))
     ax.set_ylim(len(mapped), 0)
-    # Wrapped and not turned: turned ones are hard to read, and leave the picture at its right.
-    ax.set_xticks(np.arange(len(names)) + 0.5, [textwrap.fill(name, 13) for name in names], fontsize=9)
+    ax.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=9)
     ax.xaxis.tick_top()
-    ax.set_yticks(np.arange(len(mapped)) + 0.5, [m.cell.short for m in mapped], fontsize=9)
+    ax.set_yticks(np.arange(len(mapped)) + 0.5, labels, fontsize=9)
     ax.tick_params(length=0)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -105,6 +111,11 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
     )  # fmt: skip
     figure.legend(handles=entries, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _with_number(name: str) -> str:
+    """The name, of which a line ends before "rank 4" and not within it."""
+    return re.sub(r"(?<=[a-z]) (?=\d)", "\N{NO-BREAK SPACE}", name)
 
 
 def map_page(mapped: Sequence[Mapped], setting: str, picture: Path, settings: Mapping[str, Mapping[str, Any]]) -> str:

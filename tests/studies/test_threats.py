@@ -157,7 +157,9 @@ def test_the_headline_counts_threats_in_which_the_attack_works(mapped: list[Mapp
     cell = mapped[0]
     found = [row | {"control": True, "verdict": verdict} for row, verdict in zip(cell.rows, VERDICTS, strict=True)]
     text = headline([Mapped(cell.cell, found), *mapped[1:]])  # type: ignore[arg-type]
-    assert text.startswith("Of 16 threats, the attack works without a defence in 1; of 2 cells there, 0 leak, 1 resist")
+    assert text.startswith(
+        "Of 16 threats, the attack works without a defence in 1; of 2 cells there, 0 leak, 1 resists "
+    )
     assert text.endswith("In the others nothing can be said, but that what leaks, leaks.")
     alone = headline([Mapped(cell.cell, found)])  # type: ignore[arg-type]
     assert alone.startswith("Of 1 threat, the attack works without a defence in 1; of 2 cells there, ")
