@@ -26,6 +26,7 @@ def build(channels, classes, width=4):
     body = nn.Sequential(nn.Conv2d(channels, width, 3, stride=2), nn.Tanh(), nn.Flatten())
     return nn.Sequential(body, nn.Linear(9 * width, classes))
 """
+CONSOLE = "import sys; sys.path.remove(''); from raytrust.__main__ import main; sys.exit(main())"
 
 
 def build() -> nn.Module:
@@ -38,7 +39,7 @@ def build() -> nn.Module:
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         # As the console program has its path: without the current folder.
-        [sys.executable, "-P", "-m", "raytrust", *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", CONSOLE, *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
 
