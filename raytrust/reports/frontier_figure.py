@@ -95,8 +95,8 @@ def draw_frontier(rows: Sequence[Row], title: str) -> Figure:
         _draw(panels, list(zip(places, names, finished, strict=True)), starkest(rows) if works else None)
         place = (0.1 / _WIDTH, (below - 0.62) / height)
         fig.legend(
-            handles=legend, ncols=3, frameon=False, fontsize=11, borderaxespad=0, columnspacing=1.2, loc="upper left",
-            bbox_to_anchor=place,
+            handles=legend, ncols=3, frameon=False, fontsize=11, borderaxespad=0, columnspacing=1.5, handlelength=1.0,
+            handletextpad=0.6, loc="upper left", bbox_to_anchor=place,
         )  # fmt: skip
     return fig
 
@@ -120,7 +120,7 @@ def _name(row: Row) -> str:
     text = re.sub(
         r"(?<=[a-z]) (?=[\d%])|(?<=\d) (?=%)|(?<= \+) ", "\N{NO-BREAK SPACE}", re.sub(r" \([^)]*\)", "", row["name"])
     )
-    lines = textwrap.wrap(text, _LETTERS, break_on_hyphens=False)
+    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(text, _LETTERS, break_on_hyphens=False)]
     # Two defences often differ at the end of their names alone, which is therefore cut last.
     return "\n".join([*lines[:2], *([f"{lines[2]}..."] if len(lines) > 3 else lines[2:])])
 

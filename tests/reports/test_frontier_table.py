@@ -152,7 +152,7 @@ def test_the_caption_and_the_attack_say_what_history_was_used():
 def test_an_attack_that_solves_for_the_image_shows_no_setting_of_an_optimiser():
     attack = {"objective": "naive", "method": "analytic", "tv": 0.0, "step_size": 0.1, "restarts": 1, "capture_step": 0}
     assert report.attack_text(attack) == "naive analytic s=0"
-    assert report.attack_text(attack | {"method": "mine"}) == "naive mine tv=0.0 lr=0.1 r=1 s=0"
+    assert report.attack_text(attack | {"method": "mine"}) == "naive mine tv=0 lr=0.1 r=1 s=0"
 
 
 def test_one_attack_is_no_plural():
