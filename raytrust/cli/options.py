@@ -29,8 +29,8 @@ STARTED = time.monotonic()
 CONSOLE = "raytrust "
 # What the help says of a number of local steps besides its own line.
 BEYOND = (
-    f"any number: the attacker simulates up to {MOST_SIMULATED}; more it does not, and takes a surrogate or a single "
-    "gradient in their place"
+    f"any number; the attacker simulates up to {MOST_SIMULATED}, and of more takes a surrogate or a single gradient in "
+    "their place"
 )
 NAMED_DATA = ("digits", "faces", "cifar10", "cifar100", "mnist")
 
