@@ -73,7 +73,7 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
     # Inches. Letters of 9 points are about 0.075 wide; the legend takes 5.4 however few columns there are.
     width = max(5.4, 0.3 + 0.075 * max(map(len, labels)) + 1.15 * len(names))
     height = 1.5 + 0.16 * max(name.count("\n") + 1 for name in names) + 0.44 * max(len(mapped), 1.5)
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     ax = figure.subplots()
     for y, m in enumerate(mapped):
         works = control_works(m.rows)
@@ -110,7 +110,7 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
         fontsize=10, x=0.02, ha="left",
     )  # fmt: skip
     figure.legend(handles=entries, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 def _with_number(name: str) -> str:
