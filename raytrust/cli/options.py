@@ -147,12 +147,7 @@ class Directory:
         with parser.refusing():
             options, root = self.resolve(given, defaults, new)
             named = _modules_named(vars(given))
-            # As `python -m` would have it, where a console program has its own folder; last, so that what lies here by
-            # chance hides no installed package; and only for one who names a module. Ray's and the training processes
-            # take the path over.
-            modules = [*named, *(plugin for plugin in options.plugin if not plugin.endswith(".py"))]
-            if modules and os.getcwd() not in sys.path:
-                sys.path.append(os.getcwd())
+            _look_here([*named, *(plugin for plugin in options.plugin if not plugin.endswith(".py"))])
             load_plugins(options.plugin)
             _check_found(named)
             load_plugins(sorted(named))
@@ -217,6 +212,16 @@ def _modules_named(given: dict[str, Any]) -> dict[str, str]:
     options = {name: str(given.get(name)) for name in ("network", "matching", "method")}
     found = {module_of(path): f"{name}={path!r}" for name, path in options.items()}
     return {module: option for module, option in found.items() if module not in (None, "torchvision")}
+
+
+def _look_here(modules: Sequence[str]) -> None:
+    """Let modules that are not found be looked for in the current folder, too, as `python -m` would."""
+    if not all(map(_is_found, modules)):
+        here = os.getcwd()
+        # Last, so that what lies here by chance hides no installed package; and of processes that are started later, as
+        # Ray's, which import plugins before they are told of this one's path.
+        sys.path.append(here)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
 
 
 def _check_found(named: dict[str, str]) -> None:

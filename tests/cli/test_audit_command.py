@@ -14,7 +14,7 @@ from sweep_fixtures import save_images
 from torch import nn
 
 from raytrust.__main__ import _of_audit
-from raytrust.cli.options import PLACES, Directory
+from raytrust.cli.options import PLACES, Directory, _check_found, _look_here
 from raytrust.networks.checkpoint import identified, load_checkpoint
 from raytrust.studies.frontier.row import load_rows
 
@@ -137,3 +137,19 @@ def test_an_audit_lies_in_a_directory_of_its_name(monkeypatch: pytest.MonkeyPatc
     assert directory("raytrust audit").startswith("audit-")
     assert directory("raytrust frontier").startswith("privacy_frontier-")
     assert directory("sweeps/privacy_frontier.py").startswith("privacy_frontier-")
+
+
+def test_what_lies_here_is_found_where_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lying_here.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setenv("PYTHONPATH", "before")
+    before = list(sys.path)
+    _look_here(["json", "torch.nn"])
+    assert sys.path == before
+    _look_here(["lying_here"])
+    assert sys.path == [*before, str(tmp_path)]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == ["before", str(tmp_path)]
+    _check_found({"lying_here": "network='lying_here:build'"})
+    with pytest.raises(ValueError, match=r"there is no lying\.there in the current folder"):
+        _check_found({"lying.there": "network='lying.there:build'"})
