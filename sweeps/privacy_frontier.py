@@ -87,6 +87,7 @@ TRAIN = Fields(
            "capture.steps": "capture_steps", "capture.evaluation": "images", "local.steps": "local_steps",
            "local.learning_rate": "local_learning_rate", "local.batch_size": "local_batch_size"},
     without={"defence": "--defence lists them"},
+    notes={"local.steps": cli.BEYOND},
 )  # fmt: skip
 ATTACK = Fields(InversionConfig, "attacks", names={}, without={"seed": "--seed is of everything"})
 
@@ -127,7 +128,7 @@ def _parser() -> cli.Parser:
     add("--device", choices=["auto", "cpu", "cuda"], help="where to train and attack; auto: GPUs that torch can use")
     parser.add_places("sweep")
     shown = by_preset({**DEFAULTS, "objective": "both", "matching": "cosine and tensors"}, PRESETS)
-    TRAIN.add_to(parser, shown, also={"network": "model"})
+    TRAIN.add_to(parser, shown, also={"network": "model", "images": "evaluation"})
     ATTACK.add_to(parser, shown)
     return parser
 

@@ -73,6 +73,7 @@ MAP = Fields(
         "train.threat.history": "there are no steps before",
         "train.local.steps": "--local-steps",
     },
+    notes={"local_steps": cli.BEYOND},
 )
 DEFAULTS: dict[str, Any] = {
     **MAP.values(ThreatMapConfig()),
@@ -98,7 +99,7 @@ def _parser() -> cli.Parser:
     add("--cpus", type=int, metavar="N", help="jobs at once, on a Ray of its own; default: all CPUs")
     add("--hours", type=float, metavar="H", help="begin no further job after H hours; --resume goes on from there")
     parser.add_places("map")
-    MAP.add_to(parser, by_preset(DEFAULTS, PRESETS))
+    MAP.add_to(parser, by_preset(DEFAULTS, PRESETS), also={"evaluation": "images"})
     return parser
 
 

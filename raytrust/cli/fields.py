@@ -34,12 +34,20 @@ class Fields:
 
     kind: its dataclass. title: of the group of its own fields; that of a nested one bears its name. names: of options
     that are called otherwise than their field, by its path. without: by path, fields that are no options, and why.
+    notes: by path, what the help adds to the field's own.
     """
 
-    def __init__(self, kind: type, title: str, names: Mapping[str, str], without: Mapping[str, str]):
-        self.kind, self.without, self._title, self._names = kind, without, title, names
+    def __init__(
+        self,
+        kind: type,
+        title: str,
+        names: Mapping[str, str],
+        without: Mapping[str, str],
+        notes: Mapping[str, str] | None = None,
+    ):
+        self.kind, self.without, self._title, self._names, self._notes = kind, without, title, names, notes or {}
         every = tuple(_leaves(kind, "", names))
-        for path in (*names, *without):
+        for path in (*names, *without, *self._notes):
             # A field that is renamed would else become an option again that nobody knows.
             if not any(_is_at(field.path, path) for field in every):
                 raise ValueError(f"Expected {path!r} to be a field of {kind.__name__}.")
@@ -57,7 +65,8 @@ class Fields:
             if node not in groups:
                 groups[node] = parser.add_argument_group(node.rpartition(".")[2] or self._title)
             # argparse formats help with "%", of which there may be one in a docstring.
-            text = f"{field.help} (default: {_shown(defaults[field.name])})".replace("%", "%%")
+            said = "; ".join([field.help, *([self._notes[field.path]] if field.path in self._notes else [])])
+            text = f"{said} (default: {_shown(defaults[field.name])})".replace("%", "%%")
             flags = [f"--{name.replace('_', '-')}" for name in (field.name, (also or {}).get(field.name)) if name]
             groups[node].add_argument(*flags, help=text, **_argument(field.hint))
 

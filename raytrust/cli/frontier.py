@@ -24,13 +24,14 @@ from raytrust.reports.frontier_log import SweepLog
 from raytrust.reports.frontier_report import FILES, Call, write_report
 from raytrust.reports.frontier_table import frontier_table
 from raytrust.reports.summary import summary_lines
+from raytrust.reports.text import counted
 from raytrust.reports.tracking_uri import database_path, default_uri, show_command
 from raytrust.reports.versions import versions
 from raytrust.studies.evaluate import DISTRACTORS
 from raytrust.studies.frontier.audit import audit_here
 from raytrust.studies.frontier.meter import Meter
 from raytrust.studies.frontier.plan import ByDefence, evaluation_bundles, totals
-from raytrust.studies.frontier.progress import FrontierProgress
+from raytrust.studies.frontier.progress import WORDS, FrontierProgress
 from raytrust.studies.frontier.row import Row
 from raytrust.studies.frontier.rows import audited_defences, finalists, row, trained_defences
 from raytrust.studies.frontier.store import Store
@@ -81,6 +82,13 @@ def run_sweep(
     return rows
 
 
+class _AuditProgress(FrontierProgress):
+    """Of a sweep that trains nothing."""
+
+    def counted(self, phase: str) -> str:
+        return super().counted(phase).replace(WORDS["defences"], "defences captured")
+
+
 class _Run:
     """One call of `run_sweep`."""
 
@@ -102,7 +110,8 @@ class _Run:
         # An evaluation runs two attacks, the best naive one and the best aware one, on the evaluation images; a trial
         # runs one, on the tuning images.
         cost = 2 * sweep.train.capture.evaluation / sweep.train.capture.tuning
-        self.progress = FrontierProgress(totals(sweep, store), parallel=cpus, evaluation_cost=cost)
+        kind = FrontierProgress if sweep.train.steps > 0 else _AuditProgress
+        self.progress = kind(totals(sweep, store), parallel=cpus, evaluation_cost=cost)
 
     def all(self, address: str | None, device: Device, spread: bool) -> list[Row]:
         """Search, evaluate and report; returns the rows."""
@@ -113,7 +122,8 @@ class _Run:
         store.keep_references(data.test_images[others])
         for line in data.summary().splitlines():
             say(line)
-        say(f"{sweep.trials} defences, {sweep.train.model.title}, {sweep.train.workers} workers")
+        defences, workers = counted(sweep.trials, "defence"), counted(sweep.train.workers, "worker")
+        say(f"{defences}, {sweep.train.model.title}, {workers}{'; nothing is trained' * (sweep.train.steps == 0)}")
         # A store that is there may refuse, and must before a cluster starts; a new one is made while that starts.
         log = SweepLog(sweep, store, data, self._uri, say) if _is_there(self._uri) or not spread else None
         if not spread:

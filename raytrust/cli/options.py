@@ -13,10 +13,12 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from raytrust.cluster.interrupts import Terminated, exit_code, raising
+from raytrust.config.attacks import MOST_SIMULATED
 from raytrust.config.register import PLUGINS, active_plugins, load_plugins, module_of
 from raytrust.config.training import WIDTHS
 from raytrust.reports import tracking_uri
@@ -25,6 +27,11 @@ from raytrust.reports import tracking_uri
 STARTED = time.monotonic()
 # How the console program begins `sys.argv`, which is where errors and the command that resumes have the program's name.
 CONSOLE = "raytrust "
+# What the help says of a number of local steps besides its own line.
+BEYOND = (
+    f"any number; the attacker simulates up to {MOST_SIMULATED}, and of more takes a surrogate or a single gradient in "
+    "their place"
+)
 NAMED_DATA = ("digits", "faces", "cifar10", "cifar100", "mnist")
 
 
@@ -93,7 +100,9 @@ class Directory:
             options = new(options)
         options = {**defaults, **options}
         options["chosen"] = sorted({*options["chosen"], *vars(given)})
-        default = Path("results") / time.strftime(f"{self.program}-%Y%m%d-%H%M%S")
+        # `raytrust audit` is the sweep's program, and what it leaves is looked for under its own name.
+        name = "audit" if command(self.program) == f"{CONSOLE}audit" else self.program
+        default = Path("results") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
         root = (resume or options["output"] or default).resolve()
         return Namespace(**{**options, "tracking_uri": _tracking_uri(options["tracking_uri"], root)}), root
 
@@ -137,9 +146,11 @@ class Directory:
         given = parser.parse_args(arguments)
         with parser.refusing():
             options, root = self.resolve(given, defaults, new)
-            # Who names a function on the command line has it imported; a directory that names one has not.
-            named = {module_of(str(vars(given).get(name))) for name in ("network", "matching", "method")}
-            load_plugins([*options.plugin, *sorted(module for module in named if module not in (None, "torchvision"))])
+            named = _modules_named(vars(given))
+            _look_here([*named, *(plugin for plugin in options.plugin if not plugin.endswith(".py"))])
+            load_plugins(options.plugin)
+            _check_found(named)
+            load_plugins(sorted(named))
             self.check_free(root, options)
             work = begin(options, root)
         return self.run(root, options, work)
@@ -191,6 +202,47 @@ def _leave_no_core_files() -> None:
 
 def _what_ended(interrupt: KeyboardInterrupt) -> str:
     return f"Ended by {interrupt}" if isinstance(interrupt, Terminated) else "Interrupted"
+
+
+def _modules_named(given: dict[str, Any]) -> dict[str, str]:
+    """The modules of the import paths among these options, each with the option, as "network='my.models:build'".
+
+    Who names a function on the command line has it imported; a directory that names one has not.
+    """
+    options = {name: str(given.get(name)) for name in ("network", "matching", "method")}
+    found = {module_of(path): f"{name}={path!r}" for name, path in options.items()}
+    return {module: option for module, option in found.items() if module not in (None, "torchvision")}
+
+
+def _look_here(modules: Sequence[str]) -> None:
+    """Let modules that are not found be looked for in the current folder, too, as `python -m` would."""
+    if not all(map(_is_found, modules)):
+        here = os.getcwd()
+        # Last, so that what lies here by chance hides no installed package; and of processes that are started later, as
+        # Ray's, which import plugins before they are told of this one's path.
+        sys.path.append(here)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), here]))
+
+
+def _check_found(named: dict[str, str]) -> None:
+    """Raises ValueError, with what to do, for a module that is nowhere."""
+    for module, option in named.items():
+        if not _is_found(module):
+            raise ValueError(
+                f"Expected {option} to be of a module that can be imported, but there is no {module} in the current "
+                "folder or the environment: run it where it lies, set PYTHONPATH, or give --plugin FILE.py."
+            )
+
+
+def _is_found(module: str) -> bool:
+    parent = module.rpartition(".")[0]
+    if parent and not _is_found(parent):
+        return False
+    try:
+        return find_spec(module) is not None
+    # To look into a package imports it: what fails in there is said where the module is loaded.
+    except Exception:
+        return True
 
 
 def _say(text: str, file: TextIO) -> None:

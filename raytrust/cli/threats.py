@@ -15,6 +15,7 @@ from raytrust.jobs.files import write_file, write_json
 from raytrust.jobs.store import claim
 from raytrust.reports.mlflow import Tracker
 from raytrust.reports.outbox import Outbox
+from raytrust.reports.text import counted
 from raytrust.reports.threat_map import draw_map, headline, map_page
 from raytrust.reports.versions import versions
 from raytrust.studies.evaluate import DISTRACTORS
@@ -100,5 +101,5 @@ class _Threats(Program[ThreatStudy]):
         capture = config.train.capture
         return (
             f"{self._data.name}: {config.train.model.title}{accuracy}; {capture.evaluation} private batches a threat, "
-            f"attacks chosen on {capture.tuning} others; seed {config.train.seed}."
+            f"attacks chosen on {counted(capture.tuning, 'other')}; seed {config.train.seed}."
         )

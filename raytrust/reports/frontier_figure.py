@@ -37,7 +37,9 @@ STYLES = {  # verdict: colour, marker, name in the legend
 ALARM = "#a3002b"
 _NAIVE = "0.45"
 # Inches, that are 1400 pixels across and legible when shrunk to the 400 of a phone. Both panels: left end and width.
-_WIDTH, _DPI, _LEAKAGE, _ACCURACY, _ALONE, _LINE = 8.0, 175, (2.2, 2.9), (5.3, 1.0), (2.2, 4.7), 0.33
+# The gap between them is that of the numbers at their ends.
+_WIDTH, _DPI, _LEAKAGE, _ACCURACY, _ALONE, _LINE = 8.0, 175, (2.25, 2.7), (5.35, 0.95), (2.25, 4.65), 0.33
+_LETTERS, _NOTE = 24, 122  # in a line of a name, and of a note
 
 
 def frontier_figure(
@@ -61,13 +63,15 @@ def draw_frontier(rows: Sequence[Row], title: str) -> Figure:
     finished, failed = split(rows)
     works = control_works(rows)
     words = _words(rows, title, bool(finished) and not works)
-    notes = textwrap.wrap(provenance(finished), 128)
+    notes = textwrap.wrap(provenance(finished), _NOTE)
     if failed:
         reasons = [textwrap.shorten(f"{r['name']} ({reason_of(r)}", 90, placeholder=" ...") + ")" for r in failed]
-        notes += textwrap.wrap(f"Failed, not plotted: {'; '.join(reasons)}.", 128)
+        notes += textwrap.wrap(f"Failed, not plotted: {'; '.join(reasons)}.", _NOTE)
     legend = _legend(finished, works)
     head = 0.15 + sum(size / 50 for _, size, _ in words) + 0.3
-    plot = _LINE * max(3, len(finished))
+    names = [_name(row) for row in finished]
+    places, lines = _places(names)
+    plot = _LINE * lines
     foot = 0.16 * len(notes) + 0.15
     below = foot + 0.24 * math.ceil(len(legend) / 3) + 0.72
     height = head + plot + below
@@ -86,13 +90,13 @@ def draw_frontier(rows: Sequence[Row], title: str) -> Figure:
         for left, width in ((_LEAKAGE, _ACCURACY) if trained else (_ALONE,))
     ]
     for ax, label in zip(panels, labels, strict=False):
-        _style_axes(ax, label, len(finished))
+        _style_axes(ax, label, lines, bool(finished))
     if finished:
-        _draw(panels, finished, starkest(rows) if works else None)
+        _draw(panels, list(zip(places, names, finished, strict=True)), starkest(rows) if works else None)
         place = (0.1 / _WIDTH, (below - 0.62) / height)
         fig.legend(
-            handles=legend, ncols=3, frameon=False, fontsize=11, borderaxespad=0, columnspacing=1.2, loc="upper left",
-            bbox_to_anchor=place,
+            handles=legend, ncols=3, frameon=False, fontsize=11, borderaxespad=0, columnspacing=1.5, handlelength=1.0,
+            handletextpad=0.6, loc="upper left", bbox_to_anchor=place,
         )  # fmt: skip
     return fig
 
@@ -110,25 +114,43 @@ def _words(rows: Sequence[Row], title: str, alarm: bool) -> list[tuple[str, floa
     return words + [(line, 11.5, {}) for line in textwrap.wrap(point or "", 88)]
 
 
-def _style_axes(ax: Axes, label: str, lines: int) -> None:
+def _name(row: Row) -> str:
+    """Before a line of the figure, in up to three lines; what is in brackets, the bytes on the same line say."""
+    # A method keeps its number, and a plus what it adds: "clip 1" and "+ EF" are not torn apart.
+    text = re.sub(
+        r"(?<=[a-z]) (?=[\d%])|(?<=\d) (?=%)|(?<= \+) ", "\N{NO-BREAK SPACE}", re.sub(r" \([^)]*\)", "", row["name"])
+    )
+    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(text, _LETTERS, break_on_hyphens=False)]
+    # Two defences often differ at the end of their names alone, which is therefore cut last.
+    return "\n".join([*lines[:2], *([f"{lines[2]}..."] if len(lines) > 3 else lines[2:])])
+
+
+def _places(names: Sequence[str]) -> tuple[list[float], float]:
+    """Where each row's line is, from 0 downwards, and how many lines of one-line names all take, at least 3."""
+    heights = [max(1.0, 0.56 * (name.count("\n") + 1)) for name in names]
+    ends = np.cumsum(heights)
+    return [float(end - height / 2 - 0.5) for end, height in zip(ends, heights, strict=True)], max(3.0, sum(heights))
+
+
+def _style_axes(ax: Axes, label: str, lines: float, filled: bool) -> None:
     plain_axes(ax, "x")
     ax.set_xlabel(label, fontsize=11.5)
     ax.tick_params(labelsize=11, left=False, labelleft=False)
-    ax.set_ylim(max(3, lines) - 0.5, -0.5)
+    ax.set_ylim(lines - 0.5, -0.5)
     ax.xaxis.set_major_locator(MaxNLocator(6 if "SSIM" in label else 2, steps=[1, 2, 5, 10]))
-    if not lines:
+    if not filled:
         ax.set_xticks([])
         ax.text(0.5, 0.5, "No defence finished." * ("SSIM" in label), ha="center", fontsize=13, transform=ax.transAxes)
 
 
-def _draw(panels: Sequence[Axes], rows: Sequence[Row], stark: Row | None) -> None:
-    """Each row's marks, its name before them, and what it costs behind them."""
+def _draw(panels: Sequence[Axes], rows: Sequence[tuple[float, str, Row]], stark: Row | None) -> None:
+    """Each row's marks at its place, its name before them, and what it costs behind them."""
     leaks, last = panels[0], panels[-1]
     before: dict[str, Any] = {"transform": leaks.get_yaxis_transform(), "va": "center", "ha": "right"}
     behind = before | {"transform": last.get_yaxis_transform()}
     edge = 2.58 if last is not leaks else 1.2
     last.text(edge, -0.75, "bytes a step", fontsize=10, color="0.3", **behind)
-    for y, row in enumerate(rows):
+    for y, name, row in rows:
         _draw_marks(leaks, leakage(row), y, row)
         if last is not leaks and "accuracy" in row:
             last.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}")
@@ -138,17 +160,16 @@ def _draw(panels: Sequence[Axes], rows: Sequence[Row], stark: Row | None) -> Non
             colour, width = (STYLES[row["verdict"] or UNDECIDED][0], 2.6) if row is stark else (_NAIVE, 1.0)
             leaks.plot([ignorant, row["leakage_ssim"]], [y, y], zorder=2, color=colour, linewidth=width)
             leaks.plot(ignorant, y, "o", markersize=6, markerfacecolor="white", markeredgecolor=_NAIVE, zorder=2.2)
-        # What a name has in brackets, the bytes on the same line say, too.
-        name = textwrap.shorten(re.sub(r" \([^)]*\)", "", row["name"]), 25, placeholder="...")
         weight = "bold" if row is stark or is_plain(row) else "normal"
-        leaks.text(-0.03, y, name, fontsize=11, weight=weight, parse_math=False, **before)
+        size = 10 if "\n" in name or (weight == "bold" and len(name) > 20) else 11
+        leaks.text(-0.03, y, name, fontsize=size, linespacing=1.1, weight=weight, parse_math=False, **before)
         last.text(edge, y, human_bytes(row.get("bytes_per_step")), fontsize=11, **behind)
-    # The same images for all, so the same floor.
-    if floors := [row["floor_ssim"] for row in rows if row.get("floor_ssim") is not None]:
-        _draw_floor(leaks, float(np.mean(np.array(floors, dtype=float))))
     # No tick stands above what can be reached, 100 % or a copy.
     for ax in panels:
         ax.set_xlim(right=min(1.0, ax.get_xlim()[1]))
+    # The same images for all, so the same floor.
+    if floors := [row["floor_ssim"] for *_, row in rows if row.get("floor_ssim") is not None]:
+        _draw_floor(leaks, float(np.mean(np.array(floors, dtype=float))))
 
 
 def _draw_marks(ax: Axes, figure: statistics.Figure, y: float, row: Row) -> None:
@@ -170,9 +191,12 @@ def _draw_floor(ax: Axes, floor: float) -> None:
     left, right = ax.get_xlim()
     ax.axvspan(left, floor, color="0.93", zorder=0)
     ax.set_xlim(left, right)
-    align = "left" if floor - left < 0.4 * (right - left) else "right"
-    text = f"floor {floor:.2f}: reached without any attack"
-    ax.text(floor, 1.01, text, transform=ax.get_xaxis_transform(), fontsize=10, color="0.3", ha=align, va="bottom")
+    words = f"floor {floor:.2f}: reached without any attack"
+    # Begins at the line, or as far left of it as the panel's end asks for: beyond that it would run into its neighbour.
+    text = ax.text(left, -0.75, words, fontsize=10, color="0.3", va="center")
+    width = ax.transAxes.inverted().transform_bbox(text.get_window_extent()).width
+    start = max(0.0, min((floor - left) / (right - left), 1 - width))
+    text.set_x(left + start * (right - left))
 
 
 def _legend(rows: Sequence[Row], works: bool) -> list[Line2D]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from raytrust.metrics.verdict import LONG, VERDICTS, Verdict
+from raytrust.metrics.verdict import LONG, VERDICTS
 from raytrust.reports.drawing import Tile, picture, to_png
 from raytrust.reports.frontier_figure import draw_frontier
 from raytrust.reports.frontier_table import provenance, reason_of, row_texts
@@ -24,6 +24,7 @@ from raytrust.reports.summary import (
     control_sentence,
     cost,
     headline,
+    pareto_sentence,
     remarks_of,
     seeming,
     threat_sentence,
@@ -86,13 +87,13 @@ def page(rows: Sequence[Row], context: FrontierContext) -> str:
         "frontier",
         context=context,
         works=works,
-        pareto=works and choosable,
+        pareto=pareto_sentence(rows) if works and choosable else "",
         answer=headline(rows),
         seeming=seeming(rows) if works else None,
         control=control_sentence(rows),
         threat=context.threat or (threat_sentence(threats[0]) if threats else ""),
         warnings=_warnings(rows, context.classes),
-        cards=[(verdict, LONG[verdict], _card(rows, verdict)) for verdict in VERDICTS],
+        cards=_cards(rows),
         figure=png_uri(to_png(draw_frontier(rows, ""))),
         protection=noise_or_compression(rows),
         blocks=list(_blocks(rows, context)),
@@ -111,17 +112,27 @@ def _warnings(rows: Sequence[Row], classes: int | None) -> list[str]:
     return [f"Without compression, {text}: the model has hardly learnt, so no cost in accuracy shows." for text in near]
 
 
-def _card(rows: Sequence[Row], verdict: Verdict) -> list[str]:
-    """A line for each defence of this verdict."""
-    return [
-        f"{row['name']}: SSIM {leakage(row)}, {'accuracy ' * ('accuracy' in row)}{cost(row)}"
-        for row in with_verdict(rows, verdict)
-    ]
+def _cards(rows: Sequence[Row]) -> list[tuple[str, str, list[str]]]:
+    """(class, heading, a line a row): the control by itself, as it is no defence, and the defences of each verdict."""
+    plain, others = [r for r in rows if is_plain(r)], [r for r in rows if not is_plain(r)]
+    control = [f"{LONG[row['verdict']]}, {_line_of(row)}" for row in plain if row["verdict"]]
+    cards = [("", "without compression, the control", control)]
+    for verdict in VERDICTS:
+        lines = [f"{row['name']}: {_line_of(row)}" for row in with_verdict(others, verdict)]
+        cards.append((verdict, f"{LONG[verdict]}: {len(lines)}", lines))
+    return cards
+
+
+def _line_of(row: Row) -> str:
+    return f"SSIM {leakage(row)}, {'accuracy ' * ('accuracy' in row)}{cost(row)}"
 
 
 def _line(row: Row, rows: Sequence[Row], classes: int | None) -> list[str]:
     """The cells of a finished row."""
-    why = [f"{row['verdict_reason']}.", *(f"{capital(remark)}." for remark in remarks_of(row, rows, classes))]
+    why = [
+        f"{row['verdict_reason']}.",
+        *(f"{capital(remark.rstrip('.'))}." for remark in remarks_of(row, rows, classes)),
+    ]
     return [f"{'* ' * row['pareto']}{row['name']}", *row_texts(row).values(), " ".join(why)]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrust.config import InversionConfig, SweepConfig, to_dict
+from raytrust.config.attacks import ANALYTIC
 from raytrust.data import Dataset
 from raytrust.jobs.files import write_file
 from raytrust.reports.frontier_figure import frontier_figure
@@ -40,26 +41,20 @@ class Call:
         longer, more = max(400, 4 * sweep.portfolio[0].iterations), 3 * sweep.train.capture.evaluation
         trials = max(8, 2 * sweep.attack_trials)
         # What names the run that was, or is to be changed.
-        kept = {k: v for k, v in self.given.items() if k not in ("--output", "--resume", "--images")}
+        kept = {k: v for k, v in self.given.items() if k not in ("--output", "--resume", "--images", "--evaluation")}
         words = [word for name, values in kept.items() for value in values or [""] for word in (name, value) if word]
         again = f" {shlex.join(words)}" if words else ""
-        return [
+        commands = [
             (
                 "attack what was captured again, longer and with more settings",
                 f"{self.command} --resume {place} --iterations {longer} --attack-trials {trials}",
             ),
             ("report on more images", f"{self.command}{again} --images {more}"),
-            ("use images of your own", f"{self.command}{_without(again, '--data')} --data images.npz"),
         ]
-
-
-def _without(words: str, option: str) -> str:
-    """A command line without one option and its value."""
-    parts = shlex.split(words)
-    if option in parts:
-        place = parts.index(option)
-        del parts[place : place + 2]
-    return f" {shlex.join(parts)}" if parts else ""
+        # Who has chosen the data, when the run began or now, knows that one can.
+        if self.options.get("data", "digits") == "digits" and "--data" not in self.given:
+            commands.append(("use images of your own", f"{self.command}{again} --data images.npz"))
+        return commands
 
 
 def write_report(
@@ -139,6 +134,8 @@ def _settings(sweep: SweepConfig, program: Call, versions: Mapping[str, Any]) ->
 def _attack(attack: InversionConfig) -> str:
     """The settings that are not default, and those that decide most."""
     values = {f.name: getattr(attack, f.name) for f in fields(attack)}
+    if attack.method == ANALYTIC.method:  # heeds no setting of an optimiser
+        return f"objective {attack.objective}, method {attack.method}"
     always = ("objective", "tv", "step_size", "iterations", "restarts", "signed", "schedule")
     # All thirty would hide the few that were chosen.
     shown = [n for n, v in values.items() if n in always or v != attack.__dataclass_fields__[n].default]

@@ -6,9 +6,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from raytrust.config.attacks import ANALYTIC
 from raytrust.metrics.statistics import Figure
-from raytrust.reports.summary import control_sentence, remarks_of
-from raytrust.reports.text import Lines, human_bytes, short, span, text_table
+from raytrust.reports.summary import control_sentence, pareto_sentence, remarks_of
+from raytrust.reports.text import Lines, counted, human_bytes, short, span, text_table
 from raytrust.studies.frontier.row import Row, accuracy, leakage, split
 from raytrust.studies.frontier.verdicts import control_works, judge_rows
 
@@ -29,14 +30,18 @@ def frontier_table(rows: Sequence[Row]) -> str:
     finished, failed = split(rows)
     works = control_works(rows)
     trained = not finished or any("accuracy" in row for row in finished)
-    head = ["  defence", "verdict", *["accuracy %"] * trained, "leakage\nSSIM", "iden-\ntified"]
+    head = ["  defence", "verdict", *["accuracy %"] * trained, "leakage\nSSIM", "ident."]
     head += ["naive/\naware", "bytes/\nstep"]
     lines: Lines = [[*head, "strongest attack"], *(_cells(row, trained) for row in finished)]
-    caption = f"{provenance(finished)} naive/aware: the strongest attack that ignores/knows the compressor. "
+    caption = f"{provenance(finished)} ident.: images identified, told from all other candidates. "
+    caption += "naive/aware: the strongest attack that ignores/knows the compressor. "
     caption += "r: restarts, s: training step attacked. "
     if works and any("accuracy" in row and not row.get("untrained") for row in finished):
-        caption += "*: Pareto set, no other is better in leakage or accuracy by intervals apart, and worse in neither."
-    notes = [caption, *(f"{row['name']}: {remark}." for row in finished for remark in remarks_of(row, rows))]
+        caption += pareto_sentence(rows)
+    notes = [
+        caption,
+        *(f"{row['name']}: {remark.rstrip('.')}." for row in finished for remark in remarks_of(row, rows)),
+    ]
     parts = [
         "" if works else f"{_filled(control_sentence(rows))}\n",
         text_table(lines, _WIDTH, wrapped={0: 22, len(head): 16}),
@@ -82,7 +87,10 @@ def row_texts(row: Row) -> dict[str, str]:
 
 def attack_text(attack: dict[str, Any] | None) -> str:
     """An attack's main settings in short: aware tv=0.01 lr=0.1 r=2 s=0."""
-    names = ("objective", "method", "matching", "tv", "step_size", "restarts", "capture_step")
+    names = ["objective", "method", "matching", "tv", "step_size", "restarts", "capture_step"]
+    # It solves for the image: nothing is weighed, no step is taken, and it begins nowhere.
+    if attack and attack.get("method") == ANALYTIC.method:
+        names = ["objective", "method", "capture_step"]
     labels = {"tv": "tv=", "step_size": "lr=", "restarts": "r=", "capture_step": "s="}
     values = [(labels.get(name, ""), attack.get(name)) for name in names] if attack else []
     plain = ("optimise", "cosine")  # what they are where nothing else is said
@@ -117,6 +125,6 @@ def provenance(finished: Sequence[Row]) -> str:
     accuracy = f"Accuracy: test images, n = {tests}; training seeds: {seeds}. " * any("accuracy" in r for r in finished)
     return (
         f"{accuracy}Leakage: mean SSIM (1 = exact copy) to the private images, n = {images}, under the strongest of "
-        f"{tried} attacks.{history * bool(steps)}{floor} 95 % intervals: {'Wilson, ' * bool(accuracy)}bootstrap over "
-        f"images{' (none where n = 1)' * missing}."
+        f"{counted(tried, 'attack')}.{history * bool(steps)}{floor} 95 % intervals: {'Wilson, ' * bool(accuracy)}"
+        f"bootstrap over images{' (none where n = 1)' * missing}."
     )

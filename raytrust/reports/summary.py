@@ -80,6 +80,18 @@ def cost(row: Row) -> str:
     return ", ".join([*accurate, *([] if size is None else [f"{human_bytes(size)} a step"])])
 
 
+def pareto_sentence(judged: Sequence[Row]) -> str:
+    """What the star of the tables marks, and what it means if hardly a row is without one."""
+    finished, _ = split(judged)
+    stars = sum(row["pareto"] for row in finished)
+    text = (
+        f"*: Pareto set, here {stars} of {len(finished)} rows. A row without a star is beaten: another is no worse in "
+        "leakage and in accuracy, and better in one by 95 % intervals that do not overlap."
+    )
+    # Else a star would look like praise, where it says that so few images tell hardly any two rows apart.
+    return text + " Where most rows have one, intervals are too wide to rule more out." * (2 * stars > len(finished))
+
+
 def seeming(judged: Sequence[Row]) -> str | None:
     """What knowing the compressor is worth on the starkest case, in a sentence; None without one."""
     row = starkest(judged)

@@ -58,5 +58,10 @@ def span(values: Iterable[int | None]) -> str:
     return "?" if not known else f"{known[0]}" if len(known) == 1 else f"{known[0]} to {known[-1]}"
 
 
+def counted(number: int | str, noun: str) -> str:
+    """The number with its noun, which is in the plural but for one: "1 attack", "4 to 8 attacks"."""
+    return f"{number} {noun}{'s' * (str(number) != '1')}"
+
+
 def capital(text: str) -> str:
     return text[:1].upper() + text[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from raytrust.metrics.verdict import LEAKS, RESISTS, UNDECIDED
 from raytrust.reports.frontier_figure import STYLES
 from raytrust.reports.html import file_uri, render
-from raytrust.reports.text import Lines
+from raytrust.reports.text import Lines, counted
 from raytrust.studies.frontier.row import leakage
 from raytrust.studies.frontier.verdicts import control_works
 from raytrust.studies.threats.study import Mapped
@@ -25,14 +26,18 @@ NO_CONTROL = "the attack fails without a defence"
 def headline(mapped: Sequence[Mapped]) -> str:
     """In how many threats the attack works without a defence, and of these how many cells leak, resist and are open."""
     works = [m for m in mapped if control_works(m.rows)]
-    text = f"Of {len(mapped)} threats, the attack works without a defence in {len(works)}"
+    text = f"Of {counted(len(mapped), 'threat')}, the attack works without a defence in {len(works)}"
+    if not works:
+        return f"{text}; nothing can be said about any defence, but that what leaks, leaks."
+    # The control fails only where it is too weak to judge by, and may leak all the same.
+    rest = "" if len(works) == len(mapped) else " In the others nothing can be said, but that what leaks, leaks."
     verdicts = [r["verdict"] for m in works for r in m.rows[1:] if r["status"] == "finished"]
     if not verdicts:
-        return text + "; in the others nothing can be said about any defence."
+        return f"{text}.{rest}"
     counts = [verdicts.count(v) for v in (LEAKS, RESISTS, UNDECIDED)]
-    words = f"{counts[0]} leak, {counts[1]} resist the attacks tried, {counts[2]} are undecided"
-    rest = "" if len(works) == len(mapped) else " In the other threats nothing can be said, but that what leaks, leaks."
-    return f"{text}; of {len(verdicts)} defences there, {words}.{rest}"
+    leak, resist = (f"{n} {verb}{'s' * (n == 1)}" for n, verb in zip(counts, ("leak", "resist"), strict=False))
+    words = f"{leak}, {resist} the attacks tried, {counts[2]} undecided"
+    return f"{text}; of {counted(len(verdicts), 'cell')} there, {words}.{rest}"
 
 
 def map_table(mapped: Sequence[Mapped]) -> Lines:
@@ -45,15 +50,30 @@ def map_table(mapped: Sequence[Mapped]) -> Lines:
 def _cell(row: Any) -> str:
     if row["status"] == "failed":
         return f"no result: {row['reason']}"
-    identified = f", {row['identified']}/{row['n_images']} identified" if row.get("identified") is not None else ""
+    identified = (
+        f", {row['identified']} of {row['n_images']} identified{_by_chance(row)}"
+        if row.get("identified") is not None
+        else ""
+    )
     floor = "" if row.get("floor_ssim") is None else f", floor {row['floor_ssim']:.2f}"
     return f"{row['verdict']}: {leakage(row)}{floor}{identified}"
 
 
+def _by_chance(row: Any) -> str:
+    """How many guessing identifies, for which 13 of 64 may be few and 2 of 4 many."""
+    candidates = row.get("candidates") or 1
+    return "" if candidates < 2 else f" (by chance {row['n_images'] / candidates:.2g})"
+
+
 def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
     """A square for each threat and defence, coloured by verdict, with the leakage and the images identified in it."""
-    names = [row["name"] for row in mapped[0].rows]
-    figure = Figure(figsize=(2.8 + 1.15 * len(names), 2.3 + 0.44 * len(mapped)), layout="constrained")
+    # Wrapped and not turned: turned ones are hard to read, and leave the picture at its right.
+    names = [textwrap.fill(_with_number(row["name"]), 13) for row in mapped[0].rows]
+    labels = [m.cell.short for m in mapped]
+    # Inches. Letters of 9 points are about 0.075 wide; the legend takes 5.4 however few columns there are.
+    width = max(5.4, 0.3 + 0.075 * max(map(len, labels)) + 1.15 * len(names))
+    height = 1.5 + 0.16 * max(name.count("\n") + 1 for name in names) + 0.44 * max(len(mapped), 1.5)
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     ax = figure.subplots()
     for y, m in enumerate(mapped):
         works = control_works(m.rows)
@@ -77,10 +97,9 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
                 ax.text(x + 0.5, y + 0.74, count, ha="center", va="center", fontsize=6.5, color=ink)
     ax.set_xlim(0, len(names))
     ax.set_ylim(len(mapped), 0)
-    # Wrapped and not turned: turned ones are hard to read, and leave the picture at its right.
-    ax.set_xticks(np.arange(len(names)) + 0.5, [textwrap.fill(name, 13) for name in names], fontsize=9)
+    ax.set_xticks(np.arange(len(names)) + 0.5, names, fontsize=9)
     ax.xaxis.tick_top()
-    ax.set_yticks(np.arange(len(mapped)) + 0.5, [m.cell.short for m in mapped], fontsize=9)
+    ax.set_yticks(np.arange(len(mapped)) + 0.5, labels, fontsize=9)
     ax.tick_params(length=0)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -91,7 +110,12 @@ def draw_map(mapped: Sequence[Mapped], path: Path) -> None:
         fontsize=10, x=0.02, ha="left",
     )  # fmt: skip
     figure.legend(handles=entries, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
+
+
+def _with_number(name: str) -> str:
+    """The name, of which a line ends before "rank 4" and not within it."""
+    return re.sub(r"(?<=[a-z]) (?=\d)", "\N{NO-BREAK SPACE}", name)
 
 
 def map_page(mapped: Sequence[Mapped], setting: str, picture: Path, settings: Mapping[str, Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sweep_fixtures import save_images
 from torch import nn
 
 from raytrust.__main__ import _of_audit
+from raytrust.cli.options import PLACES, Directory, _check_found, _look_here
 from raytrust.networks.checkpoint import identified, load_checkpoint
 from raytrust.studies.frontier.row import load_rows
 
@@ -24,6 +26,7 @@ def build(channels, classes, width=4):
     body = nn.Sequential(nn.Conv2d(channels, width, 3, stride=2), nn.Tanh(), nn.Flatten())
     return nn.Sequential(body, nn.Linear(9 * width, classes))
 """
+CONSOLE = "import sys; sys.path.remove(''); from raytrust.__main__ import main; sys.exit(main())"
 
 
 def build() -> nn.Module:
@@ -35,7 +38,8 @@ def build() -> nn.Module:
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "raytrust", *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"},
+        # As the console program has its path: without the current folder.
+        [sys.executable, "-c", CONSOLE, *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
 
@@ -58,6 +62,12 @@ def test_it_attacks_the_network_as_it_is(folder: Path) -> None:
         folder, "audit", "mymodels:build", "--checkpoint", "model.pt", "--data", "images.npz", "--output", "out", *small
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 defences, mymodels:build, weights of model.pt, 1 worker; nothing is trained" in done.stdout
+    assert "2/2 defences captured" in done.stdout
+    assert "defences trained" not in done.stdout
+    commands = done.stdout.partition("Next:")[2]
+    assert "--images 6" in commands
+    assert "images of your own" not in commands  # they are
     none, topk = load_rows(folder / "out" / "frontier.json")
     assert (none["name"], topk["name"]) == ("none", "Top-K 10 %")
     model = build()
@@ -74,6 +84,10 @@ def test_it_attacks_the_network_as_it_is(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
+        (
+            "--network nowhere:build",
+            "there is no nowhere in the current folder or the environment: run it where it lies",
+        ),
         ("--checkpoint other.pt", "to be of this Sequential, but 0 of its 2 entries fit, and 'weight' does not"),
         ("--checkpoint nowhere.pt", "Expected checkpoint='nowhere.pt' to be a file, but there is none."),
         ("--checkpoint images.npz", "to hold tensors alone: save model.state_dict(), not the model."),
@@ -113,3 +127,29 @@ def test_searching_takes_ray_and_a_resumed_audit_its_own_options() -> None:
     assert _of_audit(["my:net", "--defence", "topk:0.1", "--local"])[-2:] == ["--defence", "none"]
     with pytest.raises(ValueError, match="Expected a network to audit"):
         _of_audit(["--seed", "3"])
+
+
+def test_an_audit_lies_in_a_directory_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def directory(program: str) -> str:
+        monkeypatch.setattr(sys, "argv", [program])
+        return Directory("privacy_frontier", "a sweep", "sweep.json", ()).resolve(Namespace(), PLACES)[1].name
+
+    assert directory("raytrust audit").startswith("audit-")
+    assert directory("raytrust frontier").startswith("privacy_frontier-")
+    assert directory("sweeps/privacy_frontier.py").startswith("privacy_frontier-")
+
+
+def test_what_lies_here_is_found_where_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lying_here.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setenv("PYTHONPATH", "before")
+    before = list(sys.path)
+    _look_here(["json", "torch.nn"])
+    assert sys.path == before
+    _look_here(["lying_here"])
+    assert sys.path == [*before, str(tmp_path)]
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == ["before", str(tmp_path)]
+    _check_found({"lying_here": "network='lying_here:build'"})
+    with pytest.raises(ValueError, match=r"there is no lying\.there in the current folder"):
+        _check_found({"lying.there": "network='lying.there:build'"})

@@ -114,8 +114,11 @@ def test_it_runs_in_a_sweep_by_the_command_of_the_page(folder: Path, where: str)
     small = ("--data", "images.npz", "--workers", "1", "--tuning", "1", *TINY, "--output", root.name, where)
     output = run(folder, "-m", "raytrust", *options, *small)
     rows: dict[str, dict[str, Any]] = {row["name"]: row for row in load_rows(root / "frontier.json")}
-    assert {name: row["status"] for name, row in rows.items()} == {"none": "finished", "grid 7 + EF": "finished"}
-    grid = rows["grid 7 + EF"]
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "none": "finished",
+        "Grid of 15 steps + EF": "finished",
+    }
+    grid = rows["Grid of 15 steps + EF"]
     assert (grid["compressor"], grid["error_feedback"]) == ("grid", True)
     entries = rows["none"]["bytes_per_step"] / 4
     assert grid["bytes_per_step"] == entries + 4  # a byte an entry, and the largest

@@ -85,15 +85,49 @@ def test_every_defence_has_its_name_and_its_cost_beside_its_marks(tmp_path, draw
     boxes = [t.get_window_extent() for t in texts(fig)]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     fig.draw_without_rendering()
-    for y, (row, label) in enumerate(zip(done, names(fig), strict=True)):  # least leakage on top
-        assert row["name"].startswith(label.get_text().removesuffix("..."))
-        assert label.get_position()[1] == y
+    places = [label.get_position()[1] for label in names(fig)]
+    assert places == sorted(places)  # least leakage on top
+    for y, row, label in zip(places, done, names(fig), strict=True):
+        assert row["name"].startswith(" ".join(label.get_text().split()).removesuffix("..."))
         costs = [t.get_text() for t in fig.axes[1].texts if t.get_position()[1] == y]
         assert costs == [f"{100 * row['accuracy']:.1f} %", human_bytes(row["bytes_per_step"])]
         panel = fig.axes[0]
         assert label.get_window_extent().x1 < panel.get_window_extent().x0
         (mark,) = [m for m in marks(fig, "*", "o", "s", "D") if m.get_markersize() > 6 and m.get_ydata()[0] == y]
         assert mark.get_xdata()[0] == row["leakage_ssim"]
+
+
+def test_names_are_cut_late_and_nothing_of_a_method_is_torn_apart(tmp_path, drawn):
+    long = "DP-SGD noise 0.1, clip 1 + PowerSGD rank 4 + EF, epsilon 6.73e+03"
+    short = "noise 0.003 + Top-K 17 % (bytes of rank 4) + EF"
+    frontier_figure([finished(long, leakage=0.5), finished(short, leakage=0.6)], tmp_path / "frontier.png")
+    first, second = (t.get_text() for t in names(drawn[0]))
+    assert first == "DP-SGD noise 0.1, clip 1\n+ PowerSGD rank 4 + EF,\nepsilon 6.73e+03"
+    assert second == "noise 0.003 + Top-K 17 %\n+ EF"
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.42, 0.75])
+def test_the_floor_s_caption_lies_above_its_panel(tmp_path, drawn, floor):
+    rows = [finished(str(x), leakage=x, floor_ssim=floor) for x in (0.1, 0.8)]
+    frontier_figure(rows, tmp_path / "frontier.png")
+    (caption,) = [t for t in drawn[0].axes[0].texts if t.get_text().startswith("floor ")]
+    box, panel = caption.get_window_extent(), drawn[0].axes[0].get_window_extent()
+    assert panel.x0 <= box.x0
+    assert box.x1 <= panel.x1 + 1
+
+
+def test_numbers_under_the_panels_are_apart(tmp_path, drawn):
+    rows = [finished("one", 0.94, 0.99), finished("two", 0.99, 0.2)]
+    frontier_figure(rows, tmp_path / "frontier.png")
+    left, right = (
+        [
+            t.get_window_extent()
+            for t in ax.get_xticklabels()
+            if ax.get_xlim()[0] <= t.get_position()[0] <= ax.get_xlim()[1]
+        ]
+        for ax in drawn[0].axes
+    )
+    assert max(box.x1 for box in left) + 5 < min(box.x0 for box in right)
 
 
 def test_the_figure_makes_its_point_in_words_and_by_a_line(tmp_path, drawn):

@@ -76,6 +76,15 @@ def test_the_first_screen_has_the_answer_the_control_and_the_threat():
         assert text in first
 
 
+def test_the_cards_count_as_the_answer_does():
+    words = Page(page(rows_of(audited()), context())).words
+    assert "Of 10 defences, 8 leak, 1 resists the attacks tried, 1 undecided; 1 failed." in words
+    control = "Without compression, the control leaks, SSIM 0.80 [0.70, 0.90], accuracy 94.0 %, 1.4 MB a step"
+    for text in (control, "Leaks: 8 ", "Resists the attacks tried: 1 ATOMO 1: SSIM", "Undecided: 1 signSGD: SSIM"):
+        assert text in words
+    assert "*: Pareto set, here 11 of 11 rows." in words
+
+
 def test_every_number_of_a_row_stands_on_the_page():
     rows = rows_of(audited())
     rows[1]["remarks"] = ["sends more bytes than the gradient itself"]

@@ -149,6 +149,16 @@ def test_the_caption_and_the_attack_say_what_history_was_used():
     assert report.attack_text({"objective": "aware", "tv": 0.1, "residual": "ignore"}) == "aware tv=0.1"
 
 
+def test_an_attack_that_solves_for_the_image_shows_no_setting_of_an_optimiser():
+    attack = {"objective": "naive", "method": "analytic", "tv": 0.0, "step_size": 0.1, "restarts": 1, "capture_step": 0}
+    assert report.attack_text(attack) == "naive analytic s=0"
+    assert report.attack_text(attack | {"method": "mine"}) == "naive mine tv=0 lr=0.1 r=1 s=0"
+
+
+def test_one_attack_is_no_plural():
+    assert "under the strongest of 1 attack." in report.provenance([finished(attacks_tried=1)])
+
+
 def test_the_caption_gives_the_floors_where_they_are_known():
     floors = {"mean_image_ssim": 0.031, "other_image_ssim": 0.014}
     text = "Floors, without any attack: the mean image 0.03, a random other image 0.01."

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toys import synthetic
+from small_victim import DATA, NETWORK
 
 from raytrust.config import (
     CaptureConfig,
     Defence,
     InversionConfig,
-    ModelConfig,
     SweepConfig,
     Threat,
     TopKConfig,
@@ -29,14 +28,13 @@ from raytrust.studies.frontier.store import Store
 from raytrust.train.loop import train
 from raytrust.wire.channel import LocalChannel
 
-DATA = synthetic(vivid=True)
 NAIVE = InversionConfig("naive", iterations=6)
 AWARE = replace(NAIVE, objective="aware")
 IMPOSSIBLE = replace(NAIVE, method="analytic")
 DEFENCE = Defence(TopKConfig(level=0.1))
 SWEEP = SweepConfig(
     train=TrainConfig(
-        model=ModelConfig("convnet", width=4),
+        model=NETWORK,
         threat=Threat(labels="unknown"),
         capture=CaptureConfig(tuning=1, evaluation=3),
         workers=1,

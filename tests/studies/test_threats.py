@@ -143,7 +143,8 @@ def test_a_run_cut_short_says_what_is_left(tmp_path: Path, capsys: pytest.Captur
 
 def test_it_says_nothing_of_defences_where_the_attack_fails(root: Path, mapped: list[Mapped]) -> None:
     assert headline(mapped) == (
-        "Of 16 threats, the attack works without a defence in 0; in the others nothing can be said about any defence."
+        "Of 16 threats, the attack works without a defence in 0; nothing can be said about any defence, but that what "
+        "leaks, leaks."
     )
     page = (root / "report.html").read_text()
     assert headline(mapped) in page
@@ -157,9 +158,12 @@ def test_the_headline_counts_threats_in_which_the_attack_works(mapped: list[Mapp
     found = [row | {"control": True, "verdict": verdict} for row, verdict in zip(cell.rows, VERDICTS, strict=True)]
     text = headline([Mapped(cell.cell, found), *mapped[1:]])  # type: ignore[arg-type]
     assert text.startswith(
-        "Of 16 threats, the attack works without a defence in 1; of 2 defences there, 0 leak, 1 resist"
+        "Of 16 threats, the attack works without a defence in 1; of 2 cells there, 0 leak, 1 resists "
     )
-    assert text.endswith("In the other threats nothing can be said, but that what leaks, leaks.")
+    assert text.endswith("In the others nothing can be said, but that what leaks, leaks.")
+    alone = headline([Mapped(cell.cell, found)])  # type: ignore[arg-type]
+    assert alone.startswith("Of 1 threat, the attack works without a defence in 1; of 2 cells there, ")
+    assert "others" not in alone
 
 
 @pytest.mark.parametrize(

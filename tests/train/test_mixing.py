@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from small_victim import DATA, NETWORK, captured, normal_batch
 from torch import Tensor
-from toys import synthetic
 
 from raytrust.attacks.inversion import engine, invert
 from raytrust.attacks.learned import auxiliary_messages
@@ -22,7 +22,6 @@ from raytrust.config import (
     InversionConfig,
     LocalConfig,
     MixupConfig,
-    ModelConfig,
     Threat,
     TrainConfig,
     parse_defence,
@@ -36,29 +35,16 @@ from raytrust.studies.audit.private import Private
 from raytrust.studies.audit.victim import State, Victim, compressor_of
 from raytrust.studies.evaluate import evaluate_inversion
 from raytrust.train.gradient import gradient_of, update_of
-from raytrust.train.loop import Step, capture_images, train
+from raytrust.train.loop import Step, train
 from raytrust.train.mixing import Images, Mixing, mixing_shares
 from raytrust.train.private import auxiliary_images, partner_images, private_batches
 from raytrust.wire.channel import Channel, LocalChannel
 from raytrust.wire.processes import in_processes
 
-DATA = synthetic(vivid=True)
-NETWORK = ModelConfig("convnet", width=4)
-
-
-def batch(n: int = 8) -> Images:
-    generator = torch.Generator().manual_seed(0)
-    return Images(torch.randn((n, 3, 8, 8), generator=generator), torch.randint(4, (n,), generator=generator))
-
 
 def different(n: int) -> Tensor:
     """Indices of test images of n classes."""
     return torch.tensor([int((DATA.test_labels == c).nonzero()[0]) for c in range(n)])
-
-
-def captured(name: str, rows: Tensor, **threat: Any) -> list[Capture]:
-    config = TrainConfig(parse_defence(name), NETWORK, Threat(**threat), workers=1)
-    return capture_images(config, DATA, DATA.test_images[rows], DATA.test_labels[rows])
 
 
 def as_seen(capture: Capture, images: Tensor) -> Tensor:
@@ -84,7 +70,7 @@ def test_of_two_images_each_share_is_as_likely() -> None:
 
 
 def test_images_and_targets_are_mixed_alike() -> None:
-    own = batch()
+    own = Images(*normal_batch(8))
     x, targets = Mixing(MixupConfig(3), 0, 4)(own, 0)
     # By least squares: the images are independent, so that only one mixture can be it.
     shares = np.linalg.lstsq(own.x.flatten(1).T.double().numpy(), x.flatten(1).T.double().numpy(), rcond=None)[0].T
@@ -94,7 +80,7 @@ def test_images_and_targets_are_mixed_alike() -> None:
 
 
 def test_draws_are_the_seed_s_the_step_s_the_worker_s_and_the_private_batch_s_own() -> None:
-    own = batch()
+    own = Images(*normal_batch(8))
     keys: list[tuple[Any, ...]] = [(0,), (1,), (0, 1), (0, 0, 0), (0, 0, 1)]
     drawn = [Mixing(MixupConfig(), 3, 4)(own, *key)[1] for key in keys] + [Mixing(MixupConfig(), 4, 4)(own, 0)[1]]
     assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
@@ -263,4 +249,4 @@ def test_what_can_t_be_is_refused_in_a_line() -> None:
     with pytest.raises(ValueError, match=r"^Expected batch_size=4 to be at least the images of MixUp of 5"):
         TrainConfig(parse_defence("mixup:5"), NETWORK, batch_size=4)
     with pytest.raises(ValueError, match=r"^Expected at least 9 images to mix for mixup:9, got 8"):
-        Mixing(MixupConfig(9), 0, 4)(batch(), 0)
+        Mixing(MixupConfig(9), 0, 4)(Images(*normal_batch(8)), 0)

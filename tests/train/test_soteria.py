@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from toys import synthetic
+from small_victim import DATA, NETWORK, captured, normal_batch
+from torch import nn
 
 from raytrust.attacks.inversion import invert
 from raytrust.attacks.inversion.labels import recover_labels
@@ -36,26 +36,19 @@ from raytrust.train.loop import Step, capture_images, train
 from raytrust.train.soteria import SoteriaGradients
 from raytrust.wire.channel import LocalChannel
 
-DATA = synthetic(vivid=True)
-NETWORK = ModelConfig("convnet", width=4)
 MODELS = [NETWORK, ModelConfig(width=4), ModelConfig("lenet", width=2)]
 
 
-def batch(n: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn((n, 3, 8, 8), generator=generator), torch.randint(4, (n,), generator=generator)
-
-
-def captured(name: str, images: int = 1, step: int = 0, labels: str = "known") -> Capture:
-    config = TrainConfig(parse_defence(name), NETWORK, Threat(batch_size=images, labels=labels), workers=1)  # type: ignore[arg-type]
-    (one,) = capture_images(config, DATA, DATA.test_images[:images], DATA.test_labels[:images])
+def first(name: str, images: int = 1, step: int = 0, labels: str = "known") -> Capture:
+    """One batch of the first images, as if from this step."""
+    (one,) = captured(name, slice(images), batch_size=images, labels=labels)
     return replace(one, seen=replace(one.seen, residual=step > 0))
 
 
 @pytest.mark.parametrize("config", MODELS, ids=lambda c: c.title)
 @pytest.mark.parametrize("fraction", [0.25, 0.8])
 def test_a_fraction_of_the_columns_is_zero_and_all_else_as_it_was(config: ModelConfig, fraction: float) -> None:
-    model, (x, y) = build_model(config, 3, 4, seed=0).train(), batch()
+    model, (x, y) = build_model(config, 3, 4, seed=0).train(), normal_batch(3)
     before = {name: b.clone() for name, b in model.named_buffers()}
     loss, plain = gradient_of(model, x, y)
     moved = {name: b.clone() for name, b in model.named_buffers()}
@@ -74,7 +67,7 @@ def test_a_fraction_of_the_columns_is_zero_and_all_else_as_it_was(config: ModelC
 
 
 def test_the_columns_are_those_of_the_greatest_score() -> None:
-    model, (x, y) = build_model(NETWORK, 3, 4, seed=0), batch()
+    model, (x, y) = build_model(NETWORK, 3, 4, seed=0), normal_batch(3)
     x.requires_grad_()
     r = model.features(x)
     scores = torch.zeros(r.shape[1])
@@ -97,11 +90,11 @@ def test_the_columns_are_those_of_the_greatest_score() -> None:
 def test_one_who_knows_is_not_misled_by_what_was_pruned(name: str, step: int) -> None:
     """The pruned columns of a candidate have no part in the distance, whatever the compressor; where a residual hides
     which they are, the whole tensor has none."""
-    seen = captured(name, step=step).seen
+    seen = first(name, step=step).seen
     pruned, view = pruned_by_soteria(seen), target_view(seen, InversionConfig("aware"))
     assert pruned is not None
     assert bool(pruned.stayed.any()) is (step == 0)
-    model, (x, y) = seen.build_model(), batch(1)
+    model, (x, y) = seen.build_model(), normal_batch(1)
     grads = [g[None] for g in gradient_of(model, x, y)[1]]
     changed = [g + 5 * (1 - pruned.stayed) if k == pruned.parameter else g for k, g in enumerate(grads)]
     assert view.distance(grads).item() == pytest.approx(view.distance(changed).item(), abs=1e-6)
@@ -111,7 +104,7 @@ def test_one_who_knows_is_not_misled_by_what_was_pruned(name: str, step: int) ->
     "name", ["soteria:0.5", "soteria:0.5+powersgd:2", "soteria:0.5+topk:0.3", "soteria:0.5+signsgd"]
 )
 def test_the_true_image_is_at_distance_zero_to_one_who_knows_alone(name: str) -> None:
-    one = captured(name)
+    one = first(name)
     model = one.seen.build_model()
     x = (one.truth.images - one.seen.mean.view(-1, 1, 1)) / one.seen.std.view(-1, 1, 1)
     grads = [g[None] for g in gradient_of(model, x, one.truth.labels)[1]]
@@ -120,7 +113,7 @@ def test_the_true_image_is_at_distance_zero_to_one_who_knows_alone(name: str) ->
 
 
 def test_what_was_pruned_is_bounded_by_nothing() -> None:
-    one = captured("soteria:0.5+topk:0.3")
+    one = first("soteria:0.5+topk:0.3")
     view = target_view(one.seen, InversionConfig("aware", bound=1.0))
     x = (one.truth.images - one.seen.mean.view(-1, 1, 1)) / one.seen.std.view(-1, 1, 1)
     grads = [g[None] for g in gradient_of(one.seen.build_model(), x, one.truth.labels)[1]]
@@ -140,7 +133,7 @@ def test_knowing_it_is_no_weaker() -> None:
 
 
 def test_stacked_with_others_each_is_as_it_is_alone() -> None:
-    jobs = [(captured(n).seen, InversionConfig(iterations=6)) for n in ("soteria:0.8", "soteria:0.5", "none")]
+    jobs = [(first(n).seen, InversionConfig(iterations=6)) for n in ("soteria:0.8", "soteria:0.5", "none")]
     for job, together in zip(jobs, invert(jobs), strict=True):
         torch.testing.assert_close(together.images, invert([job])[0].images, rtol=1e-3, atol=1e-3)
 
@@ -148,9 +141,7 @@ def test_stacked_with_others_each_is_as_it_is_alone() -> None:
 @pytest.mark.parametrize("images", [1, 4])
 def test_labels_are_recovered_as_without_it(images: int) -> None:
     for method in ("counts", "bias_sign", *(["idlg"] if images == 1 else [])):
-        plain, pruned = (
-            recover_labels(captured(n, images, labels="unknown").seen, method) for n in ("none", "soteria")
-        )
+        plain, pruned = (recover_labels(first(n, images, labels="unknown").seen, method) for n in ("none", "soteria"))
         assert torch.equal(plain, pruned)
 
 
@@ -183,7 +174,7 @@ def test_training_learns_and_is_repeatable() -> None:
 
 
 def test_what_can_t_be_is_refused_in_a_line() -> None:
-    x, y = batch()
+    x, y = normal_batch(3)
     with pytest.raises(ValueError, match=r"^Expected a defence without soteria: DistributedDataParallel hands"):
         ddp_comm_hook(build(parse_defence("soteria"), [torch.Size((4, 3))]))
     with pytest.raises(ValueError, match="to begin with soteria, which is of images"):

@@ -150,7 +150,8 @@ class Audit:
                 reached = [r for r in results if isinstance(r, InversionResult)]
                 top = max((float(np.mean(r.ssim)) for r in reached), default=float("nan"))
                 at = f" at step {step}" if step else ""
-                say(f"{split}: {audited.name}{at}: {len(attacks)} attacks, strongest SSIM {top:.2f}")
+                tried = "1 attack" if len(attacks) == 1 else f"{len(attacks)} attacks"
+                say(f"{split}: {audited.name}{at}: {tried}, strongest SSIM {top:.2f}")
 
     @staticmethod
     def _keep(audited: Audited, split: Split, results: Sequence[InversionResult | InversionFailure]) -> None:
