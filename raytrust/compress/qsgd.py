@@ -107,12 +107,16 @@ def _norms(rows: Tensor, kind: str) -> Tensor:
     if kind == "max":
         return torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
     norms = torch.linalg.vector_norm(rows, dim=1)
-    # Beyond these, squares may have left the range of float32. Seldom, so that the second pass is not made always.
-    if bool(((norms < 1e-15) | (norms > 1e15)).any()):
-        peak = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
-        safe = peak.clamp_min(torch.finfo(torch.float32).tiny)
-        return peak * torch.linalg.vector_norm(rows / safe[:, None], dim=1)
-    return norms
+    # Beyond these, squares may have left the range of float32. Seldom, so that the CPU does not always make the second
+    # pass; a GPU does, as it is quicker than to wait for the device.
+    beyond = (norms < 1e-15) | (norms > 1e15)
+    on_cpu = rows.device.type == "cpu"
+    if on_cpu and not bool(beyond.any()):
+        return norms
+    peak = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+    safe = peak.clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = peak * torch.linalg.vector_norm(rows / safe[:, None], dim=1)
+    return scaled if on_cpu else torch.where(beyond, scaled, norms)
 
 
 class _Dice:

@@ -23,7 +23,8 @@ def largest(flat: Tensor, k: int) -> Tensor:
     n = len(flat)
     if k >= n:
         return torch.arange(n, device=flat.device)
-    if n <= EXACT_BELOW or k > n // 4:
+    # On a GPU too, as each number that the threshold needs, and each chunk's count, would wait for the device.
+    if n <= EXACT_BELOW or k > n // 4 or flat.device.type != "cpu":
         return flat.abs().topk(k, sorted=False).indices.sort().values
     # A threshold estimated from a sample leaves few candidates (Lin et al. 2018, section 3.3), from which the k are
     # selected exactly: the sample decides the speed, not the result.
