@@ -1,4 +1,4 @@
-"""What makes the CPU wait for a GPU: numbers that are read from it, counted on a device that only says that it is one."""
+"""What makes the CPU wait for a GPU: numbers read from it, counted on a device that only says that it is one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from far_device import FAR, far_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raytrust.compress.interface import CHUNK, chunks
 from raytrust.compress.qsgd import _norms
-from raytrust.compress.sparse import EXACT_BELOW, largest
+from raytrust.compress.sparse import EXACT_BELOW, above, largest
 
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select"}
 
@@ -58,3 +59,17 @@ def test_norms_of_buckets_are_found_without_a_wait() -> None:
     with Waits() as waits:
         _norms(rows, "l2")
     assert waits.count == 1
+
+
+def test_on_a_device_all_entries_are_one_chunk() -> None:
+    n = 2 * CHUNK + 3
+    assert [part.stop for part in chunks(n, device=torch.device("cpu"))] == [CHUNK, 2 * CHUNK, n]
+    assert list(chunks(n, device=torch.device("cuda"))) == list(chunks(n, device=torch.device("meta"))) == [slice(0, n)]
+    assert list(chunks(0, device=torch.device("cuda"))) == []
+    with far_device():
+        far = gradient(n).to(FAR)
+        with Waits() as waits:
+            found = above(far, 3.0)
+        found = found.cpu()
+    assert torch.equal(found, above(gradient(n), 3.0))
+    assert waits.count == 1  # for how many there are
