@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raytrust.compress.base import Payload, Stochastic
 from raytrust.compress.interface import Layout, Reduced, Vantage, payloads_by_worker
+from raytrust.compress.spectrum import spectrum_of
 from raytrust.config import AtomoConfig, register
 from raytrust.wire.channel import Channel, Message
 
@@ -33,6 +34,7 @@ class Atomo(Stochastic):
         self._matrices = [i for i, s in enumerate(layout.shapes) if len(s) >= 2 and s.numel()]
         self.vectors = [i for i in range(len(layout.shapes)) if i not in self._matrices]
         self._sizes = [(layout.shapes[i][0], layout.shapes[i][1:].numel()) for i in self._matrices]
+        self._largest = max((n * m for n, m in self._sizes), default=0)
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
@@ -58,16 +60,18 @@ class Atomo(Stochastic):
 
     def _sample(self, matrix: Tensor, coins: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         wide = matrix.shape[0] <= matrix.shape[1]
-        a = matrix.double() if wide else matrix.double().T
-        vectors, values = _spectrum(a)
-        p = _probabilities(values, self._rank)
-        kept = torch.from_numpy(coins.random(len(p)) < p).to(matrix.device)
-        # The other side's vectors, which take as long as the spectrum, of those triples alone that are sent.
-        left = vectors[kept]
+        short = matrix if wide else matrix.T
+        buffer = self._scratch("matrix", self._largest, matrix, torch.float64)
+        a = buffer[: matrix.numel()].view(short.shape).copy_(short)
+        spectrum = spectrum_of(a)
+        p = _probabilities(spectrum.values, self._rank)
+        kept = coins.random(len(p)) < p
+        # The vectors, which take as long as the values and on the other side longer, of those triples that are sent.
+        left = spectrum.vectors(np.flatnonzero(kept))
         right = left @ a
         s = right.norm(dim=1)
         right /= s.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-        weights = s / torch.from_numpy(p).to(s)[kept]
+        weights = s / torch.from_numpy(p[kept]).to(s)
         u, v = (left, right) if wide else (right, left)
         return weights.float(), u.float(), v.float()
 
@@ -96,16 +100,6 @@ class Atomo(Stochastic):
         for i, vector in zip(self.vectors, vectors, strict=True):
             targets[i].add_(vector, alpha=share)
         return x
-
-
-def _spectrum(a: Tensor) -> tuple[Tensor, Tensor]:
-    """(k, m), float64, k <= m -> its left singular vectors, as rows (k, k), and singular values (k,), the largest
-    first; those that rounding can't tell from zero are zero."""
-    # By the eigenvectors of the smaller Gram matrix, a convolution's 512 x 512 instead of 512 x 4608. In float64, as it
-    # squares the condition number: in float32 all but the largest values would be noise.
-    values, vectors = torch.linalg.eigh(a @ a.T)
-    values, least = values.flip(0), torch.finfo(torch.float64).eps * len(a) * values[-1]
-    return vectors.T.flip(0), torch.where(values > least, values, 0).sqrt()
 
 
 def _probabilities(s: Tensor, rank: int) -> np.ndarray:

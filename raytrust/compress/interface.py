@@ -205,8 +205,14 @@ def payloads_by_worker(messages: Sequence[Message], vantage: Vantage) -> list[tu
     return [message.received_from(rank) for rank in range(len(message.received) // len(message.sent))]
 
 
-def chunks(size: int, multiple: int = 8) -> Iterator[slice]:
-    """Slices of 0..size, each a multiple of `multiple` long but the last, and of about `CHUNK` entries."""
+def chunks(size: int, multiple: int = 8, device: torch.device | None = None) -> Iterator[slice]:
+    """Slices of 0..size, each a multiple of `multiple` long but the last, and of about `CHUNK` entries.
+
+    device: of what is sliced, where the result does not depend on the slices: but for the CPU, all entries are one.
+    """
     length = max(1, CHUNK // multiple) * multiple
+    # A GPU has no cache to stay in, and each slice is a launch more.
+    if device is not None and device.type != "cpu":
+        length = max(length, size)
     for start in range(0, size, length):
         yield slice(start, min(start + length, size))

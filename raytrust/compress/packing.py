@@ -30,9 +30,15 @@ def pack_bits(bits: Tensor, out: Tensor) -> None:
 
 
 def unpack_signs(packed: Tensor, scale: float, out: Tensor, rows: Tensor) -> None:
-    """uint8 (n/8,) -> float32 (n,) in `out`: -scale where the bit is set, else scale. rows: int32 (n/8,), scratch."""
+    """uint8 (n/8,) -> float32 (n,) in `out`: -scale where the bit is set, else scale. rows: int64 (n/8,), scratch."""
     # A byte is a row of a table of 256: one lookup for eight entries, where shifts and masks would be eight passes.
-    torch.index_select(_signs(packed.device) * scale, 0, rows.copy_(packed), out=out.view(-1, 8))
+    table, rows, eights = _signs(packed.device) * scale, rows.copy_(packed), out.view(-1, 8)
+    if packed.device.type == "cpu":
+        # numpy copies rows of 32 bytes as such, and takes half as long as torch. A byte is never beyond the table:
+        # "clip" is for numpy to write to `out` straight away, not by way of a copy.
+        np.take(table.numpy(), rows.numpy(), axis=0, out=eights.numpy(), mode="clip")
+    else:
+        torch.index_select(table, 0, rows, out=eights)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -57,8 +63,13 @@ def unpack_codes(packed: Tensor, bits: int, out: Tensor) -> Tensor:
     length = len(packed)
     for i in range(8 // bits):
         plane = out[i * length : (i + 1) * length]
-        shifted = packed if i == 0 else packed >> (i * bits)
-        plane.copy_((shifted if bits == 8 else shifted & (2**bits - 1))[: len(plane)])
+        codes = packed[: len(plane)]
+        # The last plane is what a shift leaves, and the first one needs none.
+        if i > 0:
+            codes = codes >> (i * bits)
+        if (i + 1) * bits < 8:
+            codes = codes & (2**bits - 1)
+        plane.copy_(codes)
     return out
 
 

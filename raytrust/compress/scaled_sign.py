@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raytrust.compress.base import Base, Payload
-from raytrust.compress.interface import CHUNK, FlatGradients, Layout, Reduced
+from raytrust.compress.interface import CHUNK, Layout, Reduced
 from raytrust.compress.signs import SignCode
 from raytrust.config import ScaledSignConfig, register
 from raytrust.wire.channel import Channel
@@ -30,18 +30,27 @@ class ScaledSign(Base):
 
     def reduce(self, grads: Sequence[Tensor], channel: Channel) -> Reduced:
         flat = self._input(grads)
-        gathered = channel.all_gather((self._scales(flat), self._code.encode(FlatGradients(flat, self.layout))))
+        gathered = channel.all_gather(self._encode(flat))
         return self._reduced(self._sum(gathered, share=1 / channel.world_size), gathered[channel.rank])
 
-    def _scales(self, flat: Tensor) -> Tensor:
-        """The mean magnitude of each tensor, (parameters,)."""
+    def _encode(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean magnitude of each tensor, (parameters,), and the signs, uint8 (ceil(entries / 8),)."""
+        n = self.layout.entries
         magnitudes = self._scratch("magnitudes", CHUNK, flat)
+        packed = self._scratch("packed", (n + 7) // 8, flat, torch.uint8)
         sums = [flat.new_zeros(()) for _ in self.layout.sizes]
-        # Two passes over a piece that stays in the cache are faster than torch's norm over memory that does not.
+        encoded = 0
+        # All passes over a piece while it is in the cache: it comes from memory once. Two of them for its sum are
+        # faster than torch's norm.
         for i, part in self._code.pieces:
             sums[i] += torch.abs(flat[part], out=magnitudes[: part.stop - part.start]).sum()
+            # As far as whole bytes go: what is left of the last one goes with the next piece.
+            last = part.stop if part.stop == n else part.stop // 8 * 8
+            if last > encoded:
+                self._code.encode_part(flat, slice(encoded, last), packed)
+                encoded = last
         sizes = torch.tensor(self.layout.sizes, device=flat.device).clamp_min(1)
-        return torch.stack(sums) / sizes if sums else flat.new_empty(0)
+        return torch.stack(sums) / sizes if sums else flat.new_empty(0), packed
 
     def _add(self, x: Tensor, payload: Payload, share: float = 1.0) -> Tensor:
         return self._code.add(x, payload[1], self._pieces(payload[0], share))

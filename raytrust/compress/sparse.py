@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raytrust.compress.base import Base, Payload
-from raytrust.compress.interface import CHUNK, Reduced, chunks
+from raytrust.compress.interface import Reduced, chunks
 from raytrust.compress.packing import compare
 from raytrust.wire.channel import Channel
 
@@ -23,7 +23,8 @@ def largest(flat: Tensor, k: int) -> Tensor:
     n = len(flat)
     if k >= n:
         return torch.arange(n, device=flat.device)
-    if n <= EXACT_BELOW or k > n // 4:
+    # On a GPU too, as each number that the threshold needs, and each chunk's count, would wait for the device.
+    if n <= EXACT_BELOW or k > n // 4 or flat.device.type != "cpu":
         return flat.abs().topk(k, sorted=False).indices.sort().values
     # A threshold estimated from a sample leaves few candidates (Lin et al. 2018, section 3.3), from which the k are
     # selected exactly: the sample decides the speed, not the result.
@@ -46,11 +47,12 @@ def largest(flat: Tensor, k: int) -> Tensor:
 
 def above(flat: Tensor, threshold: float) -> Tensor:
     """Positions, in increasing order, of the entries that are not zero and of magnitude at least `threshold`."""
-    parts = []
+    found = []
     # The least positive float32: zeros are not worth their positions.
     least = max(threshold, torch.finfo(torch.float32).smallest_normal * 2.0**-23)
-    magnitudes = flat.new_empty(min(CHUNK, len(flat)))
-    for part in chunks(len(flat)):
+    parts = list(chunks(len(flat), device=flat.device))
+    magnitudes = flat.new_empty(max((part.stop - part.start for part in parts), default=0))
+    for part in parts:
         n = part.stop - part.start
         chosen = torch.empty(n, dtype=torch.bool, device=flat.device)
         compare(np.greater_equal, torch.abs(flat[part], out=magnitudes[:n]), least, chosen)
@@ -59,8 +61,8 @@ def above(flat: Tensor, threshold: float) -> Tensor:
             positions = torch.from_numpy(np.flatnonzero(chosen.numpy()))
         else:
             positions = chosen.nonzero().flatten()
-        parts.append(positions.add_(part.start))
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=flat.device)
+        found.append(positions.add_(part.start))
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=flat.device)
 
 
 class Sparse(Base):

@@ -41,7 +41,7 @@ def test_bits(bits: list[bool]) -> None:
 @given(st.integers(0, 5), st.integers(0, 2**40 - 1), st.sampled_from([1.0, 0.25, 3e30]))
 def test_signs(length: int, pattern: int, scale: float) -> None:
     packed = list(pattern.to_bytes(5, "little"))[:length]
-    out, rows = torch.empty(8 * length), torch.empty(length, dtype=torch.int32)
+    out, rows = torch.empty(8 * length), torch.empty(length, dtype=torch.int64)
     unpack_signs(torch.tensor(packed, dtype=torch.uint8), scale, out, rows)
     assert out.tolist() == [float(np.float32(-scale if bit else scale)) for bit in bits_of(packed)]
 

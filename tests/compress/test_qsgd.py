@@ -2,12 +2,15 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from toys import assert_unbiased, draws, relative_variance
 
 from raytrust.compress import Layout
+from raytrust.compress.interface import CHUNK
+from raytrust.compress.packing import pack_codes
 from raytrust.compress.qsgd import QSGD
 from raytrust.config import QSGDConfig
 from raytrust.wire.channel import LocalChannel, Tap
@@ -95,3 +98,24 @@ def test_every_chunk_has_its_own_dice_and_place() -> None:
     halves = [ups[start : start + 2**16] for start in range(0, n - 2**16, 2**16)]
     assert all(abs(float(h.float().mean()) - 0.5) < 0.02 for h in halves)
     assert not any(torch.equal(a, b) for i, a in enumerate(halves) for b in halves[:i])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bucket", [512, 100])
+@pytest.mark.parametrize("n", [8 * 512 * 64 + 1003, 777, 1])
+def test_every_byte_and_entry_is_the_formula_s(bits: Literal[2, 4, 8], bucket: int, n: int) -> None:
+    """floor(s x / norm + u) of numpy's own uniform numbers; the codes of a chunk by planes; level x norm / s."""
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    tap, s = Tap(LocalChannel(), keep=True), 2 ** (bits - 1) - 1
+    mean, own = QSGD(QSGDConfig(bits=bits, bucket=bucket), Layout([x.shape]), seed=5).reduce([x], tap)
+    norms, packed = tap.messages[0].sent
+    rows = torch.nn.functional.pad(x, (0, -n % bucket)).view(-1, bucket)
+    dice = np.random.Generator(np.random.SFC64([5, 0, 0])).random(rows.numel(), dtype=np.float32)
+    assert torch.equal(norms, torch.linalg.vector_norm(rows, dim=1))
+    levels = torch.addcmul(torch.from_numpy(dice).view_as(rows), rows, (s / norms)[:, None]) + s
+    codes = levels.to(torch.int64).clamp(max=2 * s).view(-1)[:n]
+    length = CHUNK // (8 * bucket) * 8 * bucket
+    assert torch.equal(packed, torch.cat([pack_codes(part.to(torch.uint8), bits) for part in codes.split(length)]))
+    decoded = (codes - s).float() * (norms / s).repeat_interleave(bucket)[:n]
+    assert torch.equal(mean[0], decoded)
+    assert torch.equal(own[0], decoded)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from toys import SHAPES, distance, gradients, norm
 
 from raytrust.compress import Layout
+from raytrust.compress.interface import CHUNK
 from raytrust.compress.scaled_sign import ScaledSign
 from raytrust.compress.signsgd import SignSGD
 from raytrust.config import ScaledSignConfig, SignSGDConfig
@@ -111,3 +113,19 @@ def test_tensors_that_begin_within_a_byte_and_end_beyond_a_chunk() -> None:
     assert distance(ScaledSign(ScaledSignConfig(), layout).decode(tap.messages, "peer")[0], grads) < 1e-6
     signs = SignSGD(SignSGDConfig(), layout).reduce(grads, LocalChannel()).decoded_own
     assert all(torch.equal(s, g.sign()) for s, g in zip(signs, grads, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [[5, CHUNK + 3, 7, 0, 2 * CHUNK + 9], [CHUNK, 8], [3, 2, 1, 4], [0, 1]])
+def test_the_scaled_sign_to_the_bit(sizes: list[int]) -> None:
+    """As one pass after another has it; tensors share a byte where a size is no multiple of 8, and cross chunks."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(n, generator=generator) for n in sizes]
+    tap = Tap(LocalChannel(), keep=True)
+    mean, own = ScaledSign(ScaledSignConfig(), Layout([g.shape for g in grads])).reduce(grads, tap)
+    scales, packed = tap.messages[0].sent
+    totals = [sum((part.abs().sum() for part in g.split(CHUNK)), torch.zeros(())) for g in grads]
+    assert torch.equal(scales, torch.stack(totals) / torch.tensor(sizes).clamp_min(1))
+    assert packed.tolist() == np.packbits(torch.cat(grads).numpy() < 0, bitorder="little").tolist()
+    for g, scale, m, o in zip(grads, scales, mean, own, strict=True):
+        assert torch.equal(m, torch.where(g < 0, -scale, scale))
+        assert torch.equal(o, m)
