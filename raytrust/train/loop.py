@@ -152,6 +152,7 @@ def capture_images(
     state: dict[str, Tensor] | None = None,
     step: int = 0,
     hook: HookCompressor | None = None,
+    device: str = "cpu",
 ) -> list[Capture]:
     """Captures as `train` makes them, of chosen images instead of training images, without any training.
 
@@ -159,18 +160,20 @@ def capture_images(
         normalised as `data`. labels: (n,).
     state: weights and buffers of the model by name, by default of the untrained one; `step` says how long it was
     trained. The compressor is that of the defence in its first state, or `hook` in its present one, which stays as it
-    is. Raises ValueError where the model can't have a gradient: a batch norm in training mode of one value a channel;
-    and for a threat with auxiliary images, as the caller alone knows what else the chosen ones are compared with.
+    is. device: where gradients are taken; captures are on the CPU. Raises ValueError where the model can't have a
+    gradient: a batch norm in training mode of one value a channel; and for a threat with auxiliary images, as the
+    caller alone knows what else the chosen ones are compared with.
     """
     if config.threat.auxiliary:
         raise ValueError(f"Expected auxiliary={config.threat.auxiliary} to be 0 for captures of chosen images.")
     model = build_model(config.model, data.channels, data.classes, config.seed)
     if state is not None:
         model.load_state_dict(state)
+    model = model.to(device)
     private = images, labels, torch.arange(len(labels)).view(-1, config.threat.batch_size)
     # Repeatable, as all of a study: it measures what noise does, and protects nobody.
     built = build(config.defence, model, config.seed, private_seed=config.seed) if hook is None else hook
-    return list(_captures(config, step, model, built, data, LocalChannel(), "cpu", private))
+    return list(_captures(config, step, model, built, data, LocalChannel(), device, private))
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
