@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias, cast
 import ray
 
 from raytrust.cluster.failures import one_line
+from raytrust.networks.device import Device
 
-Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 Resources: TypeAlias = dict[str, float]
 ATTACK_GPU = 0.25  # of a GPU: four attacks fit, or one beside the workers
 PRECISION = 1e4  # Ray counts in ten thousandths

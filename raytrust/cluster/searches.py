@@ -133,9 +133,11 @@ def tell_of_attacks(listener: Listener, key: str, result: Parameters) -> None:
 
 def places(placement: Placement) -> int:
     """How many attacks have room at once in the cluster as it is."""
+    room = capacity("CPU")
     if placement.attack_gpu:
-        return max(1, int(capacity("GPU") / placement.attack_gpu))
-    return max(1, capacity("CPU"))
+        # Each takes a CPU besides, but for nodes with GPUs and CPUs apart, of which this knows nothing.
+        room = min(room, int(capacity("GPU") / placement.attack_gpu))
+    return max(1, room)
 
 
 def _defence_trial(
