@@ -39,6 +39,7 @@ def test_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: A
     monkeypatch.setattr(runtime, "cluster", lambda address, cpus: nullcontext())
     monkeypatch.setattr("ray.nodes", lambda: [NODE])
     monkeypatch.setattr(placement, "cuda_refusal", lambda: None)
+    monkeypatch.setattr(placement, "gpu_memory", lambda: 2**34)
     monkeypatch.setattr(searches, "capacity", lambda resource: int(NODE["Resources"][resource]))  # type: ignore[index]
     program = Toy(tmp_path, 1)
     with program._runner(True, None, 8, device) as runner:
