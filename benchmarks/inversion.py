@@ -45,6 +45,7 @@ from raytrust.config import (
 from raytrust.data import Dataset
 from raytrust.leak import View, identity_view, view_of
 from raytrust.networks.build import build_model
+from raytrust.networks.device import exact
 from raytrust.persample.memory import keep_freed_memory
 from raytrust.train.loop import capture_images
 from raytrust.wire.channel import LocalChannel, Tap
@@ -195,6 +196,14 @@ def main() -> None:
         sys.exit(str(error))
     torch.set_num_threads(1)
     keep_freed_memory()
+    with exact(options.device):
+        rows = tables(options)
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def tables(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure and print, and return the rows."""
     print(f"{'objective':<18}{'restarts':>9}{'dtype':>10}{'ms/restart':>12}{'restarts/s':>12}{'x textbook':>12}")
     rows = []
     for objective in options.objective:
@@ -212,8 +221,7 @@ def main() -> None:
                 rows.append(row)
                 ms, ratio = row["ms_per_image"], row["ratio_to_textbook"]
                 print(f"{objective:<18}{images:>9}{dtype:>10}{ms:>12.1f}{1e3 / ms:>12.1f}{ratio:>12.2f}", flush=True)
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":

@@ -6,18 +6,21 @@
 
 Gradients and their derivatives by the image are compared with plain autograd's in float64, of two images of noise; a
 step is what an attack does in an iteration, for 8 candidates of one image each, in milliseconds of CPU time of one
-thread. Networks are untrained, their batch norms have seen noise, and all are in evaluation mode. SSIM is of one image.
+thread, or by the clock with --device cuda. Networks are untrained, their batch norms have seen noise, and all are in
+evaluation mode. SSIM is of one image.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +35,7 @@ from raytrust.config import Defence, InversionConfig, Threat
 from raytrust.data import load
 from raytrust.leak import identity_view
 from raytrust.metrics.images import ssim_table
+from raytrust.networks.device import exact, usable
 from raytrust.networks.task import CROSS_ENTROPY, Targets, Task
 from raytrust.persample import GradientMatcher
 from raytrust.persample.memory import keep_freed_memory
@@ -262,20 +266,24 @@ def error(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return float((apart / sizes.maximum(1e-3 * sizes.norm())).max())
 
 
-def milliseconds(step: Callable[[], object], repeats: int) -> float:
+def milliseconds(step: Callable[[], object], repeats: int, device: str) -> float:
+    clock = time.process_time if device == "cpu" else time.perf_counter
     times = []
     for _ in range(repeats + 1):  # the first one warms up
-        start = time.process_time()
+        start = clock()
         step()
-        times.append(time.process_time() - start)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(clock() - start)
     return 1e3 * sorted(times[1:])[repeats // 2]
 
 
-def measure(entry: Entry, slow: bool) -> list[str]:
-    model, task = network_of(entry), task_of(entry)
+def measure(entry: Entry, slow: bool, device: str) -> list[str]:
+    model, task = network_of(entry).to(device), task_of(entry)
     generator = torch.Generator().manual_seed(1)
-    x, labels = torch.randn(8, 1, 3, entry.size, entry.size, generator=generator), targets_of(entry, 8)[:, None]
-    directions = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+    x = torch.randn(8, 1, 3, entry.size, entry.size, generator=generator).to(device)
+    labels = targets_of(entry, 8)[:, None].to(device)
+    directions = [torch.randn(p.shape, generator=generator).to(device) for p in model.parameters()]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         matcher = GradientMatcher(model, task=task)
@@ -291,17 +299,17 @@ def measure(entry: Entry, slow: bool) -> list[str]:
     errors = [error(a, b) for a, b in zip(double, exact, strict=True)]
     errors += [error(slopes, exact[1]) for slopes in (single[1], plain[1])]
     distance = identity_view(directions).distance
-    fast = milliseconds(lambda: matcher(x, labels, distance), 3)
+    fast = milliseconds(lambda: matcher(x, labels, distance), 3, device)
     row = [f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}", reasons[0] if reasons else "fast"]
     row += [f"{e:.0e}" for e in errors]
     if not slow:
         return [*row, f"{fast:.0f}", "", ""]
     matcher.fast, matcher._path = False, GradientMatcher(model, task=task)._path
-    slowly = milliseconds(lambda: matcher(x, labels, distance), 1)
+    slowly = milliseconds(lambda: matcher(x, labels, distance), 1, device)
     return [*row, f"{fast:.0f}", f"{slowly:.0f}", f"{slowly / fast:.1f}"]
 
 
-def attacked(entry: Entry, data: str, iterations: int) -> str:
+def attacked(entry: Entry, data: str, iterations: int, device: str) -> str:
     """SSIM of our attack on the whole gradient of a test image."""
     test = load(data)
     image = test.test_images[100:101].float() / 255
@@ -314,7 +322,7 @@ def attacked(entry: Entry, data: str, iterations: int) -> str:
     threat = Threat(batch_size=1, labels="known")
     batch = private(image, targets, None, task)
     (capture,) = victim.captures(model, compressor, defence, None, threat, batch, CLASSES, state, 0)
-    (candidates,) = invert([(capture.seen, InversionConfig(iterations=iterations))])
+    (candidates,) = invert([(capture.seen, InversionConfig(iterations=iterations))], device)
     best = candidates.images[candidates.objective.argmin()]
     return f"{ssim_table(best, image)[0, 0]:.2f}"
 
@@ -325,8 +333,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--attack", metavar="DATA", help="an attack on an image of this data, too")
     parser.add_argument("--iterations", type=int, default=200, help="of the attack (default: %(default)s)")
     parser.add_argument("--no-slow", action="store_true", help="leave out the time of the slow path")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a list of rows, by column")
     options = parser.parse_args(arguments)
     try:
+        usable(options.device)
         entries = {name: entry_of(name) for name in options.networks}
     except (ValueError, ImportError) as failure:
         print(f"models.py: error: {failure}", file=sys.stderr)
@@ -336,11 +347,16 @@ def main(arguments: list[str] | None = None) -> int:
     head = ["network", "pixels", "weights, M", "path", "error: gradient", "by the image", "in float32", "autograd's"]
     head += ["fast, ms", "slow, ms", "x", *(["SSIM"] if options.attack else [])]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
-    for name, entry in entries.items():
-        row = [name, str(entry.size), *measure(entry, not options.no_slow)]
-        if options.attack:
-            row.append(attacked(entry, options.attack, options.iterations))
-        print("| " + " | ".join(row) + " |", flush=True)
+    rows = []
+    with exact(options.device):
+        for name, entry in entries.items():
+            row = [name, str(entry.size), *measure(entry, not options.no_slow, options.device)]
+            if options.attack:
+                row.append(attacked(entry, options.attack, options.iterations, options.device))
+            print("| " + " | ".join(row) + " |", flush=True)
+            rows.append(dict(zip(head, row, strict=True)))
+    if options.json is not None:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

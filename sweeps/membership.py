@@ -66,10 +66,12 @@ AUDIT = Fields(
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {
     **AUDIT.values(MembershipConfig()),
-    **dict(data="digits", image_size=None, preset="quick", defence=None, cpus=None, hours=None, messages=4),
+    **dict(
+        data="digits", image_size=None, preset="quick", defence=None, cpus=None, hours=None, device="auto", messages=4
+    ),
     **cli.PLACES,
 }
-CHANGEABLE = ("address", "local", "tracking_uri", "cpus", "hours", "plugin")
+CHANGEABLE = ("address", "local", "tracking_uri", "cpus", "hours", "device", "plugin")
 RUN = cli.Directory("membership", "an audit", "membership.json", CHANGEABLE)
 
 
@@ -91,6 +93,7 @@ def _parser() -> cli.Parser:
     add("--messages", type=int, metavar="N", help="attacked batches at each captured step (default: 4)")
     add("--cpus", type=int, metavar="N", help="models trained at once, on a Ray of its own; default: all CPUs")
     add("--hours", type=float, metavar="H", help="begin no further model after H hours; --resume goes on from there")
+    add("--device", choices=["auto", "cpu", "cuda"], help="where to compute; auto (default): GPUs that torch can use")
     parser.add_places("audit")
     fitted = {"capture_steps": "shares 0, 1/8, 1/4, 1/2 and 1 of the steps"}
     fitted |= {name: f"at most {DEFAULTS[name]}" for name in ("message_batch", "property_models", "guesses")}
@@ -128,7 +131,7 @@ def _begin(options: argparse.Namespace, root: Path) -> Callable[[], int]:
     from raytrust.studies.membership.pool import draw_pool
 
     draw_pool(config, data)  # refuses sizes that do not fit
-    store = open_audit(root, config, data.fingerprint(), RUN.keep(options, ("cpus", "hours", "defences")))
+    store = open_audit(root, config, data.fingerprint(), RUN.keep(options, ("cpus", "hours", "device", "defences")))
     return lambda: _run(options, data, config, store)
 
 
@@ -216,6 +219,7 @@ def _run(options: argparse.Namespace, data: Any, config: MembershipConfig, store
         tracking_uri=uri,
         hours=options.hours,
         spread=not options.local,
+        device=options.device,
     )
     print("\n" + (store.root / "membership.txt").read_text())
     cli.list_files(store.root, ("report.html", "results.json", "roc.png", "auc.png", "models"))

@@ -37,9 +37,9 @@ BUDGET = Fields(
 )
 DEFAULTS: dict[str, Any] = dict(
     tables="1,2", datasets=",".join(DATASETS), data_dir=None, images=None, budget="quick", cpus=None, hours=None,
-    seed=0, **cli.PLACES,
+    device="auto", seed=0, **cli.PLACES,
 )  # fmt: skip
-CHANGEABLE = ("address", "local", "tracking_uri", "cpus", "hours", "plugin")
+CHANGEABLE = ("address", "local", "tracking_uri", "cpus", "hours", "device", "plugin")
 RUN = cli.Directory("paper_tables", "a run", "paper.json", CHANGEABLE)
 
 
@@ -59,6 +59,7 @@ def _parser() -> cli.Parser:
     add("--seed", type=int, metavar="N", help="of everything that is random (default: 0)")
     add("--cpus", type=int, metavar="N", help="units at once, on a Ray of its own; default: all CPUs")
     add("--hours", type=float, metavar="H", help="begin no further piece after H hours; --resume goes on from there")
+    add("--device", choices=["auto", "cpu", "cuda"], help="where to compute; auto (default): GPUs that torch can use")
     parser.add_places("run")
     BUDGET.add_to(parser, by_preset({}, {name: BUDGET.values(budget) for name, budget in BUDGETS.items()}))
     return parser
@@ -80,7 +81,7 @@ def _begin(options: argparse.Namespace, root: Path) -> Callable[[], int]:
     data = {name: load(source) for name, source in sources.items()}
     named = ",".join(name if name == source else f"{name}={source}" for name, source in sources.items())
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    open_run(root, config, data, RUN.keep(options, ("cpus", "hours", "data_dir")) | {"datasets": named})
+    open_run(root, config, data, RUN.keep(options, ("cpus", "hours", "device", "data_dir")) | {"datasets": named})
     return lambda: _run(options, config, data, root)
 
 
@@ -119,7 +120,15 @@ def _run(options: argparse.Namespace, config: Any, data: dict[str, Any], root: P
 
     cpus, address, uri = options.cpus or cli.cpus(), options.address, options.tracking_uri
     report = run_paper(
-        config, data, root, address=address, cpus=cpus, tracking_uri=uri, hours=options.hours, spread=not options.local
+        config,
+        data,
+        root,
+        address=address,
+        cpus=cpus,
+        tracking_uri=uri,
+        hours=options.hours,
+        spread=not options.local,
+        device=options.device,
     )
     for claim in report.claims:
         print(f"{claim.verdict:>30}  {claim.quote}")

@@ -77,10 +77,11 @@ MAP = Fields(
 )
 DEFAULTS: dict[str, Any] = {
     **MAP.values(ThreatMapConfig()),
-    **dict(data="digits", image_size=None, preset="quick", defence=None, cpus=None, hours=None),
+    **dict(data="digits", image_size=None, preset="quick", defence=None, cpus=None, hours=None, device="auto"),
     **cli.PLACES,
 }
-RUN = cli.Directory("threats", "a map", "threats.json", ("address", "local", "tracking_uri", "cpus", "hours", "plugin"))
+CHANGEABLE = ("address", "local", "tracking_uri", "cpus", "hours", "device", "plugin")
+RUN = cli.Directory("threats", "a map", "threats.json", CHANGEABLE)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,6 +99,7 @@ def _parser() -> cli.Parser:
     add("--iterations", type=int, metavar="N", help="of every attack")
     add("--cpus", type=int, metavar="N", help="jobs at once, on a Ray of its own; default: all CPUs")
     add("--hours", type=float, metavar="H", help="begin no further job after H hours; --resume goes on from there")
+    add("--device", choices=["auto", "cpu", "cuda"], help="where to compute; auto (default): GPUs that torch can use")
     parser.add_places("map")
     MAP.add_to(parser, by_preset(DEFAULTS, PRESETS), also={"evaluation": "images"})
     return parser
@@ -132,7 +134,7 @@ def _begin(options: argparse.Namespace, root: Path) -> Callable[[], int]:
         check_sizes(cell.train, len(data.train_labels))
         auxiliary_images(cell.train, data)
     check_network(config.train.model, data.train_images.shape[1:], data.classes)
-    store = open_map(root, config, data, RUN.keep(options, ("cpus", "hours")))
+    store = open_map(root, config, data, RUN.keep(options, ("cpus", "hours", "device")))
     return lambda: _run(options, config, data, store)
 
 
@@ -148,6 +150,7 @@ def _run(options: argparse.Namespace, config: ThreatMapConfig, data: Any, store:
         tracking_uri=options.tracking_uri,
         hours=options.hours,
         spread=not options.local,
+        device=options.device,
     )
     cli.list_files(store.root, FILES)
     statuses = {row["status"] for m in mapped for row in m.rows}

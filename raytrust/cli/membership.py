@@ -13,6 +13,7 @@ from raytrust.config import Arm, Defence, MembershipConfig, to_dict
 from raytrust.data import Dataset
 from raytrust.jobs.files import write_file, write_json
 from raytrust.jobs.store import JobStore
+from raytrust.networks.device import Device
 from raytrust.reports.membership_figures import roc_figure, side_by_side_figure
 from raytrust.reports.membership_page import membership_page
 from raytrust.reports.membership_table import membership_table
@@ -36,6 +37,7 @@ def run_membership(
     tracking_uri: str | None = None,
     hours: float | None = None,
     spread: bool = True,
+    device: Device = "auto",
 ) -> list[Row]:
     """Train the models that are not finished yet, write the report, log it, and return its rows.
 
@@ -45,7 +47,7 @@ def run_membership(
     images.
     """
     program = _Membership(config, data, store, cpus if spread else 1)
-    program.run(address, cpus, tracking_uri, hours, spread)
+    program.run(address, cpus, tracking_uri, hours, spread, device)
     return program.rows
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from raytrust.cli.session import Program
 from raytrust.data import Dataset
+from raytrust.networks.device import Device
 from raytrust.reports.mlflow import Tracker
 from raytrust.reports.outbox import Outbox
 from raytrust.reports.paper.write import ARTIFACTS, write_report
@@ -25,13 +26,14 @@ def run_paper(
     tracking_uri: str | None = None,
     hours: float | None = None,
     spread: bool = True,
+    device: Device = "auto",
 ) -> Report:
     """Do what is not done yet, write the report into `root` and log it. data: by the names in `config.datasets`.
 
     For the rest see `raytrust.cli.session.Program.run`.
     """
     program = _Paper(config, data, root, cpus if spread else 1)
-    program.run(address, cpus, tracking_uri, hours, spread)
+    program.run(address, cpus, tracking_uri, hours, spread, device)
     return program.assembled
 
 

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from raytrust.jobs.lock import exclusive
 from raytrust.jobs.progress import Progress, clock
 from raytrust.jobs.runner import Local, Runner
+from raytrust.networks.device import Device, usable
 from raytrust.reports.mlflow import Tracker, default_uri
 from raytrust.reports.outbox import Outbox, tracked
 from raytrust.studies.study import Study, answer, too_late
@@ -48,12 +49,21 @@ class Program(ABC, Generic[S]):
     def report(self, tracker: Tracker, outbox: Outbox) -> tuple[list[Path], dict[str, float]]:
         """Write the report of what is finished and log it; returns its files, and metrics of the whole."""
 
-    def run(self, address: str | None, cpus: int, uri: str | None, hours: float | None, spread: bool) -> None:
+    def run(
+        self,
+        address: str | None,
+        cpus: int,
+        uri: str | None,
+        hours: float | None,
+        spread: bool,
+        device: Device = "auto",
+    ) -> None:
         """Do what is not done yet, write the report, log it.
 
         hours: after which no further job is begun; those that run are finished. spread: over Ray; without, all is done
-        in this process. KeyboardInterrupt passes through, after the report of what is finished. Raises ValueError if
-        another run goes on in the directory.
+        in this process. device: "auto" is "cuda" where torch can use one. KeyboardInterrupt passes through, after the
+        report of what is finished. Raises ValueError if another run goes on in the directory, and for a device that
+        there is not.
         """
         until = None if hours is None else time.time() + 3600 * hours
         # Kept until the report is written, as what is finished by then is worth reading.
@@ -66,7 +76,7 @@ class Program(ABC, Generic[S]):
             outbox = Outbox(tracker, self.progress.say, self.noun)
             with tracked(tracker, outbox, self.name, self.parameters, self.tags):
                 try:
-                    with self._runner(spread, address, cpus) as runner:
+                    with self._runner(spread, address, cpus, device) as runner:
                         answer(self.study, runner, self.progress, until)
                 except KeyboardInterrupt as error:
                     interrupt = error
@@ -79,18 +89,21 @@ class Program(ABC, Generic[S]):
             self.progress.say("done")
 
     @contextmanager
-    def _runner(self, spread: bool, address: str | None, cpus: int) -> Iterator[Runner]:
+    def _runner(self, spread: bool, address: str | None, cpus: int, device: Device) -> Iterator[Runner]:
         if not spread:
-            yield Local(self.study.data)
+            yield Local(self.study.data, usable(device))
             return
         # Ray takes a second to import, and is not needed in one process.
+        from raytrust.cluster.placement import decide
         from raytrust.cluster.runner import OnRay
-        from raytrust.cluster.runtime import capacity, cluster
+        from raytrust.cluster.runtime import cluster
+        from raytrust.cluster.searches import places
 
         with cluster(address, cpus):
             # A cluster that has scaled to zero has no CPU until the first job asks for one.
-            self.progress.parallel = max(1, capacity("CPU"))
-            yield OnRay(self.study.data, self.progress.parallel)
+            placement = decide(1, device, self.progress.say, growing=address is not None)
+            self.progress.parallel = places(placement)
+            yield OnRay(self.study.data, self.progress.parallel, placement.device, placement.attack_gpu)
 
     def _say_what_is_left(self, interrupted: bool, until: float | None) -> int:
         """How many jobs; a line, if there are any."""

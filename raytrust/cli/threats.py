@@ -13,6 +13,7 @@ from raytrust.config.threats import ThreatMapConfig
 from raytrust.data import Dataset
 from raytrust.jobs.files import write_file, write_json
 from raytrust.jobs.store import claim
+from raytrust.networks.device import Device
 from raytrust.reports.mlflow import Tracker
 from raytrust.reports.outbox import Outbox
 from raytrust.reports.text import counted
@@ -42,13 +43,14 @@ def run_threats(
     tracking_uri: str | None = None,
     hours: float | None = None,
     spread: bool = True,
+    device: Device = "auto",
 ) -> list[Mapped]:
     """Do what is not done yet, write the report, log it, and return the cells with their rows.
 
     Writes report.html, map.png and results.json. For the rest see `raytrust.cli.session.Program.run`.
     """
     program = _Threats(config, data, store, cpus if spread else 1)
-    program.run(address, cpus, tracking_uri, hours, spread)
+    program.run(address, cpus, tracking_uri, hours, spread, device)
     return program.mapped
 
 

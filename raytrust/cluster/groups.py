@@ -24,11 +24,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrust.cluster.failures import RETRIES, late, one_line
 from raytrust.cluster.job_queue import JobQueue
-from raytrust.cluster.placement import Device, Placement, decide
+from raytrust.cluster.placement import Placement, decide
 from raytrust.cluster.process_group import OnLoopback
 from raytrust.cluster.runtime import GROWTH, SLOT, capacity
 from raytrust.cluster.training import Crew, work
 from raytrust.data import Dataset
+from raytrust.networks.device import Device
 from raytrust.studies.frontier.store import Store
 
 IDLE = 30.0  # seconds that a group waits for a job before it gives its CPUs back; to start one takes half of it

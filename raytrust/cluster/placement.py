@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, cast
 
 import ray
 
 from raytrust.cluster.failures import one_line
+from raytrust.networks.device import Device
 
-Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 Resources: TypeAlias = dict[str, float]
 ATTACK_GPU = 0.25  # of a GPU: four attacks fit, or one beside the workers
+LEAST_GPU = 0.05  # of a GPU: what a process of torch takes by itself, and twenty of them keep a GPU busy
 PRECISION = 1e4  # Ray counts in ten thousandths
 ANSWER = 90.0  # seconds that torch may take to start on a node and say whether it sees the GPU
 
@@ -25,6 +27,7 @@ class Placement:
     groups: int
     worker_gpu: float = 0.0
     attack_gpu: float = 0.0
+    gpu_bytes: int = 0  # memory of a GPU, 0 where it is not known
 
     @property
     def through_host(self) -> bool:
@@ -38,6 +41,19 @@ class Placement:
     @property
     def attack(self) -> Resources:
         return {"CPU": 1.0} | ({"GPU": self.attack_gpu} if self.attack_gpu else {})
+
+    def for_attacks_of(self, needed: int, alone: bool = False) -> Placement:
+        """The same where an attack needs so many bytes on a GPU, 0 if nobody knows: with a share of it by need.
+
+        alone: whether no training groups are on the GPUs, so that an attack may take more than is kept for it beside
+        them. It takes less where it needs less, and more attacks run at once; where it needs more than it may take, it
+        goes through its candidates in turns.
+        """
+        if not (self.attack_gpu and self.gpu_bytes and needed):
+            return self
+        share = min(1.0 if alone else ATTACK_GPU, max(LEAST_GPU, needed / self.gpu_bytes))
+        # Rounded up to what Ray can count.
+        return replace(self, attack_gpu=math.ceil(share * PRECISION - 1e-6) / PRECISION)
 
 
 def place(
@@ -86,6 +102,8 @@ def decide(workers: int, device: Device, say: Callable[[str], None], growing: bo
     placement = place(workers, present, device, sees_cuda=refusal is None, growing=growing)
     if refusal:
         say(f"training and attacks run on the CPU: {refusal}")
+    if placement.device == "cuda" and any(n.get("GPU", 0) >= 1 for n in present):
+        return replace(placement, gpu_bytes=gpu_memory())
     return placement
 
 
@@ -99,6 +117,23 @@ def cuda_refusal() -> str | None:
         return f"no node with a GPU answered within {ANSWER:.0f} s"
     except ray.exceptions.RayError as error:
         return f"the node with a GPU failed: {one_line(error)}"
+
+
+def gpu_memory() -> int:
+    """The bytes of a GPU of the cluster, 0 where none says. All are taken to be alike."""
+    asked = ray.remote(_memory).options(num_cpus=0, num_gpus=1 / PRECISION, max_retries=1).remote()
+    try:
+        return cast(int, ray.get(asked, timeout=ANSWER))
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError):
+        # Shares by need are for speed: without them the usual ones serve.
+        ray.cancel(asked, force=True)
+        return 0
+
+
+def _memory() -> int:
+    import torch
+
+    return torch.cuda.mem_get_info("cuda")[1]
 
 
 def _refusal() -> str | None:

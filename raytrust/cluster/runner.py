@@ -15,7 +15,7 @@ from raytrust.jobs.job import Job, Place
 from raytrust.jobs.listener import Listener
 from raytrust.jobs.runner import Bundle, Outcome, tell, too_late, work
 from raytrust.jobs.store import JobStore
-from raytrust.persample.memory import keep_freed_memory
+from raytrust.persample.memory import keep_freed_memory, take_share
 
 
 class OnRay:
@@ -97,4 +97,8 @@ def do(
     torch.set_num_threads(1)
     # The process is a Ray worker's, so that tuning its allocator surprises nobody.
     keep_freed_memory()
+    if device.startswith("cuda"):
+        given = ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
+        # Several whole GPUs are more than a job knows to use.
+        take_share(min(1.0, given))
     return work(store, jobs, Place(ray.get(data[0]) if data else None, device))

@@ -26,9 +26,11 @@ from raytrust.cluster.searchers import AttackSearch, DefenceSearch
 from raytrust.cluster.training import train_on_cluster
 from raytrust.cluster.tuning import Parameters, Relay, run_trials
 from raytrust.config import Defence, InversionConfig, SweepConfig, TrainConfig, from_dict, to_dict
+from raytrust.jobs.captures import load_captures
 from raytrust.jobs.files import read_json
 from raytrust.jobs.job import Figures, Job
 from raytrust.jobs.listener import Listener
+from raytrust.persample.memory import candidate_bytes
 from raytrust.studies.frontier.audit import audit
 from raytrust.studies.frontier.jobs import AttackRun
 from raytrust.studies.frontier.plan import TOGETHER, defence_objectives
@@ -109,6 +111,9 @@ def search_attacks(
     search = AttackSearch(space, budget, known, sweep.train.seed, TOGETHER, until)
     if search.trials == 0:
         return
+    first = next(iter(runs.values()))
+    # Groups have ended: the GPUs are for attacks alone.
+    placement = placement.for_attacks_of(_bytes_of_a_trial(sweep, first, store, placement.device), alone=True)
     trainable = tune.with_resources(
         tune.with_parameters(_attack_trial, base=to_dict(sweep.portfolio[0]), store=store, device=placement.device),
         placement.attack,
@@ -148,11 +153,26 @@ def tell_of_attacks(listener: Listener, key: str, result: Parameters) -> None:
         listener.failed("attacks", key, "an attack has no result; its reason is stored beside the others")
 
 
+def _bytes_of_a_trial(sweep: SweepConfig, train: TrainConfig, store: Store, device: str) -> int:
+    """What all candidates of a trial take: of `TOGETHER` attacks on the tuning images; 0 where it is not known."""
+    if device != "cuda":
+        return 0
+    try:
+        (capture,) = load_captures(store.run_directory(train), sweep.portfolio[0].capture_step, [0])
+    except ValueError:
+        # The trial that needs it will say so.
+        return 0
+    restarts = max(attack.restarts for attack in sweep.portfolio)
+    return TOGETHER * train.capture.tuning * restarts * candidate_bytes(capture.seen, device)
+
+
 def places(placement: Placement) -> int:
     """How many attacks have room at once in the cluster as it is."""
+    room = capacity("CPU")
     if placement.attack_gpu:
-        return max(1, int(capacity("GPU") / placement.attack_gpu))
-    return max(1, capacity("CPU"))
+        # Each takes a CPU besides, but for nodes with GPUs and CPUs apart, of which this knows nothing.
+        room = min(room, int(capacity("GPU") / placement.attack_gpu))
+    return max(1, room)
 
 
 def _defence_trial(

@@ -16,6 +16,7 @@ from raytrust.cluster.failures import TrainingFailed, lost, one_line
 from raytrust.cluster.process_group import HostChannel, ProcessState
 from raytrust.config import TrainConfig, from_dict, to_dict
 from raytrust.data import Dataset
+from raytrust.networks.device import exact
 from raytrust.studies.frontier.jobs import train_and_capture
 from raytrust.studies.frontier.store import Store
 from raytrust.wire.channel import Channel, GroupChannel
@@ -79,7 +80,8 @@ def work(arguments: dict[str, Any]) -> None:
             return
         state.restore()
         try:
-            report = _train(from_dict(TrainConfig, job), data, crew, rank, str(device))
+            with exact(device):
+                report = _train(from_dict(TrainConfig, job), data, crew, rank, str(device))
         except FloatingPointError as error:
             if not ray.get(queue.failed.remote(crew.name, number, rank, one_line(error))):
                 raise

@@ -15,6 +15,7 @@ from raytrust.jobs.errors import one_line
 from raytrust.jobs.job import Job, Place, Result
 from raytrust.jobs.listener import Listener
 from raytrust.jobs.store import JobStore
+from raytrust.networks.device import exact
 
 Bundle: TypeAlias = tuple[JobStore, tuple[Job, ...]]
 """Jobs of one store that one process does together."""
@@ -85,7 +86,9 @@ def work(store: JobStore, jobs: Sequence[Job], place: Place) -> list[Outcome]:
 def _work(store: JobStore, jobs: list[Job], place: Place) -> Iterator[Outcome]:
     # Processor time, which other programs on the machine do not lengthen as they do the time on the wall.
     started = time.process_time()
-    results = _results(store, jobs, place)
+    # Sums in another order, or rounded otherwise, would change a job's figures.
+    with exact(place.device):
+        results = _results(store, jobs, place)
     seconds = (time.process_time() - started) / len(jobs)
     for job, result in zip(jobs, results, strict=True):
         if isinstance(result, Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from pathlib import Path
 
@@ -18,28 +19,39 @@ ACTIVATIONS, GRADIENTS = 3, 3
 SHARE = 0.8
 
 
-def candidate_bytes(seen: Observation) -> int:
+# Computed, not measured: the windows that a convolution is unfolded to on a GPU, and their derivative.
+WINDOWS = 2
+# The share of a GPU's memory that this process was given, where others use it, too.
+_given = {"share": 1.0}
+
+
+def candidate_bytes(seen: Observation, device: str = "cpu") -> int:
     """Estimate how many bytes one restart of an attack on this observation takes, rather too many than too few.
 
     Activations count as well as gradients: of a small model with large images they are nearly all. Local steps that
-    are simulated are held until all are differentiated through.
+    are simulated are held until all are differentiated through. On CUDA each convolution's windows are held, too.
     """
     entries, local, size = sum(w.numel() for w in seen.weights.values()), seen.local, seen.threat.batch_size
     images = local.batch_size or 0 if local.parts(size) else size
     # Measured on ResNet-18 and a ConvNet: what each further step adds is half of what one takes.
-    return 2 * (1 + local.steps) * (GRADIENTS * entries + ACTIVATIONS * images * _activations(seen))
+    through, windows = _activations(seen)
+    held = ACTIVATIONS * through + (WINDOWS * windows if device.startswith("cuda") else 0)
+    return 2 * (1 + local.steps) * (GRADIENTS * entries + images * held)
 
 
-def _activations(seen: Observation) -> int:
-    """Numbers that go into and come out of the layers for one image, by their shapes alone."""
+def _activations(seen: Observation) -> tuple[int, int]:
+    """Numbers that go into and come out of the layers for one image, by their shapes alone; and those that the windows
+    of convolutions hold."""
     # In evaluation mode, as a batch norm refuses to train on one value; on "meta", where nothing is computed, unless it
     # is somebody else's network, which may make tensors on the device that it knows.
     device = "meta" if seen.network is None else "cpu"
     model = seen.build_model().to(device).eval()
-    counted = [0]
+    counted = [0, 0]
 
-    def count(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+    def count(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         counted[0] += sum(t.numel() for t in (*inputs, output) if isinstance(t, torch.Tensor))
+        if isinstance(layer, nn.Conv2d) and isinstance(output, torch.Tensor):
+            counted[1] += output[:, 0].numel() * layer.in_channels * math.prod(layer.kernel_size)
 
     for module in model.modules():
         if not list(module.children()):
@@ -51,17 +63,29 @@ def _activations(seen: Observation) -> int:
             size = seen.threat.batch_size
             targets = torch.empty(0) if seen.targets is None else seen.targets
             seen.task.output(model, torch.zeros(size, *seen.image_shape), targets)
-            counted[0] //= size
-    return counted[0]
+            counted = [n // size for n in counted]
+    return counted[0], counted[1]
 
 
 def free_bytes(device: str) -> int:
-    """How many bytes an attack may take: of a GPU most of what is free, of a machine each core's share of that."""
+    """How many bytes an attack may take: of a GPU most of what is free, and no more than the share of this process, see
+    `take_share`; of a machine each core's share of what is free."""
     if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(SHARE * free)
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
+        # What the allocator has kept from tensors that are gone is not free for others, but for us.
+        free += torch.cuda.memory_reserved(device) - used
+        return max(0, int(SHARE * min(free, _given["share"] * total - used)))
     available = [n for n in (_available(), _of_container()) if n is not None]
     return int(SHARE * min(available) / (os.cpu_count() or 1)) if available else 2**30
+
+
+def take_share(share: float) -> None:
+    """Tell this process which share of a GPU it was given. Estimates keep to it; an allocation that exceeds it is not
+    refused, as one candidate alone may need more."""
+    if not 0 < share <= 1:
+        raise ValueError(f"Expected share={share} in (0, 1].")
+    _given["share"] = share
 
 
 def _available() -> int | None:

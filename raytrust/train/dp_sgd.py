@@ -22,12 +22,15 @@ def available() -> bool:
     return importlib.util.find_spec("opacus") is not None
 
 
-def train_privately(config: TrainConfig, private: DPSGDConfig, data: Dataset) -> Iterator[Step | Trained]:
+def train_privately(
+    config: TrainConfig, private: DPSGDConfig, data: Dataset, device: str = "cpu"
+) -> Iterator[Step | Trained]:
     """Train with DP-SGD and the model, steps, batch size, learning rate and momentum of `config`, not its defence.
 
     Yields a `Step` each step and one `Trained` at last. Batches are Poisson samples, of `batch_size` images on average;
     a step on an empty one has a loss of 0. All randomness is from the config's seed, so that runs can be repeated; who
-    has private data to protect must not let the noise be predicted.
+    has private data to protect must not let the noise be predicted. Noise is drawn on the device, so that another kind
+    of device has other noise.
 
     Raises FloatingPointError when the loss stops being finite.
     """
@@ -36,7 +39,7 @@ def train_privately(config: TrainConfig, private: DPSGDConfig, data: Dataset) ->
         warnings.simplefilter("ignore")
         from opacus import PrivacyEngine
 
-        model = build_model(config.model, data.channels, data.classes, config.seed).train()
+        model = build_model(config.model, data.channels, data.classes, config.seed).to(device).train()
         mean, std = (s.view(-1, 1, 1) for s in (data.mean, data.std))
         images = (data.train_images.float() / 255 - mean) / std
         optimiser = torch.optim.SGD(
@@ -47,7 +50,8 @@ def train_privately(config: TrainConfig, private: DPSGDConfig, data: Dataset) ->
             nesterov=config.momentum > 0,
         )
         # Seeds of their own, as the noise must not repeat the draws that choose the images.
-        order, noise = (torch.Generator().manual_seed(config.seed + i) for i in (1, 2))
+        order = torch.Generator().manual_seed(config.seed + 1)
+        noise = torch.Generator(device).manual_seed(config.seed + 2)
         loader = DataLoader(TensorDataset(images, data.train_labels), config.batch_size, generator=order)
         wrapped, private_optimiser, batches = PrivacyEngine().make_private(
             module=model,
@@ -65,7 +69,7 @@ def train_privately(config: TrainConfig, private: DPSGDConfig, data: Dataset) ->
                     break
                 private_optimiser.zero_grad()
                 # A Poisson sample may be empty, and its mean loss would be NaN.
-                loss = F.cross_entropy(wrapped(x), labels, reduction="sum") / max(1, len(labels))
+                loss = F.cross_entropy(wrapped(x.to(device)), labels.to(device), reduction="sum") / max(1, len(labels))
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"The training loss became {loss.item()} at step {step}.")
                 loss.backward()
@@ -74,7 +78,7 @@ def train_privately(config: TrainConfig, private: DPSGDConfig, data: Dataset) ->
                 sent = sum(p.numel() * p.element_size() for p in model.parameters())
                 yield Step(step, loss.item(), sent, sent)
                 step += 1
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
     yield Trained(weights, {})
 
 

@@ -26,8 +26,9 @@ from raytrust.leak.history import holds_residual
 from raytrust.leak.observation import Capture, Observation, Truth, seen_messages
 from raytrust.networks.build import build_model
 from raytrust.networks.checkpoint import load_checkpoint
+from raytrust.train.agreement import agree_to_go_on, checked
+from raytrust.train.feed import Feed
 from raytrust.train.gradient import WorkerGradient
-from raytrust.train.mixing import Images
 from raytrust.train.part import Part
 from raytrust.train.private import auxiliary_images, check_sizes, partner_images, private_batches
 from raytrust.wire.channel import Channel, LocalChannel, Tap
@@ -105,6 +106,7 @@ def train(
     gradient = WorkerGradient(model, config, data.classes)
     history: deque[EarlierStep] = deque(maxlen=config.threat.history)
     auxiliary = auxiliary_images(config, data)
+    feed = Feed(data.train_images, data.train_labels, data, device)
     for step in range(max(1, config.steps)):
         if step in config.capture.steps:
             # Workers have seen other images, so that their batch-norm statistics differ, but the attacker knows one.
@@ -115,19 +117,19 @@ def train(
             )
         if step == config.steps:
             break
-        own = part.batch(_fetch(data.train_images, data.train_labels, next(batches), data, device), step)
+        own = part.batch(feed(next(batches)), step)
         images, labels = gradient.mixed(own, step, channel.rank)
         model.train()
         loss, grads = gradient(images, labels, step, channel.rank)
         grads = part.gradient(grads, step, compressor, channel)
-        _agree_to_go_on(step, loss, grads, compressor, channel)
+        nats = agree_to_go_on(step, loss, grads, compressor, channel)
         # A message of every step would fill the memory: only those that a later capture may hold as its history are
         # kept.
         keep = any(step < captured <= step + config.threat.history for captured in config.capture.steps)
         tap = Tap(channel, keep=keep)
         # Before the reduction, which changes it: a message means what the state says in which it was made.
         state = _public_state(compressor) if keep else {}
-        means = part.reduce(compressor, grads, tap)
+        means = part.reduce(compressor, checked(grads, compressor), tap)
         if keep:
             history.append(EarlierStep(seen_messages([m.to("cpu") for m in tap.messages], config.threat), state))
         for parameter, mean in zip(parameters, means, strict=True):
@@ -138,7 +140,7 @@ def train(
             _average_buffers(model, channel)
             part.look(step + 1, model)
         size = sum(g.numel() * g.element_size() for g in grads)
-        yield Step(step, loss.item(), tap.sent_bytes, size, tap.received_bytes)
+        yield Step(step, nats, tap.sent_bytes, size, tap.received_bytes)
     _average_buffers(model, channel)
     yield Trained(*_state(model))
     yield _evaluate(config.steps, model, data, device)
@@ -152,6 +154,7 @@ def capture_images(
     state: dict[str, Tensor] | None = None,
     step: int = 0,
     hook: HookCompressor | None = None,
+    device: str = "cpu",
 ) -> list[Capture]:
     """Captures as `train` makes them, of chosen images instead of training images, without any training.
 
@@ -159,18 +162,20 @@ def capture_images(
         normalised as `data`. labels: (n,).
     state: weights and buffers of the model by name, by default of the untrained one; `step` says how long it was
     trained. The compressor is that of the defence in its first state, or `hook` in its present one, which stays as it
-    is. Raises ValueError where the model can't have a gradient: a batch norm in training mode of one value a channel;
-    and for a threat with auxiliary images, as the caller alone knows what else the chosen ones are compared with.
+    is. device: where gradients are taken; captures are on the CPU. Raises ValueError where the model can't have a
+    gradient: a batch norm in training mode of one value a channel; and for a threat with auxiliary images, as the
+    caller alone knows what else the chosen ones are compared with.
     """
     if config.threat.auxiliary:
         raise ValueError(f"Expected auxiliary={config.threat.auxiliary} to be 0 for captures of chosen images.")
     model = build_model(config.model, data.channels, data.classes, config.seed)
     if state is not None:
         model.load_state_dict(state)
+    model = model.to(device)
     private = images, labels, torch.arange(len(labels)).view(-1, config.threat.batch_size)
     # Repeatable, as all of a study: it measures what noise does, and protects nobody.
     built = build(config.defence, model, config.seed, private_seed=config.seed) if hook is None else hook
-    return list(_captures(config, step, model, built, data, LocalChannel(), "cpu", private))
+    return list(_captures(config, step, model, built, data, LocalChannel(), device, private))
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -196,33 +201,6 @@ def _batches(config: TrainConfig, n_train: int, channel: Channel) -> Iterator[Te
             yield order[start + channel.rank : start + share : channel.world_size]
 
 
-def _fetch(images: Tensor, labels: Tensor, indices: Tensor, data: Dataset, device: str) -> Images:
-    """The images of a uint8 tensor, normalised as the model sees them, and their labels."""
-    x = images[indices].to(device).float().div_(255)
-    mean, std = (s.to(device).view(-1, 1, 1) for s in (data.mean, data.std))
-    return Images((x - mean) / std, labels[indices].to(device))
-
-
-def _agree_to_go_on(step: int, loss: Tensor, grads: Sequence[Tensor], compressor: Compressor, channel: Channel) -> None:
-    """Raises FloatingPointError on every worker if one has a loss or a gradient that is not finite.
-
-    The workers exchange one flag for it. It says nothing else, is not part of the gradient traffic, and not counted.
-    """
-    reason = ""
-    if not math.isfinite(loss.item()):
-        reason = f"The training loss became {loss.item()} at step {step}."
-    else:
-        try:
-            compressor.layout.check(grads)
-        except ValueError as error:
-            reason = f"The gradient is not finite at step {step}. {error}"
-    healthy = channel.all_mean(loss.new_tensor([0.0 if reason else 1.0]))
-    if healthy.item() < 1:
-        raise FloatingPointError(
-            reason or f"The training loss or gradient of another worker is not finite at step {step}."
-        )
-
-
 def _captures(
     config: TrainConfig,
     step: int,
@@ -244,12 +222,13 @@ def _captures(
     state = _public_state(compressor)
     gradient_of = WorkerGradient(model, config, data.classes)
     partners = partner_images(config, data, images[indices.flatten()], auxiliary)
-    others = None if partners is None else _fetch(data.train_images, data.train_labels, partners, data, device)
+    feed = Feed(images, labels, data, device)
+    others = None if partners is None else Feed(data.train_images, data.train_labels, data, device)(partners)
     for first in range(0, len(indices), channel.world_size):
         index = first + channel.rank
         # In a last, short round some workers have no batch left, but must take part in the collective.
         mine = indices[index % len(indices)]
-        own = _fetch(images, labels, mine, data, device)
+        own = feed(mine)
         x, y = gradient_of.mixed(own, step, channel.rank, index, others)
         tap = Tap(channel, keep=True)
         gradient, after = _private_gradient(model, config, partial(gradient_of, x, y, step, channel.rank, index))
@@ -304,8 +283,9 @@ def _private_gradient(
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies of the weights and of the buffers, by name, on the CPU."""
-    weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
-    return weights, {name: b.detach().cpu().clone() for name, b in model.named_buffers()}
+    # Copied once, which `cpu().clone()` would be twice on a GPU.
+    weights = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+    return weights, {name: b.detach().to("cpu", copy=True) for name, b in model.named_buffers()}
 
 
 def _public_state(compressor: Compressor) -> dict[str, Tensor]:
@@ -325,12 +305,15 @@ def _average_buffers(model: nn.Module, channel: Channel) -> None:
 def _evaluate(step: int, model: nn.Module, data: Dataset, device: str, batch: int = 256) -> Evaluation:
     model.eval()
     # Sums instead of means of batches, the last of which is smaller than the others.
-    correct, loss = 0, 0.0
+    feed = Feed(data.test_images, data.test_labels, data, device)
+    counts, losses = [], []
     for indices in torch.arange(len(data.test_labels)).split(batch):
-        images, labels = _fetch(data.test_images, data.test_labels, indices, data, device)
+        images, labels = feed(indices)
         logits = model(images)
-        correct += int((logits.argmax(1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        counts.append((logits.argmax(1) == labels).sum())
+        losses.append(F.cross_entropy(logits, labels, reduction="sum"))
+    # Read at the end: a number that is read at once makes the device wait for the next batch.
+    correct, loss = int(torch.stack(counts).sum()), float(sum(torch.stack(losses).tolist()))
     if not math.isfinite(loss):
         raise FloatingPointError(f"The test loss became {loss} after {step} steps.")
     n = len(data.test_labels)

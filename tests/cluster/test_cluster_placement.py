@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ WORKSTATION = [{"CPU": 8.0, "GPU": 1.0}]
 SERVER = [{"CPU": 32.0, "GPU": 4.0}]
 CLOUD = [{"memory": 1.0}, *[{"CPU": 4.0, "GPU": 1.0, "trial_slot": 1.0}] * 3]
 HALVES = [{"CPU": 0.5}] * 9
+GIB = 2**30
 MIXED = [{"CPU": 64.0}, {"CPU": 2.0, "GPU": 2.0}]
 
 
@@ -77,6 +79,25 @@ def test_what_has_no_room_is_refused(workers: int, nodes: Any, device: Any, sees
         place(workers, nodes, device, sees_cuda)
 
 
+@pytest.mark.parametrize(
+    ("needed", "beside", "alone"),
+    [
+        (GIB // 100, 0.05, 0.05),  # what torch takes by itself
+        (2 * GIB, 0.125, 0.125),
+        (GIB + 10**6, 0.0626, 0.0626),  # rounded up, as Ray counts
+        (8 * GIB, 0.25, 0.5),  # beside the workers it takes turns
+        (99 * GIB, 0.25, 1.0),
+        (0, 0.25, 0.25),  # not known
+    ],
+)
+def test_an_attack_takes_what_it_needs(needed: int, beside: float, alone: float) -> None:
+    found = Placement("cuda", 1, 0.375, 0.25, 16 * GIB)
+    assert found.for_attacks_of(needed) == replace(found, attack_gpu=beside)
+    assert found.for_attacks_of(needed, alone=True) == replace(found, attack_gpu=alone)
+    for other in (Placement("cpu", 4), replace(found, gpu_bytes=0)):
+        assert other.for_attacks_of(needed, alone=True) == other
+
+
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """A cluster of two GPUs; the list holds why torch can't use them."""
@@ -84,6 +105,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}
     monkeypatch.setattr("ray.nodes", lambda: [node, {"Alive": False, "Resources": {"CPU": 99.0}}])
     monkeypatch.setattr(placement, "cuda_refusal", lambda: refusals.pop())
+    monkeypatch.setattr(placement, "gpu_memory", lambda: 16 * GIB)
     return refusals
 
 
@@ -93,7 +115,7 @@ def test_torch_is_asked_once_and_its_word_said(two_gpus: list[str | None]) -> No
     assert decide(2, "auto", said.append) == Placement("cpu", 4)
     assert said == ["training and attacks run on the CPU: no driver"]
     two_gpus += [None]
-    assert decide(2, "auto", said.append).device == "cuda"
+    assert decide(2, "auto", said.append) == Placement("cuda", 1, 0.75, ATTACK_GPU, 16 * GIB)
     assert decide(2, "cpu", said.append) == Placement("cpu", 4)  # not asked at all
     assert len(said) == 1
     two_gpus += ["no driver"]

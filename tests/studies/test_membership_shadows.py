@@ -158,7 +158,7 @@ def test_members_score_above_others_in_the_end() -> None:
 def test_models_are_jobs_and_trained_once(tmp_path: Path, shadow: Shadow, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
-    def fake(config: MembershipConfig, arm: Defence, model: int, data: Dataset) -> Shadow:
+    def fake(config: MembershipConfig, arm: Defence, model: int, data: Dataset, device: str) -> Shadow:
         trained.append((arm.name, model))
         return shadow
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -29,6 +28,7 @@ from raytrust.data import Dataset
 from raytrust.leak import view_of
 from raytrust.leak.observation import Capture, Observation
 from raytrust.networks.build import build_model
+from raytrust.train.feed import Feed
 from raytrust.train.loop import Evaluation, Record, Step, capture_images, learning_rate_factor, train
 from raytrust.train.private import auxiliary_images, check_sizes, private_batches
 from raytrust.wire.channel import LocalChannel, Tap
@@ -297,15 +297,14 @@ def test_the_first_steps_by_hand(data: Dataset) -> None:
 
 def test_every_epoch_sees_every_image_once(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    module = sys.modules["raytrust.train.loop"]
 
-    def fetch(images: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, *rest: Any) -> Any:
-        if images is data.train_images:
-            seen.append(indices)
-        return original(images, labels, indices, *rest)
+    class Watched(Feed):
+        def __call__(self, indices: torch.Tensor) -> Any:
+            if self._images is data.train_images:
+                seen.append(indices)
+            return super().__call__(indices)
 
-    original = module._fetch
-    monkeypatch.setattr(module, "_fetch", fetch)
+    monkeypatch.setattr("raytrust.train.loop.Feed", Watched)
     config = replace(CONVNET, batch_size=16, steps=8, capture=CaptureConfig((0,), 1, 1))
     run(config, data)
     batches = seen[2:]  # after the private ones

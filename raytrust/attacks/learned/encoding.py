@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raytrust.config import LearnedInverterConfig
@@ -19,13 +20,35 @@ class CountSketch:
 
     def __init__(self, entries: int, dimension: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
-        self.dimension = dimension
+        self.dimension, self._entries = dimension, entries
         self._bins = torch.randint(dimension, (entries,), generator=generator)
         self._signs = torch.randint(2, (entries,), generator=generator).float() * 2 - 1
+        self._moved: dict[tuple[torch.device, str], Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(n, entries) -> (n, dimension), on the CPU."""
-        return x.new_zeros(len(x), self.dimension).index_add_(1, self._bins, x * self._signs)
+        """(n, entries) -> (n, dimension)."""
+        signs = self._on(x.device, "signs", lambda: self._signs)
+        if x.device.type == "cpu":
+            return x.new_zeros(len(x), self.dimension).index_add_(1, self._bins, x * signs)
+        # A GPU adds to indices in any order, so that each run would have other roundings: entries are gathered instead.
+        members = self._on(x.device, "members", self._members)
+        return F.pad(x * signs, (0, 1))[:, members.flatten()].unflatten(1, members.shape).sum(2)
+
+    def _members(self) -> Tensor:
+        """The entries of each bin, (dimension, most), filled up with the number of entries, where a zero lies."""
+        counts = self._bins.bincount(minlength=self.dimension)
+        order = self._bins.argsort(stable=True)
+        bins = self._bins[order]
+        places = torch.arange(self._entries) - (counts.cumsum(0) - counts)[bins]
+        members = torch.full((self.dimension, int(counts.max())), self._entries)
+        members[bins, places] = order
+        return members
+
+    def _on(self, device: torch.device, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A table on the device, moved there once."""
+        if (device, name) not in self._moved:
+            self._moved[device, name] = make().to(device)
+        return self._moved[device, name]
 
 
 class Encoder:
@@ -48,6 +71,6 @@ class Encoder:
         least = (1e-6 * decoded.norm(dim=1)).clamp_min(torch.finfo(decoded.dtype).tiny)
         parts = decoded.split(self._sizes, 1)
         norms = torch.stack([part.norm(dim=1).maximum(least) for part in parts], 1)
-        scales = norms / torch.tensor([size / self._total for size in self._sizes]).sqrt()
+        scales = norms / torch.tensor([size / self._total for size in self._sizes], device=norms.device).sqrt()
         scaled = torch.cat([part / scale[:, None] for part, scale in zip(parts, scales.unbind(1), strict=True)], 1)
         return torch.cat([scaled if self._sketch is None else self._sketch(scaled), norms.log()], 1)

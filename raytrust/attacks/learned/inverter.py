@@ -44,12 +44,12 @@ class LearnedInverter:
         """
         if not all(_alike(s, self._seen) for s in seen):
             raise ValueError("Expected observations of the model, step and compressor that the inverter is for.")
-        vectors = torch.stack([torch.cat([g.flatten() for g in decoded(s).gradient]) for s in seen])
+        device = next(self._network.parameters()).device
+        vectors = torch.stack([torch.cat([g.flatten() for g in decoded(s, str(device)).gradient]) for s in seen])
         if not bool(vectors.isfinite().all()):
             raise ValueError("Expected finite messages, got NaN or infinity in them.")
         labels = None if self._seen.labels is None else torch.cat([s.labels for s in seen if s.labels is not None])
-        inputs = _inputs(self._encoder(vectors), labels, self._seen.classes)
-        device = next(self._network.parameters()).device
+        inputs = _inputs(self._encoder(vectors).cpu(), labels, self._seen.classes)
         with torch.no_grad():
             return self._network(inputs.to(device)).cpu()
 
@@ -72,7 +72,8 @@ def train_inverter(
     # A config's seeds are below 2**31, so that no other config's draws are repeated by adding this much.
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed + 2**31))
     images, labels = images[order], labels[order]
-    encoded = torch.cat([encoder(m) for m in auxiliary_messages(seen, images, labels, config.seed + 2**32)])
+    messages = auxiliary_messages(seen, images, labels, config.seed + 2**32, device)
+    encoded = torch.cat([encoder(m).cpu() for m in messages])
     inputs = _inputs(encoded, labels if seen.labels is not None else None, seen.classes)
     return LearnedInverter(seen, encoder, fit(inputs, images, config, device))
 

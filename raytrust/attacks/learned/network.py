@@ -45,7 +45,7 @@ class Inverter(nn.Module):
 
 
 class Dropout:
-    """With dice of its own, so that the global ones stay as they are."""
+    """With dice of its own, so that the global ones stay as they are. generator: on the device of what it is given."""
 
     def __init__(self, share: float, generator: torch.Generator):
         self._share, self._generator = share, generator
@@ -53,8 +53,7 @@ class Dropout:
     def __call__(self, x: Tensor) -> Tensor:
         if not self._share:
             return x
-        # Drawn on the CPU, so that a seed means the same on every device.
-        kept = torch.rand(x.shape, generator=self._generator).to(x.device) >= self._share
+        kept = torch.rand(x.shape, generator=self._generator, device=x.device) >= self._share
         return x * kept / (1 - self._share)
 
 
@@ -69,8 +68,9 @@ class Fit:
 def fit(inputs: Tensor, images: Tensor, config: LearnedInverterConfig, device: str = "cpu") -> Fit:
     """Train on all but the last `config.validation` of the pairs, and stop by these.
 
-    inputs: (n, length). images: (n, channels, height, width) in [0, 1]. A function of its arguments; the global random
-    number generator stays as it was. Raises FloatingPointError if the loss is not finite.
+    inputs: (n, length). images: (n, channels, height, width) in [0, 1]. A function of its arguments; dropout is drawn
+    on the device, each kind of which has dice of its own. The global random number generator stays as it was. Raises
+    FloatingPointError if the loss is not finite.
     """
     generator = torch.Generator().manual_seed(config.seed)
     n = len(inputs) - config.validation
@@ -81,11 +81,14 @@ def fit(inputs: Tensor, images: Tensor, config: LearnedInverterConfig, device: s
     inputs, images = inputs.to(device), images.to(device)
     optimiser = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, [max(1, 3 * config.epochs // 4)])
-    dropout = Dropout(config.dropout, generator)
+    # Masks that are drawn on the CPU would be copied for each layer of each step.
+    of_masks = generator if inputs.device.type == "cpu" else torch.Generator(inputs.device).manual_seed(config.seed)
+    dropout = Dropout(config.dropout, of_masks)
     # The mean image competes as well: a network that never beats it on held-out images is not what is kept.
     losses, best = [_held_out(network, inputs[n:], images[n:], config)], copy.deepcopy(network)
     for _ in range(config.epochs):
-        for batch in torch.randperm(n, generator=generator).split(config.batch_size):
+        order = torch.randperm(n, generator=generator).to(inputs.device)
+        for batch in order.split(config.batch_size):
             loss = inversion_loss(network(inputs[batch], dropout), images[batch], config.ssim)
             optimiser.zero_grad()
             loss.backward()

@@ -32,21 +32,22 @@ class MessageScores:
     loss: Tensor
 
 
-def message_scores(seen: Observation, x: Tensor, labels: Tensor, chunk: int = 64) -> MessageScores:
+def message_scores(seen: Observation, x: Tensor, labels: Tensor, chunk: int = 64, device: str = "cpu") -> MessageScores:
     """Score candidates against the messages of one step.
 
     x: (n, channels, height, width) in [0, 1]; labels: (n,). Batch norm is in evaluation mode, whatever mode the private
     gradient was taken in. After an all-reduce a peer sees the mean over all workers; then B counts all their images.
-    Memory is that of `chunk` candidates.
+    Memory is that of `chunk` candidates. device: where gradients are taken; scores are on the CPU.
     """
-    message, images = decoded(seen)
-    gradients = PerSampleGradients(seen.build_model().eval())
-    mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
+    message, images = decoded(seen, device)
+    gradients = PerSampleGradients(seen.build_model().to(device).eval())
+    mean, std = (s.to(device).view(-1, 1, 1) for s in (seen.mean, seen.std))
     norm = float(torch.stack([m.double().square().sum() for m in message]).sum().sqrt())
     parts = []
     for some, y in zip(x.split(chunk), labels.split(chunk), strict=True):
-        batches = ((some - mean) / std)[:, None]
-        parts.append(torch.stack(gradients.products_and_norms(batches, y[:, None], message)).double())
+        batches = ((some.to(device) - mean) / std)[:, None]
+        scores = gradients.products_and_norms(batches, y[:, None].to(device), message)
+        parts.append(torch.stack(scores).double().cpu())
     loss, inner, squared = torch.cat(parts, dim=1)
     tiny = torch.finfo(torch.float64).tiny
     return MessageScores(

@@ -26,22 +26,28 @@ Array = NDArray[np.float64]
 
 
 def property_scores(
-    seen: Sequence[Observation], images: Tensor, labels: Tensor, holds: Tensor, compressed: bool = True
+    seen: Sequence[Observation],
+    images: Tensor,
+    labels: Tensor,
+    holds: Tensor,
+    compressed: bool = True,
+    device: str = "cpu",
 ) -> Array:
     """How sure the attacker is that each observed batch has the property, (observations,); higher means yes.
 
     seen: of one model at one step. images: (k, batch, channels, height, width) in [0, 1], the attacker's batches;
     labels: (k, batch), of the model's task; holds: (k,), which of them have the property. compressed: whether the
-    attacker compresses its batches as the worker does, or takes their gradients as they are.
+    attacker compresses its batches as the worker does, or takes their gradients as they are. device: where gradients
+    are taken; the classifier is fitted on the CPU.
     """
     first = seen[0]
-    model = first.build_model()
-    mean, std = (s.view(-1, 1, 1) for s in (first.mean, first.std))
+    model = first.build_model().to(device)
+    mean, std = (s.to(device).view(-1, 1, 1) for s in (first.mean, first.std))
     compressor = first.build_compressor()
     own = []
     for x, y in zip(images, labels, strict=True):
         with sound_kernels(model):
-            loss = F.cross_entropy(model((x - mean) / std), y)
+            loss = F.cross_entropy(model((x.to(device) - mean) / std), y.to(device))
             gradient = list(torch.autograd.grad(loss, list(model.parameters())))
         if compressed:
             tap = Tap(LocalChannel(), keep=True)
@@ -50,7 +56,7 @@ def property_scores(
             (gradient,) = compressor.decode(tap.messages, "link")
         own.append(_vector(gradient))
     features = torch.stack(own).double()
-    observed = torch.stack([_vector(decoded(s).gradient) for s in seen]).double()
+    observed = torch.stack([_vector(decoded(s, device).gradient) for s in seen]).double()
     return _classify(features.numpy(), holds.numpy(), observed.numpy())
 
 
@@ -72,7 +78,8 @@ def auxiliary_batches(has: Tensor, count: int, size: int, generator: np.random.G
 
 
 def _vector(gradient: Sequence[Tensor]) -> Tensor:
-    return torch.cat([g.detach().reshape(-1) for g in gradient])
+    """All entries, on the CPU."""
+    return torch.cat([g.detach().reshape(-1) for g in gradient]).cpu()
 
 
 def _classify(features: Array, holds: NDArray[np.bool_], observed: Array) -> Array:

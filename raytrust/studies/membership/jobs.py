@@ -29,7 +29,7 @@ class ShadowModel(Job):
         return f"{self.arm.name}, model {self.model + 1}"
 
     def run(self, store: Results, place: Place) -> Result:
-        shadow = train_shadow(self.audit, self.arm, self.model, place.images)
+        shadow = train_shadow(self.audit, self.arm, self.model, place.images, place.device)
         return Result({"arm": self.arm.name}, {f.name: np.asarray(getattr(shadow, f.name)) for f in fields(shadow)})
 
 
@@ -48,7 +48,7 @@ class PropertyModel(Job):
 
     def run(self, store: Results, place: Place) -> Result:
         run = model_config(self.audit, self.arm, self.model)
-        scores = train_property(self.audit, run, self.model, place.images)
+        scores = train_property(self.audit, run, self.model, place.images, place.device)
         return Result({"arm": self.arm.name}, {name: np.asarray(value) for name, value in scores.items()})
 
 

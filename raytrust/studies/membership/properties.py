@@ -89,7 +89,9 @@ def property_run(config: MembershipConfig, base: TrainConfig) -> TrainConfig:
     )
 
 
-def train_property(config: MembershipConfig, base: TrainConfig, model: int, data: Dataset) -> dict[str, Any]:
+def train_property(
+    config: MembershipConfig, base: TrainConfig, model: int, data: Dataset, device: str = "cpu"
+) -> dict[str, Any]:
     """Property inference against one model. base: how the models of a defence are trained, with this one's seed.
 
     The attacker has twice as many batches as it attacks, of images that were never trained on, which it compresses as
@@ -108,7 +110,7 @@ def train_property(config: MembershipConfig, base: TrainConfig, model: int, data
         # The model learns two classes while the property is one of the original ones: it is no part of the task.
         classes=2,
     )
-    captures = [r for r in train(run, part, LocalChannel()) if isinstance(r, Capture)]
+    captures = [r for r in train(run, part, LocalChannel(), device) if isinstance(r, Capture)]
     held = data.train_labels[victims][private_batches(run, len(victims))] == wanted.label
 
     has = data.train_labels == wanted.label
@@ -117,7 +119,7 @@ def train_property(config: MembershipConfig, base: TrainConfig, model: int, data
     seen = [c.seen for c in captures]
     # Against the same messages twice: the difference is what knowing the compressor is worth.
     scores = {
-        name: property_scores(seen, images, labels, holds, compressed)
+        name: property_scores(seen, images, labels, holds, compressed, device)
         for name, compressed in (("aware", True), ("naive", False))
     }
     return {**scores, "holds": held.any(1)[[c.index for c in captures]].numpy(), "label": wanted.label}

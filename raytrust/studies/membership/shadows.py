@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ from raytrust.leak.observation import Capture
 from raytrust.networks.build import build_model
 from raytrust.studies.membership.pool import PLAIN, Pool, draw_pool
 from raytrust.train.dp_sgd import train_privately
-from raytrust.train.loop import Step, Trained, train
+from raytrust.train.loop import Record, Step, Trained, train
 from raytrust.train.private import private_batches
 from raytrust.wire.channel import LocalChannel
 
@@ -50,7 +50,7 @@ class Shadow:
     seconds: float
 
 
-def train_shadow(config: MembershipConfig, arm: Arm, model: int, data: Dataset) -> Shadow:
+def train_shadow(config: MembershipConfig, arm: Arm, model: int, data: Dataset, device: str = "cpu") -> Shadow:
     """Train one model of one arm on its half of the pool, and keep its outputs and the scores of its messages."""
     started = time.perf_counter()
     pool = draw_pool(config, data)
@@ -58,7 +58,10 @@ def train_shadow(config: MembershipConfig, arm: Arm, model: int, data: Dataset) 
     part = replace(data, train_images=pool.images[rows], train_labels=pool.labels[rows])
     run = model_config(config, arm, model)
     generator = np.random.default_rng([config.train.seed, model])
-    records = train_privately(run, arm, part) if isinstance(arm, DPSGDConfig) else train(run, part, LocalChannel())
+    if isinstance(arm, DPSGDConfig):
+        records: Iterator[Record] = train_privately(run, arm, part, device)
+    else:
+        records = train(run, part, LocalChannel(), device)
     steps: list[Step] = []
     before: dict[int, Array] = {}
     # A model without captures, as under DP-SGD, keeps a table without rows.
@@ -70,14 +73,14 @@ def train_shadow(config: MembershipConfig, arm: Arm, model: int, data: Dataset) 
             case Capture(index=index, seen=seen):
                 # All batches of a step meet the same weights: one pass over the pool serves them.
                 if seen.step not in before:
-                    logits = torch.from_numpy(outputs(run, seen.weights, seen.buffers, pool.images, part))
+                    logits = torch.from_numpy(outputs(run, seen.weights, seen.buffers, pool.images, part, device))
                     before[seen.step] = F.cross_entropy(logits, pool.labels, reduction="none").numpy()
                 # A point that comes several times in the batch is one candidate.
                 batch = rows[private_batches(run, len(rows))[index]].unique().numpy()
-                messages.append(_message_scores(config, record, pool, model, batch, generator))
+                messages.append(_message_scores(config, record, pool, model, batch, generator, device))
             case Trained(weights=weights, buffers=buffers):
-                final = outputs(run, weights, buffers, pool.images, part)
-                test = outputs(run, weights, buffers, data.test_images, part)
+                final = outputs(run, weights, buffers, pool.images, part, device)
+                test = outputs(run, weights, buffers, data.test_images, part, device)
     return Shadow(
         logits=final,
         test_logits=test,
@@ -99,19 +102,25 @@ def model_config(config: MembershipConfig, arm: Arm, model: int) -> TrainConfig:
 
 
 def outputs(
-    run: TrainConfig, weights: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor, part: Dataset
+    run: TrainConfig,
+    weights: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    images: Tensor,
+    part: Dataset,
+    device: str = "cpu",
 ) -> Array:
     """Logits (n, classes) for uint8 images, in evaluation mode, normalised as the model's own training images."""
     # Any seed will do, as all weights are replaced.
     model = build_model(run.model, part.channels, part.classes, seed=0)
     model.load_state_dict({**weights, **buffers})
+    model = model.to(device)
     # The statistics of the model's own half: others would be inputs that it was not trained on.
-    mean, std = (s.view(-1, 1, 1) for s in (part.mean, part.std))
+    mean, std = (s.to(device).view(-1, 1, 1) for s in (part.mean, part.std))
     with torch.no_grad():
         model.eval()
         # In parts, as the activations of a whole pool would be gigabytes.
-        parts = [model((some.float() / 255 - mean) / std) for some in images.split(256)]
-    return torch.cat(parts).numpy().astype(np.float32)
+        parts = [model((some.to(device).float() / 255 - mean) / std) for some in images.split(256)]
+    return torch.cat(parts).cpu().numpy().astype(np.float32)
 
 
 def _message_scores(
@@ -121,6 +130,7 @@ def _message_scores(
     model: int,
     batch: NDArray[np.int64],
     generator: np.random.Generator,
+    device: str,
 ) -> NDArray[np.float64]:
     """Rows of `Shadow.messages` for one batch; canaries are left out, so that all candidates are alike."""
     plain = pool.kinds == PLAIN
@@ -130,7 +140,7 @@ def _message_scores(
     # A sample of the controls settles an AUC, while each of them costs a backward pass.
     found[1:] = [generator.permutation(f)[: config.controls] for f in found[1:]]
     index = torch.from_numpy(np.concatenate(found))
-    scores = message_scores(capture.seen, pool.images[index].float() / 255, pool.labels[index])
+    scores = message_scores(capture.seen, pool.images[index].float() / 255, pool.labels[index], device=device)
     columns = [
         np.full(len(index), float(capture.seen.step)),
         np.full(len(index), float(capture.index)),

@@ -52,7 +52,7 @@ class Training(Job):
             steps=self.victim.of,
         )
         losses, figures, states = [], {}, {}
-        for record in train(config, place.images, LocalChannel()):
+        for record in train(config, place.images, LocalChannel(), place.device):
             match record:
                 # The weights are the same in all captures of a step.
                 case Capture(index=0, seen=seen):
@@ -114,9 +114,11 @@ class Attack(OnVictim):
             data.test_labels[chosen],
             self.state(store),
             self.victim.steps,
+            device=place.device,
         )
         # References are training images, because test images are attacked: among them each would be its own rival.
-        result = evaluate_inversion(captures, self.attack, references=data.train_images[:99].float() / 255)
+        references = data.train_images[:99].float() / 255
+        result = evaluate_inversion(captures, self.attack, place.device, references)
         sent = [x for m in captures[0].seen.messages for x in m.sent]
         figures = {
             "ssim": result.ssim,
@@ -146,8 +148,9 @@ class Theory(OnVictim):
         return _START + 2 * len(self.images) * self.attack.iterations * (self.victim.width / 64) ** 2
 
     def run(self, store: Results, place: Place) -> Result:
-        state = self.state(store)
-        return Result(examine(self.victim, self.defence, self.attack, place.images, list(self.images), state))
+        state, images = self.state(store), list(self.images)
+        figures = examine(self.victim, self.defence, self.attack, place.images, images, state, place.device)
+        return Result(figures)
 
 
 Piece: TypeAlias = Training | Attack | Theory

@@ -39,22 +39,24 @@ def examine(
     data: Dataset,
     images: Sequence[int],
     state: dict[str, Tensor] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """All figures of one defence at one state, a list over images each; see the module for what they test."""
     chosen = torch.tensor(list(images))
     x, y = data.test_images[chosen], data.test_labels[chosen]
     # Also without compression, since a message does not hold what it discards.
-    plain = capture_images(victim.train_config(), data, x, y, state, victim.steps)
-    sent = capture_images(victim.train_config(defence), data, x, y, state, victim.steps)
+    plain = capture_images(victim.train_config(), data, x, y, state, victim.steps, device=device)
+    sent = capture_images(victim.train_config(defence), data, x, y, state, victim.steps, device=device)
     found: dict[str, Any] = {}
     for i, (whole, capture) in enumerate(zip(plain, sent, strict=True)):
-        figures = compare(decoded(whole.seen).gradient, decoded(capture.seen).gradient, defence)
-        figures |= at_the_truth(capture.seen, x[i].float() / 255, attack)
+        gradients = (decoded(c.seen, device).gradient for c in (whole, capture))
+        figures = compare(*gradients, defence)
+        figures |= at_the_truth(capture.seen, x[i].float() / 255, attack, device)
         for name, value in figures.items():
             found.setdefault(name, []).append(value)
     for objective in ("naive", "aware"):
         config = replace(attack, objective=objective)
-        found |= _reached(plain, sent, config)
+        found |= _reached(plain, sent, config, device)
     return found
 
 
@@ -98,28 +100,33 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[float, float]:
     return float(s[rank:].square().sum()), float((matrix - kept).square().sum())
 
 
-def at_the_truth(seen: Observation, image: Tensor, attack: InversionConfig) -> dict[str, float]:
+def at_the_truth(seen: Observation, image: Tensor, attack: InversionConfig, device: str = "cpu") -> dict[str, float]:
     """The matching distances of both objectives at the private image, (channels, height, width) in [0, 1]."""
-    grads = _gradient_at(seen, image)
-    views = {o: target_view(seen, replace(attack, objective=o)) for o in ("naive", "aware")}
+    grads = _gradient_at(seen, image, device)
+    views = {o: target_view(seen, replace(attack, objective=o), device) for o in ("naive", "aware")}
     return {f"{o}_at_truth": float(view.distance(grads)) for o, view in views.items()}
 
 
-def _gradient_at(seen: Observation, image: Tensor) -> list[Tensor]:
-    """The gradient that the observed model has at an image, (channels, height, width) in [0, 1], with its label."""
+def _gradient_at(seen: Observation, image: Tensor, device: str) -> list[Tensor]:
+    """The gradient that the observed model has at an image, (channels, height, width) in [0, 1], with its label; on the
+    device."""
     assert seen.labels is not None
     x = (image - seen.mean.view(-1, 1, 1)) / seen.std.view(-1, 1, 1)
-    return [g.detach() for g in per_candidate_gradients(seen.build_model(), x[None, None], seen.labels[None])]
+    model, label = seen.build_model().to(device), seen.labels[None].to(device)
+    return [g.detach() for g in per_candidate_gradients(model, x[None, None].to(device), label)]
 
 
-def _reached(plain: Sequence[Capture], sent: Sequence[Capture], attack: InversionConfig) -> dict[str, list[float]]:
+def _reached(
+    plain: Sequence[Capture], sent: Sequence[Capture], attack: InversionConfig, device: str
+) -> dict[str, list[float]]:
     """What an attack reaches: its own cosine (1 - matching distance), that with the whole gradient, and SSIM."""
-    result = evaluate_inversion(sent, attack)
+    result = evaluate_inversion(sent, attack, device)
     assert result.matching is not None
     naive, cosines = replace(attack, objective="naive"), []
     # The paper's limit is on the cosine with the whole gradient, which the attacker never sees.
     for capture, image in zip(plain, result.reconstructions, strict=True):
-        cosines.append(1 - float(target_view(capture.seen, naive).distance(_gradient_at(capture.seen, image))))
+        view = target_view(capture.seen, naive, device)
+        cosines.append(1 - float(view.distance(_gradient_at(capture.seen, image, device))))
     name = attack.objective
     return {
         f"{name}_reached": [float(1 - m) for m in result.matching],
