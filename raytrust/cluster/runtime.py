@@ -24,6 +24,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep at once; what is finished is in the store
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    # Attacks of changing sizes leave holes that no later tensor fits, unless the allocator can extend what it has.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 for _name, _value in ENVIRONMENT.items():

@@ -80,10 +80,10 @@ class Floors:
         return [bool(t < rival) for t, rival in zip(truth, rivals, strict=True)]
 
 
-def features_of(seen: Observation) -> Features | None:
+def features_of(seen: Observation, device: str = "cpu") -> Features | None:
     """What the attacked network makes of images in [0, 1] before its last linear layer; None where it has none.
 
-    In evaluation mode, so that an image's features are its own, whatever else is in its batch.
+    device: where it does. In evaluation mode, so that an image's features are its own, whatever else is in its batch.
     """
     if seen.classes == 0 or seen.targets is not None or seen.task.argument is not None:
         return None
@@ -92,7 +92,9 @@ def features_of(seen: Observation) -> Features | None:
         _, layer = final_linear(network, seen.image_shape, seen.classes)
     except ValueError:
         return None
-    mean, std = (s.view(-1, 1, 1) for s in (seen.mean, seen.std))
+    # Moved once the layer is known, which a pass on the CPU tells.
+    network = network.to(device)
+    mean, std = (s.to(device).view(-1, 1, 1) for s in (seen.mean, seen.std))
 
     @torch.no_grad()
     def features(images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -100,9 +102,9 @@ def features_of(seen: Observation) -> Features | None:
         handle = layer.register_forward_pre_hook(lambda _, inputs: parts.append(inputs[0].flatten(1)))
         # A few at a time, as a hundred large images would fill the memory with their activations.
         for some in torch.from_numpy(images).split(CHUNK):
-            network((some - mean) / std)
+            network((some.to(device) - mean) / std)
         handle.remove()
-        return torch.cat(parts).numpy()
+        return torch.cat(parts).cpu().numpy()
 
     return features
 

@@ -33,6 +33,7 @@ from raytrust.jobs.job import Job, Place
 from raytrust.jobs.runner import work
 from raytrust.jobs.store import JobStore
 from raytrust.studies import evaluate
+from raytrust.studies.comparison import features_of
 from raytrust.studies.frontier.jobs import AttackRun, TrainingRun
 from raytrust.studies.membership.jobs import PropertyModel, ShadowModel
 from raytrust.studies.paper.jobs import Attack, Theory, Training
@@ -106,7 +107,7 @@ def _own_dice(monkeypatch: pytest.MonkeyPatch) -> None:
     # torch has its fused steps for devices that it knows alone.
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda *args, fused, **options: adam(*args, **options))
-    monkeypatch.setattr(evaluate, "features_of", lambda seen: None)
+    monkeypatch.setattr(evaluate, "features_of", lambda *_: None)
 
 
 def content(store: JobStore, job: Job) -> dict[str, Any]:
@@ -169,3 +170,20 @@ def test_a_learned_inverter_on_another_device(tmp_path: Path, hashed: bool) -> N
     assert sum(log.far.values()) > 0
     assert not log.near, f"passes on the CPU: {log.near}"
     expect_equal(here, there)
+
+
+def test_features_for_identification_on_another_device() -> None:
+    data, log = digits(), Log()
+    train = replace(TRAIN, threat=Threat(batch_size=1))
+    seen = capture_images(train, data, data.test_images[:1], data.test_labels[:1])[0].seen
+    images = data.test_images[:5].numpy().astype("float32") / 255
+    here = features_of(seen)
+    assert here is not None
+    expected = here(images)
+    with far_device(log):
+        there = features_of(seen, str(FAR))
+        assert there is not None
+        before = log.near.copy()  # to find the layer is the CPU's
+        found = there(images)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert (log.near, log.far["convolution"]) == (before, 3)

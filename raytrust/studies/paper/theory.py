@@ -49,8 +49,8 @@ def examine(
     sent = capture_images(victim.train_config(defence), data, x, y, state, victim.steps, device=device)
     found: dict[str, Any] = {}
     for i, (whole, capture) in enumerate(zip(plain, sent, strict=True)):
-        gradients = (decoded(c.seen, device).gradient for c in (whole, capture))
-        figures = compare(*gradients, defence)
+        gradient, message = (decoded(c.seen, device).gradient for c in (whole, capture))
+        figures = compare(gradient, message, defence)
         figures |= at_the_truth(capture.seen, x[i].float() / 255, attack, device)
         for name, value in figures.items():
             found.setdefault(name, []).append(value)
