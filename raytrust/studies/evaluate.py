@@ -147,7 +147,7 @@ def evaluate_together(
     total = sum(_passes(captures, a) for captures, attacks in requests for a in attacks)
     results = []
     for (captures, attacks), of_request in zip(requests, reached, strict=True):
-        floors = _floors(captures, references)
+        floors = _floors(captures, references, device)
         shares = [spent.share(_passes(captures, a) / total) for a in attacks]
         results.append([_result(captures, *one, floors) for one in zip(attacks, of_request, shares, strict=True)])
     return results
@@ -193,7 +193,7 @@ def evaluate_learned(
     images = inverter.reconstruct([c.seen for c in captures])
     spent = watch()
     candidates = [Candidates(image[None, None], torch.tensor([inverter.held_out_loss])) for image in images]
-    reached = _compare(captures, candidates, _floors(captures, references), spent)
+    reached = _compare(captures, candidates, _floors(captures, references, device), spent)
     return LearnedResult(attack=config, losses=inverter.losses, **vars(reached))
 
 
@@ -246,11 +246,11 @@ def _run(requests: Sequence[Request], device: str) -> list[list[Sequence[Candida
     return [[[next(candidates) for _ in captures] for _ in attacks] for captures, attacks in requests]
 
 
-def _floors(captures: Sequence[Capture], references: Tensor | None) -> Floors | None:
+def _floors(captures: Sequence[Capture], references: Tensor | None, device: str) -> Floors | None:
     originals = [c.truth.images.numpy() for c in captures]
     if references is None:
         return None
-    return Floors(originals, references[:DISTRACTORS].numpy(), features_of(captures[0].seen))
+    return Floors(originals, references[:DISTRACTORS].numpy(), features_of(captures[0].seen, device))
 
 
 def _compare(

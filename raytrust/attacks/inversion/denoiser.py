@@ -28,17 +28,16 @@ class Denoiser(nn.Module):
     def __init__(self, channels: int, generator: torch.Generator):
         super().__init__()
         widths = [4 * channels + 1, *[WIDTH] * (LAYERS - 1), 4 * channels]
-        self.layers = nn.ModuleList(
-            # Weights are drawn below, from a generator of their own, as the global one is the user's.
-            nn.utils.skip_init(nn.Conv2d, a, b, 3, padding=1) for a, b in pairwise(widths)
-        )  # fmt: skip
-        for layer in self.layers:
-            fan_in = layer.weight[0].numel()
-            bound = math.sqrt(6 / fan_in)
+        # Weights are drawn from a generator of their own, as the global one is the user's.
+        layers = [nn.utils.skip_init(nn.Conv2d, a, b, 3, padding=1) for a, b in pairwise(widths)]
+        for layer in layers:
+            bound = math.sqrt(6 / layer.weight[0].numel())
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         # At first there is no noise to be found, so that training starts at the image as it is.
-        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(layers[-1].weight)
+        self.layers = nn.ModuleList(layers)
         self.to(memory_format=torch.channels_last)  # twice as fast on CPUs
 
     def forward(self, x: Tensor, deviation: Tensor) -> Tensor:
@@ -73,7 +72,7 @@ class _Images:
     device: str
 
     def _key(self) -> tuple[str, str]:
-        return hashlib.sha256(self.images.contiguous().view(torch.uint8).numpy()).hexdigest(), self.device
+        return hashlib.sha256(self.images.contiguous().view(torch.uint8).numpy().data).hexdigest(), self.device
 
     def __hash__(self) -> int:
         return hash(self._key())
@@ -109,7 +108,7 @@ def train_denoiser(images: Tensor, device: str = "cpu", steps: int = STEPS, seed
         # By what can be expected at that level: else loud noise would be all that is learned from.
         loss = (errors / (deviation.square() + 0.01)).mean()
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
     return network.eval().requires_grad_(False)

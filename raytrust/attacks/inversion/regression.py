@@ -99,7 +99,7 @@ def _features_sent(seen: Observation, config: InversionConfig, typical: Tensor, 
         slope = gradient[names.index(f"{name}.bias")].float()
         return ((slope @ weight) / slope.square().sum().clamp_min(torch.finfo(slope.dtype).tiny))[None]
     labels = labels_of(seen, config)
-    if labels is None:
+    if not isinstance(labels, Tensor):
         raise ValueError("Expected labels that are known, or recovered beforehand, for a regression on features.")
     wanted = torch.nn.functional.one_hot(labels.to(device), classes).to(weight)
     w, b = layer.weight.detach().to(weight), None if layer.bias is None else layer.bias.detach().to(weight)
@@ -125,7 +125,7 @@ class _Fit:
         digest = hashlib.sha256(f"{self.device} {self.seen.threat.batch_norm} {self.seen.image_shape}".encode())
         assert self.seen.auxiliary is not None
         for tensor in (*self.seen.weights.values(), *self.seen.buffers.values(), self.seen.mean, self.seen.auxiliary):
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def __hash__(self) -> int:

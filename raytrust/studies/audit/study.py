@@ -22,6 +22,7 @@ from raytrust.config.register import METHODS
 from raytrust.leak.observation import Capture
 from raytrust.leak.rules import is_understood
 from raytrust.leak.transformed import are_understood
+from raytrust.networks.device import exact
 from raytrust.studies.audit.private import Private
 from raytrust.studies.audit.training import Training
 from raytrust.studies.audit.victim import State, Victim, compressor_of
@@ -93,11 +94,12 @@ class Audit:
     ) -> list[Row]:
         """The judged rows, a defence each; what was captured and reached is kept in `defences`."""
         state = State.of(victim.network)
-        for audited in defences:
-            self._capture(audited, victim, data, state, training)
-        for split in ("tuning", "evaluation"):
-            for step in sorted({step for audited in defences for step in audited.captures}):
-                self._attack(split, step, defences, references, say)
+        with exact(self.device):
+            for audited in defences:
+                self._capture(audited, victim, data, state, training)
+            for split in ("tuning", "evaluation"):
+                for step in sorted({step for audited in defences for step in audited.captures}):
+                    self._attack(split, step, defences, references, say)
         dense = 4 * sum(w.numel() for w in state.weights.values())
         return judge_rows([self._row(audited, dense) for audited in defences])
 
