@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from toys import synthetic
 
 from raytrust.attacks.inversion import GradientInversion, engine, invert
-from raytrust.attacks.inversion.denoiser import denoised, train_denoiser
+from raytrust.attacks.inversion.denoiser import Denoiser, denoised, train_denoiser
 from raytrust.attacks.inversion.further import DENOISED, further_attacks, with_auxiliary
-from raytrust.attacks.inversion.regression import _features_sent, fit_regression, regressed_images
+from raytrust.attacks.inversion.regression import _features_sent, _Fit, _fitted, fit_regression, regressed_images
 from raytrust.attacks.inversion.search import Found, Piece
 from raytrust.config import (
     CaptureConfig,
@@ -204,6 +204,20 @@ def test_denoising_brings_images_nearer_to_what_they_were() -> None:
     torch.testing.assert_close(again, train_denoiser(own, steps=3)(others, torch.full((50,), 0.1)), rtol=0, atol=0)
 
 
+def test_a_denoiser_of_large_images_is_trained_on_parts_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    forward = Denoiser.forward
+
+    def recorded(self: Denoiser, x: Tensor, deviation: Tensor) -> Tensor:
+        shapes.append(tuple(x.shape[1:]))
+        return forward(self, x, deviation)
+
+    monkeypatch.setattr(Denoiser, "forward", recorded)
+    for size in ((200, 20), (48, 48)):
+        train_denoiser(torch.rand(4, 1, *size), steps=1)
+    assert shapes == [(1, 48, 20), (1, 48, 48)]
+
+
 def test_attacks_from_auxiliary_images_are_tried_where_the_threat_grants_them() -> None:
     network = build_model(ModelConfig("convnet", width=4), 3, 4, seed=0)
     attacks = [InversionConfig(o, matching=m) for o in ("naive", "aware") for m in ("cosine", "tensors")]  # type: ignore[arg-type]
@@ -230,3 +244,65 @@ def test_a_regression_is_one_attack_under_every_defence() -> None:
         assert {attack.against(defence) for attack in asked} == {REGRESSION}
     assert "start=regression" in with_auxiliary([SHORT])[1].name
     assert ANALYTIC.against(Defence()) == ANALYTIC
+
+
+@pytest.mark.parametrize("images", [30, 60, 65])
+def test_with_fewer_images_than_features_it_neither_memorises_nor_claims_to_know(images: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images + 500, 64, generator=generator)
+    y = 0.5 + 0.05 * x @ torch.randn(64, 8, generator=generator) / 8 + 0.1 * torch.randn(len(x), 8, generator=generator)
+    fitted = fit_regression(x[:images], y[:images])
+    left = float((fitted(x[images:]) - y[images:]).square().mean() / y[images:].var(0).mean())
+    assert left < 1.15
+    assert fitted.unexplained == pytest.approx(left, rel=0.2)
+
+
+def test_features_that_never_vary_explain_nothing() -> None:
+    fitted = fit_regression(torch.zeros(20, 5), torch.rand(20, 6, generator=torch.Generator().manual_seed(0)))
+    assert fitted.unexplained >= 1
+    assert not bool(fitted.weight.any())
+
+
+def in_memory(*layers: nn.Module) -> Observation:
+    """An observation of a module that no config describes."""
+    network = nn.Sequential(*layers).eval()
+    weights = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    return replace(captures()[0].seen, network=network, model=None, weights=weights, buffers={})
+
+
+def test_equal_weights_of_another_network_or_normalisation_have_a_regression_of_their_own() -> None:
+    hidden, classifier = nn.Linear(192, 30), nn.Linear(30, 4)
+    seen = in_memory(nn.Flatten(), hidden, nn.ReLU(), classifier)
+    others = [in_memory(nn.Flatten(), hidden, nn.Tanh(), classifier), replace(seen, std=3 * seen.std)]
+    fitted = _fitted(_Fit(seen, "cpu"))
+    assert _fitted(_Fit(replace(seen), "cpu")) is fitted
+    for other in others:
+        assert not torch.allclose(_fitted(_Fit(other, "cpu")).centre, fitted.centre)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_it_begins_attacks_that_know_of_mixed_images(batch: int) -> None:
+    captured = captures("mixup:2", Threat(auxiliary=40, batch_size=batch))
+    attacks = [SHORT, REGRESSION, replace(SHORT, start="regression")]
+    assert all(isinstance(result, InversionResult) for result in evaluate_inversions(captured, attacks))
+
+
+class PerPlace(nn.Module):
+    """Its classifier is applied at each place of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.classifier = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.patches(x).flatten(2).transpose(1, 2).tanh()).mean(1)
+
+
+def test_networks_whose_features_are_not_sent_are_refused_and_meet_no_regression() -> None:
+    frozen = in_memory(nn.Flatten(), nn.Linear(192, 30), nn.ReLU(), nn.Linear(30, 4).requires_grad_(False))
+    for seen, message in ((frozen, "it is frozen or derived"), (in_memory(PerPlace()), "one vector an image")):
+        with pytest.raises(ValueError, match=message):
+            regressed_images(seen, REGRESSION)
+        assert seen.network is not None
+        found = further_attacks([SHORT], GRANTED, seen.network, seen.image_shape)
+        assert not any(attack.learns for attack in found)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 WIDTH, LAYERS = 48, 5
 STEPS, BATCH, RATE = 800, 64, 2e-3
+PATCH = 48  # pixels a side of what it is trained on: noise is local, and whole large images would take an hour
 LOUDEST = 0.6  # standard deviation of the noise in training, in [0, 1] pixel units
 
 
@@ -97,7 +98,7 @@ def train_denoiser(images: Tensor, device: str = "cpu", steps: int = STEPS, seed
     optimiser = torch.optim.Adam(network.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
-        x = images[torch.randint(len(images), (BATCH,), generator=dice)]
+        x = _patch(images[torch.randint(len(images), (BATCH,), generator=dice)], dice)
         # Faint noise, which is what attacks leave, comes up more often than loud noise.
         deviation = torch.rand(BATCH, generator=dice) ** 1.5 * LOUDEST
         noisy = x + deviation.view(-1, 1, 1, 1) * torch.randn(x.shape, generator=dice)
@@ -112,3 +113,12 @@ def train_denoiser(images: Tensor, device: str = "cpu", steps: int = STEPS, seed
         optimiser.step()
         schedule.step()
     return network.eval().requires_grad_(False)
+
+
+def _patch(images: Tensor, dice: torch.Generator) -> Tensor:
+    """The same random place of all images, at most `PATCH` pixels high and wide; smaller images as they are."""
+    for dim in (2, 3):
+        if (room := images.shape[dim] - PATCH) > 0:
+            first = int(torch.randint(room + 1, (), generator=dice))
+            images = images.narrow(dim, first, PATCH)
+    return images

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from raytrust.attacks.inversion.first_layer import closed_form
@@ -69,10 +70,22 @@ def _tells_features(
     if threat.auxiliary < max(2, threat.batch_size) or local.steps > 1:
         return False
     try:
-        _, layer = final_linear(network, image_shape, classes)
+        name, layer = final_linear(network, image_shape, classes)
     except ValueError:
         return False
-    return threat.batch_size <= layer.out_features
+    # A weight that is frozen, or made of others, is not among the gradients.
+    sent = any(key == f"{name}.weight" and p.requires_grad for key, p in network.named_parameters())
+    return sent and threat.batch_size <= layer.out_features and _enters_as_one(network, layer, image_shape)
+
+
+@torch.no_grad()
+def _enters_as_one(network: nn.Module, layer: nn.Linear, image_shape: tuple[int, int, int]) -> bool:
+    """Whether what goes into the layer is one vector an image, and not one of each place in it."""
+    entered: list[int] = []
+    handle = layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].ndim))
+    network(torch.zeros(2, *image_shape))
+    handle.remove()
+    return entered == [2]
 
 
 def _like(attack: InversionConfig, other: InversionConfig) -> InversionConfig:

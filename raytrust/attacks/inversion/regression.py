@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from raytrust.networks.task import Sample
 CHUNK = 64  # images of a forward pass
 FIXED_POINT = 30  # rounds of finding the probabilities, which the features decide, and the features, which they decide
 WEAKEST = 1e-6  # relative to the strongest: directions of the classifier's gradient that are weaker hold rounding alone
+NOTHING = 1e-6  # relative to the largest: singular values of the standardised features that are rounding
 # Weights of the ridge that are tried, relative to the mean square of the standardised features.
 RIDGES = tuple(10.0**k for k in range(-6, 3))
 
@@ -83,7 +84,7 @@ def regressed_images(seen: Observation, config: InversionConfig, device: str = "
 
 def _features_sent(seen: Observation, config: InversionConfig, typical: Tensor, device: str) -> Tensor:
     """What went into the last linear layer, (batch, features), as the decoded gradient G = D^T H of it has it, with
-    D = (p - y) / batch.
+    D = (p - y) / images, of which there are more than the batch has where only the mean over workers is seen.
 
     typical: (features,), of which the first guess at the probabilities p is made.
     """
@@ -91,7 +92,11 @@ def _features_sent(seen: Observation, config: InversionConfig, typical: Tensor, 
     if size > classes:
         raise ValueError(f"Expected batch_size={size} to be at most classes={classes} for a regression on features.")
     name, layer = final_linear(seen.build_model(), seen.image_shape, classes)
-    names, (gradient, _) = list(seen.weights), decoded(seen, device)
+    if f"{name}.weight" not in seen.weights:
+        raise ValueError(
+            "Expected a classifier whose weight is sent for a regression on features: it is frozen or derived."
+        )
+    names, (gradient, images) = list(seen.weights), decoded(seen, device)
     weight = gradient[names.index(f"{name}.weight")].float()
     sent_bias = f"{name}.bias" in seen.weights
     if size == 1 and sent_bias:
@@ -101,13 +106,16 @@ def _features_sent(seen: Observation, config: InversionConfig, typical: Tensor, 
     labels = labels_of(seen, config)
     if not isinstance(labels, Tensor):
         raise ValueError("Expected labels that are known, or recovered beforehand, for a regression on features.")
-    wanted = torch.nn.functional.one_hot(labels.to(device), classes).to(weight)
+    if labels.is_floating_point():  # of mixed images, as probabilities
+        wanted = labels.to(weight)
+    else:
+        wanted = nn.functional.one_hot(labels.to(device), classes).to(weight)
     w, b = layer.weight.detach().to(weight), None if layer.bias is None else layer.bias.detach().to(weight)
     features = typical.to(weight).expand(size, -1)
     # A trained model's features decide their probabilities, and these with the gradient the features: from a typical
     # image's on, the two are found in turns.
     for _ in range(FIXED_POINT):
-        errors = (nn.functional.linear(features, w, b).softmax(1) - wanted) / size
+        errors = (nn.functional.linear(features, w, b).softmax(1) - wanted) / images
         features, last = torch.linalg.pinv(errors.T, rtol=WEAKEST) @ weight, features
         if bool((features - last).norm() <= 1e-6 * features.norm()):
             break
@@ -121,18 +129,24 @@ class _Fit:
     seen: Observation
     device: str
 
+    @cached_property
     def _key(self) -> str:
-        digest = hashlib.sha256(f"{self.device} {self.seen.threat.batch_norm} {self.seen.image_shape}".encode())
-        assert self.seen.auxiliary is not None
-        for tensor in (*self.seen.weights.values(), *self.seen.buffers.values(), self.seen.mean, self.seen.auxiliary):
+        seen = self.seen
+        # Weights alone don't make a network: nor do they say how images are normalised and which are passed together.
+        # A module in memory has no description; while it stands in a key it keeps its identity.
+        given = (seen.model, id(seen.network), seen.threat.batch_norm, seen.threat.batch_size, seen.classes)
+        shapes = [(name, tuple(x.shape)) for name, x in (*seen.weights.items(), *seen.buffers.items())]
+        digest = hashlib.sha256(repr((self.device, seen.image_shape, given, shapes)).encode())
+        assert seen.auxiliary is not None
+        for tensor in (*seen.weights.values(), *seen.buffers.values(), seen.mean, seen.std, seen.auxiliary):
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fit) and self._key() == other._key()
+        return isinstance(other, _Fit) and self._key == other._key
 
 
 # The captures of a step share a model, and come in several calls: those that choose attacks and those that report.
@@ -158,7 +172,13 @@ def _features(seen: Observation, images: Tensor, device: str) -> Tensor:
     for batch in images[: len(images) // size * size].split(size) if size != CHUNK else images.split(CHUNK):
         model(((batch - mean) / std).to(device))
     handle.remove()
-    return torch.cat(found)
+    features = torch.cat(found)
+    if features.ndim != 2:
+        shape = tuple(features.shape[1:])
+        raise ValueError(f"Expected a classifier of one vector an image, got features of shape {shape} an image.")
+    if not bool(features.isfinite().all()):
+        raise ValueError("Expected finite features of the auxiliary images for a regression on them.")
+    return features
 
 
 def fit_regression(features: Tensor, images: Tensor) -> Regression:
@@ -171,18 +191,23 @@ def fit_regression(features: Tensor, images: Tensor) -> Regression:
     scale = torch.where(spread > 1e-3 * spread.mean(), 1 / spread, torch.zeros_like(spread))
     a, y = ((features - centre) * scale).double(), (images - mean).double()
     u, s, rows = torch.linalg.svd(a, full_matrices=False)
+    mean_square = float(s.square().sum()) / max(1, len(s))
+    # Centred features have a direction less than images: what is left of it is rounding.
+    told = s > NOTHING * s.max()
+    u, s, rows = u[:, told], s[told], rows[told]
     turned, total, n = u.T @ y, float(y.square().sum()), len(a)
-    # One decomposition serves all weights: with filters f the residual is |y|^2 - sum (2 f - f^2) |u^T y|^2.
-    energy = turned.square().sum(1)
+    # One decomposition serves all weights. Beyond its directions nothing is explained, one of which is the mean's.
+    energy, free = turned.square().sum(1), n - 1 - len(s)
+    rest = max(0.0, total - float(energy.sum())) if free else 0.0
     best, least = s * 0, float("inf")
     for ridge in RIDGES:
-        kept = s.square() / (s.square() + ridge * float(s.square().sum()) / max(1, len(s)))
-        residual = max(0.0, total - float(((2 * kept - kept.square()) * energy).sum()))
-        # One degree of freedom more is the mean's.
-        freedom = max(1.0, n - 1 - float(kept.sum())) / n
+        # Of 1 - f, as with fewer images than features a weak ridge leaves little of either figure, but not of their
+        # quotient.
+        lost = ridge * mean_square / (s.square() + ridge * mean_square)
+        residual = rest + float((lost.square() * energy).sum())
+        freedom = (free + float(lost.sum())) / n
         error = residual / n / freedom**2
         if error < least:
-            best, least = kept, error
-    inverse = torch.where(s > 0, best / s.clamp_min(torch.finfo(s.dtype).tiny), torch.zeros_like(s))
-    weight = rows.T @ (inverse[:, None] * turned)
+            best, least = 1 - lost, error
+    weight = rows.T @ ((best / s)[:, None] * turned)
     return Regression(centre, scale, weight.float(), mean, least * n / total if total > 0 else 1.0)
