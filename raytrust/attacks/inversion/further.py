@@ -12,6 +12,7 @@ from raytrust.attacks.inversion.first_layer import closed_form
 from raytrust.attacks.inversion.priors import attacks_on_statistics
 from raytrust.config import ONE_STEP, InversionConfig, LocalConfig, Threat
 from raytrust.config.attacks import ANALYTIC, REGRESSION
+from raytrust.networks.build import copy_of
 from raytrust.networks.classifier import final_linear
 from raytrust.networks.task import CROSS_ENTROPY, Sample, Targets, Task
 
@@ -69,13 +70,17 @@ def _tells_features(
     """Whether the classifier's gradient gives its features away, and the threat grants images to learn from."""
     if threat.auxiliary < max(2, threat.batch_size) or local.steps > 1:
         return False
-    try:
-        name, layer = final_linear(network, image_shape, classes)
-    except ValueError:
-        return False
+    # In the modes that it has, of which batch norm's would change its statistics and dropout draws random numbers.
+    network = copy_of(network).cpu()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            name, layer = final_linear(network, image_shape, classes)
+        except ValueError:
+            return False
+        whole = _enters_as_one(network, layer, image_shape)
     # A weight that is frozen, or made of others, is not among the gradients.
     sent = any(key == f"{name}.weight" and p.requires_grad for key, p in network.named_parameters())
-    return sent and threat.batch_size <= layer.out_features and _enters_as_one(network, layer, image_shape)
+    return sent and threat.batch_size < layer.out_features and whole
 
 
 @torch.no_grad()

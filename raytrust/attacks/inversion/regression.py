@@ -66,8 +66,8 @@ def regressed_images(seen: Observation, config: InversionConfig, device: str = "
     """(images (batch, channels, height, width) in [0, 1], the regression that made them).
 
     Raises ValueError without auxiliary images, for several local steps, for another loss than the cross-entropy, for a
-    model that does not end in a linear layer, and for a batch of more images than there are classes, whose features the
-    gradient does not determine.
+    model that does not end in a linear layer, and for a batch of as many images as there are classes, or more, whose
+    features the gradient does not determine.
     """
     least = max(2, seen.threat.batch_size)
     if seen.auxiliary is None or len(seen.auxiliary) < least:
@@ -89,8 +89,9 @@ def _features_sent(seen: Observation, config: InversionConfig, typical: Tensor, 
     typical: (features,), of which the first guess at the probabilities p is made.
     """
     size, classes = seen.threat.batch_size, seen.classes
-    if size > classes:
-        raise ValueError(f"Expected batch_size={size} to be at most classes={classes} for a regression on features.")
+    # Each row of p - y sums to zero, so that D has a rank of at most one less than there are classes.
+    if size >= classes:
+        raise ValueError(f"Expected batch_size={size} to be less than classes={classes} for a regression on features.")
     name, layer = final_linear(seen.build_model(), seen.image_shape, classes)
     if f"{name}.weight" not in seen.weights:
         raise ValueError(
