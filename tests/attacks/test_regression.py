@@ -67,7 +67,7 @@ def features(capture: Capture) -> Tensor:
 
 
 def sent(seen: Observation) -> Tensor:
-    return _features_sent(seen, REGRESSION, torch.zeros(len(features(Capture(0, seen, captures()[0].truth))[0])), "cpu")
+    return _features_sent(seen, torch.zeros(len(features(Capture(0, seen, captures()[0].truth))[0])), "cpu")
 
 
 @pytest.mark.parametrize("defence", ["none", "powersgd:1", "powersgd:4:ef"])
@@ -90,7 +90,7 @@ def test_features_of_a_batch_with_different_labels_are_found_with_their_probabil
     )  # fmt: skip
     truth = features(batch)
     typical = truth.mean(0) * 0
-    torch.testing.assert_close(_features_sent(batch.seen, REGRESSION, typical, "cpu"), truth, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(_features_sent(batch.seen, typical, "cpu"), truth, rtol=1e-2, atol=1e-3)
 
 
 def test_the_regression_is_a_ridge_regression() -> None:
@@ -147,14 +147,14 @@ def test_it_beats_the_mean_image_and_needs_no_iterations() -> None:
 )
 def test_it_refuses_what_the_gradient_does_not_determine(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        regressed_images(replace(captures()[0].seen, **change), REGRESSION)
+        regressed_images(replace(captures()[0].seen, **change))
 
 
 def test_the_first_restart_begins_where_the_regression_ends() -> None:
     seen = captures()[0].seen
     standing = InversionConfig(iterations=1, step_size=1e-9, restarts=2, tv=0.0, start="regression")
     (found,) = invert([(seen, standing)])
-    images, _ = regressed_images(seen, REGRESSION)
+    images, _ = regressed_images(seen)
     torch.testing.assert_close(found.images[0], images, rtol=0, atol=1e-5)
     # The other restart keeps its noise, which is that of an attack without a start.
     (noise,) = invert([(seen, replace(standing, start="noise"))])
@@ -281,11 +281,14 @@ def test_equal_weights_of_another_network_or_normalisation_have_a_regression_of_
         assert not torch.allclose(_fitted(_Fit(other, "cpu")).centre, fitted.centre)
 
 
-@pytest.mark.parametrize("batch", [2, 3])
-def test_it_begins_attacks_that_know_of_mixed_images(batch: int) -> None:
-    captured = captures("mixup:2", Threat(auxiliary=40, batch_size=batch))
-    attacks = [SHORT, REGRESSION, replace(SHORT, start="regression")]
-    assert all(isinstance(result, InversionResult) for result in evaluate_inversions(captured, attacks))
+@pytest.mark.parametrize("defence", ["none", "mixup:2"])
+@pytest.mark.parametrize("known", ["known", "unknown"])
+def test_it_begins_attacks_on_mixed_images_and_those_that_look_for_labels_themselves(defence: str, known: str) -> None:
+    captured = captures(defence, Threat(auxiliary=40, batch_size=2, labels=known))  # type: ignore[arg-type]
+    begun = replace(SHORT, start="regression")
+    attacks = [REGRESSION, begun, replace(begun, label_recovery="joint", objective="naive")]
+    for attack in attacks:
+        assert all(isinstance(result, InversionResult) for result in evaluate_inversions(captured, [attack]))
 
 
 class PerPlace(nn.Module):
@@ -303,7 +306,7 @@ def test_networks_whose_features_are_not_sent_are_refused_and_meet_no_regression
     frozen = in_memory(nn.Flatten(), nn.Linear(192, 30), nn.ReLU(), nn.Linear(30, 4).requires_grad_(False))
     for seen, message in ((frozen, "it is frozen or derived"), (in_memory(PerPlace()), "one vector an image")):
         with pytest.raises(ValueError, match=message):
-            regressed_images(seen, REGRESSION)
+            regressed_images(seen)
         assert seen.network is not None
         found = further_attacks([SHORT], GRANTED, seen.network, seen.image_shape)
         assert not any(attack.learns for attack in found)

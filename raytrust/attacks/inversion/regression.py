@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from raytrust.attacks.inversion.engine import Candidates, labels_of
 from raytrust.config import InversionConfig
+from raytrust.config.attacks import REGRESSION
 from raytrust.leak.observation import Observation, decoded
 from raytrust.networks.classifier import final_linear
 from raytrust.networks.task import Sample
@@ -58,11 +59,11 @@ def regression(seen: Observation, config: InversionConfig, device: str = "cpu") 
 
     Raises ValueError as `regressed_images` does.
     """
-    images, fitted = regressed_images(seen, config, device)
+    images, fitted = regressed_images(seen, device)
     return Candidates(images[None], torch.tensor([fitted.unexplained]))
 
 
-def regressed_images(seen: Observation, config: InversionConfig, device: str = "cpu") -> tuple[Tensor, Regression]:
+def regressed_images(seen: Observation, device: str = "cpu") -> tuple[Tensor, Regression]:
     """(images (batch, channels, height, width) in [0, 1], the regression that made them).
 
     Raises ValueError without auxiliary images, for several local steps, for another loss than the cross-entropy, for a
@@ -78,11 +79,11 @@ def regressed_images(seen: Observation, config: InversionConfig, device: str = "
     if seen.task.loss is not None or seen.task.argument is not None or inputs:
         raise ValueError("Expected the loss to be the cross-entropy of images' classes for a regression on features.")
     fitted = _fitted(_Fit(seen, device))
-    images = fitted(_features_sent(seen, config, fitted.centre, device))
+    images = fitted(_features_sent(seen, fitted.centre, device))
     return images.view(-1, *seen.image_shape).cpu(), fitted
 
 
-def _features_sent(seen: Observation, config: InversionConfig, typical: Tensor, device: str) -> Tensor:
+def _features_sent(seen: Observation, typical: Tensor, device: str) -> Tensor:
     """What went into the last linear layer, (batch, features), as the decoded gradient G = D^T H of it has it, with
     D = (p - y) / images, of which there are more than the batch has where only the mean over workers is seen.
 
@@ -104,7 +105,9 @@ def _features_sent(seen: Observation, config: InversionConfig, typical: Tensor, 
         # Exact without the probabilities, which the bias's gradient gives as they are.
         slope = gradient[names.index(f"{name}.bias")].float()
         return ((slope @ weight) / slope.square().sum().clamp_min(torch.finfo(slope.dtype).tiny))[None]
-    labels = labels_of(seen, config)
+    # Of mixed images the targets, where they are granted. An attack that begins here may look for its labels in another
+    # way: the regression's are its own.
+    labels = labels_of(seen, REGRESSION) if seen.mixed is None else seen.mixed
     if not isinstance(labels, Tensor):
         raise ValueError("Expected labels that are known, or recovered beforehand, for a regression on features.")
     if labels.is_floating_point():  # of mixed images, as probabilities
