@@ -105,7 +105,9 @@ def search_attacks(
         figures = store.attacks(train, "tuning")
         portfolio = sweep.portfolio_against(train.defence)
         attacks = [from_dict(InversionConfig, f["attack"]) for f in figures]
-        known[run] = lessons(sweep.portfolio[0], space, attacks, [float(np.mean(f["ssim"])) for f in figures])
+        known[run] = lessons(
+            sweep.portfolio[0], space, train.defence, attacks, [float(np.mean(f["ssim"])) for f in figures]
+        )
         tried = sum(a not in portfolio and a.iterations == sweep.portfolio[0].iterations for a in attacks)
         budget[run] = max(0, sweep.attack_trials - tried)
     search = AttackSearch(space, budget, known, sweep.train.seed, TOGETHER, until)
@@ -128,19 +130,23 @@ def search_attacks(
 
 
 def lessons(
-    base: InversionConfig, space: dict[str, Any], attacks: Sequence[InversionConfig], reached: Sequence[float]
+    base: InversionConfig,
+    space: dict[str, Any],
+    defence: Defence,
+    attacks: Sequence[InversionConfig],
+    reached: Sequence[float],
 ) -> list[tuple[Parameters, float]]:
     """What a study starts from: the point of the space that each attack is, with what it reached.
 
-    base: what trials are made of. Attacks that differ from it in more than the space are no points of it: what they
-    reached says nothing of these.
+    base: what trials are made of. attacks: as they applied to the defence. Those that differ from the base in more than
+    the space are no points of it: what they reached says nothing of these.
     """
     # Of configs and not of what was stored, which leaves settings out that have their default.
     points = [{name: getattr(attack, name) for name in space} for attack in attacks]
     return [
         (point, value)
         for point, attack, value in zip(points, attacks, reached, strict=True)
-        if replace(base, **point) == attack
+        if replace(base, **point).against(defence) == attack
     ]
 
 

@@ -137,6 +137,8 @@ class InversionConfig:
 
     def passes(self, local: LocalConfig) -> int:
         """Passes through the network there and back, of one batch that was sent after such local steps."""
+        if self.method == "regression":
+            return 1  # it iterates nothing
         return self.iterations * self.restarts * (local.steps if self.through == "steps" else 1)
 
     def against(self, defence: Defence) -> InversionConfig:

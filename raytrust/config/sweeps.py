@@ -43,8 +43,11 @@ class SweepConfig:
             # Refused here, as the attack would else find no messages once training, which takes minutes, is over.
             steps = self.train.capture.steps
             expect(attack.capture_step in steps, "capture_step", attack.capture_step, f"to be a captured step {steps}")
-            granted, least = self.train.threat.auxiliary, f"to be at least 2 for attack={attack.name!r}"
-            expect(granted >= 2 or not attack.learns, "auxiliary", granted, least)
+            granted, least = self.train.threat.auxiliary, max(2, self.train.threat.batch_size)
+            enough = f"to be at least {least} for attack={attack.name!r}"
+            expect(granted >= least or not attack.learns, "auxiliary", granted, enough)
+            one, local = "regression" in (attack.method, attack.start), self.train.local.steps
+            expect(local == 1 or not one, "local_steps", local, f"to be 1 for attack={attack.name!r}")
 
     def portfolio_against(self, defence: Defence) -> list[InversionConfig]:
         """The attacks of the portfolio as they apply to a defence, each once."""

@@ -81,8 +81,9 @@ def audit(
     dropout: whether the victim drops out, in layers that are in training mode; the attacker does not know the masks.
         Without, dropout is switched off, which is the worst case.
     batch_size: images of one private batch. labels_known: whether the attacker has the labels; else he recovers them.
-    auxiliary: other images of the kind, which the attacker has, too, to estimate a batch's batch-norm statistics from;
-        none unless they are given. They may be the references, but none of the images that are attacked.
+    auxiliary: other images of the kind, which the attacker has, too, and learns from: a batch's batch-norm statistics,
+        a regression, a start and a denoiser; none unless they are given. They may be the references, but none of the
+        images that are attacked.
     attack: the settings from which the attacks are made: ignoring and knowing the compressor, by the cosine of the
         whole gradient and tensor by tensor, and a closed form where the model has one. search: how many more are drawn.
     hook: a communication hook, anybody's, as `DistributedDataParallel.register_comm_hook` takes it, with its state: one
@@ -253,10 +254,15 @@ def _auxiliary(images: Any, attacked: torch.Tensor) -> torch.Tensor:
     granted = images_of(images)
     if granted.shape[1:] != attacked.shape[1:]:
         raise ValueError(f"Expected auxiliary of shape {tuple(attacked.shape[1:])}, got {tuple(granted.shape[1:])}.")
-    private = {x.numpy().tobytes() for x in attacked}
-    if (index := next((i for i, x in enumerate(granted) if x.numpy().tobytes() in private), None)) is not None:
+    # To 8 bits a pixel, as images that went through other arithmetic differ in their last digits.
+    private = {_bytes_of(x) for x in attacked}
+    if (index := next((i for i, x in enumerate(granted) if _bytes_of(x) in private), None)) is not None:
         raise ValueError(f"Expected auxiliary images without the private ones, got one of them at {index}.")
     return granted
+
+
+def _bytes_of(image: torch.Tensor) -> bytes:
+    return (image * 255).round().byte().numpy().tobytes()
 
 
 def _audited(defences: Sequence[str | Compressor]) -> list[Audited]:

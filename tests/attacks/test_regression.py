@@ -26,7 +26,7 @@ from raytrust.config import (
     TrainConfig,
     parse_defence,
 )
-from raytrust.config.attacks import ANALYTIC, REGRESSION
+from raytrust.config.attacks import ANALYTIC, REGRESSION, published_attacks
 from raytrust.data import load
 from raytrust.leak.observation import Capture, Observation
 from raytrust.networks.build import build_model
@@ -318,3 +318,13 @@ def test_to_look_for_further_attacks_leaves_the_network_and_the_random_numbers_a
     assert len(further_attacks([SHORT], GRANTED, network, (3, 8, 8))) > 0
     assert all(torch.equal(a, b) for a, b in zip(buffers, network.buffers(), strict=True))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_published_attacks_run_together_where_labels_are_unknown() -> None:
+    """DLG finds the label with the image, the others before it."""
+    seen = captures("none", Threat(labels="unknown"))[0].seen
+    attacks = [replace(a, iterations=2) for a in published_attacks(seen.threat)]
+    assert [a.label_recovery for a in attacks] == ["counts", "counts", "joint", "bias_sign", "idlg"]
+    for found, attack in zip(invert([(seen, a) for a in attacks]), attacks, strict=True):
+        assert found.images.shape == (attack.restarts, 1, 3, 8, 8)
+        assert bool(found.objective.isfinite().all())

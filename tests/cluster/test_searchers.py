@@ -366,9 +366,14 @@ def test_a_study_learns_from_attacks_that_are_points_of_its_space_alone() -> Non
     space = {"objective": None, "tv": None, "start": None, "through": None}
     aware, other = replace(base, objective="aware", tv=0.1, start="regression"), replace(base, iterations=60)
     solved = replace(base, method="regression")
-    told = lessons(base, space, [base, aware, other, solved], [0.1, 0.2, 0.3, 0.4])
+    lossy = Defence(TopKConfig(level=0.1), error_feedback=True)
+    told = lessons(base, space, lossy, [base, aware, other, solved], [0.1, 0.2, 0.3, 0.4])
     # Settings with their default are not stored, and must be known all the same.
     assert told == [
         ({"objective": "naive", "tv": 0.01, "start": "noise", "through": "steps"}, 0.1),
         ({"objective": "aware", "tv": 0.1, "start": "regression", "through": "steps"}, 0.2),
     ]
+    # What has no effect on a defence is set to its default there, and what was tried is a point all the same.
+    weighing = replace(base, residual="weigh")
+    assert lessons(weighing, space, lossy, [replace(aware, residual="weigh"), base], [0.2, 0.1]) == [told[1], told[0]]
+    assert [value for _, value in lessons(weighing, space, Defence(), [base], [0.1])] == [0.1]

@@ -56,7 +56,8 @@ class Piece:
         """What all pieces of a batch have in common."""
         config = self.config
         loop = config.iterations, config.optimiser, config.precision
-        labels = self.labels.ndim if isinstance(self.labels, Tensor) else self.labels is None
+        # As text where there are no tensors: True would equal the 1 of a tensor's dimensions.
+        labels = self.labels.ndim if isinstance(self.labels, Tensor) else repr(self.labels is None)
         return *loop, labels, self.shares is None, self.seen.local, self.point
 
 
