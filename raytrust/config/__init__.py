@@ -8,7 +8,7 @@ loss (`to_dict`, `from_dict`). The type of `TrainConfig.compressor` selects the 
 from __future__ import annotations
 
 from raytrust.config import register
-from raytrust.config.attacks import InversionConfig, LearnedInverterConfig
+from raytrust.config.attacks import InversionConfig
 from raytrust.config.compressors import (
     AtomoConfig,
     DenseConfig,
@@ -24,6 +24,7 @@ from raytrust.config.compressors import (
     VqSGDConfig,
 )
 from raytrust.config.defence import Defence
+from raytrust.config.learned import LearnedInverterConfig
 from raytrust.config.membership import Arm, MembershipConfig
 from raytrust.config.method import CompressorConfig, TransformConfig
 from raytrust.config.parsing import parse_defence
