@@ -52,8 +52,8 @@ def plain(result: raytrust.AuditResult) -> dict[str, Any]:
 
 
 def test_an_attacker_with_images_of_the_kind() -> None:
-    """He tries a prior on the batch's statistics, a regression, a start from it and a denoiser, too; what is attacked he
-    must not have."""
+    """He tries a prior on the batch's statistics, a regression, a start from it and a denoiser, too; what is attacked
+    he must not have."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(400, 4))
     extra = smooth(8, seed=1)
