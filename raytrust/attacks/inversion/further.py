@@ -16,8 +16,8 @@ from raytrust.networks.build import copy_of
 from raytrust.networks.classifier import final_linear
 from raytrust.networks.task import CROSS_ENTROPY, Sample, Targets, Task
 
-# Of the noise that is taken out of what an attack arrived at, where it is tried unasked: chosen on test images 100 to
-# 103 of CIFAR-10 (docs/findings.md).
+# Of the noise that is taken out of what an attack arrived at, where it is tried unasked: chosen on the test images 100
+# to 103 of CIFAR-10, before those from 0 on were attacked.
 DENOISED = 0.06
 
 
